@@ -1,0 +1,37 @@
+# Every target sets up .venv by itself. Another interpreter: make PYTHON=python3.12
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint results clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: .venv/.done  ## Only .venv, with everything installed
+
+demo: .venv/.done  ## Train the embedded default, draw samples, denoise, print where the report is
+	$(BIN)/python train.py
+	$(BIN)/python eval.py task=generate num_samples=64
+	$(BIN)/python eval.py task=denoise sigma_t=0.5
+
+test: .venv/.done  ## The tests, in minutes
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: .venv/.done  ## The slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/.done  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy diffusion_lab
+
+results: .venv/.done  ## The README's figures, from the newest run
+	$(BIN)/python benchmarks/denoising.py
+
+clean:  ## Remove .venv and caches; outputs stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache dist

@@ -1,0 +1,108 @@
+r"""Pictures of what the prior has learned: samples, and a denoising row, with a fixed seed."""
+
+__all__ = ["SampleGrid"]
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+from PIL.Image import Image
+from torchvision.transforms.functional import to_pil_image
+
+from diffusion_lab.data.module import to_model
+from diffusion_lab.guidance import MMSE, Observation, Truncated
+from diffusion_lab.module import DiffusionModule
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.sampler import EulerMaruyama, Sampler
+from diffusion_lab.tracking.grid import image_grid, labelled_grid, save_png
+
+
+class SampleGrid(Callback):
+    """Draws from the averaged weights after validation, as PNG files and to the loggers.
+
+    Each picture is made of the same noise, so that a series shows what training changes: a grid of
+    samples of the prior, and rows of validation images at σ_t = 0.5: clean, noisy, the estimate
+    E[x_0 | y], and samples of the posterior.
+
+    Arguments:
+        directory: Where the PNG files go.
+        sampler: Draws the samples of the prior.
+        num_samples: How many.
+        every_n_steps: The least number of steps between two drawings; the end always draws.
+        seed: Seed of the noise.
+    """
+
+    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16
+    SIGMA_T = 0.5
+
+    def __init__(
+        self,
+        directory: str,
+        sampler: Sampler,
+        num_samples: int = 16,
+        every_n_steps: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.directory = Path(directory)
+        self.sampler, self.num_samples = sampler, num_samples
+        self.every_n_steps, self.seed = every_n_steps, seed
+        self.drawn_step = 0
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        self.drawn_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        step = trainer.global_step
+        due = step - self.drawn_step >= self.every_n_steps or step == trainer.max_steps
+        if trainer.sanity_checking or not (due or trainer.fast_dev_run):
+            return
+        self.drawn_step = step
+        if trainer.is_global_zero:
+            with module.trainer.precision_plugin.forward_context():
+                pictures = {
+                    "samples/grid": self._prior(trainer, module),
+                    "samples/denoise": self._posterior(trainer, module),
+                }
+            self._log(trainer, pictures, step)
+        trainer.strategy.barrier("samples")
+
+    def _generator(self, module: DiffusionModule, name: str, count: int) -> KeyedGenerator:
+        index = torch.arange(count, device=module.device)
+        return KeyedGenerator(make_key(self.seed, name, index))
+
+    def _prior(self, trainer: Trainer, module: DiffusionModule) -> Image:
+        generator = self._generator(module, "sample grid", self.num_samples)
+        size = trainer.datamodule.size
+        start = module.schedule.prior((self.num_samples, 3, size, size), generator)
+        images = self.sampler(module.denoiser(), start, generator=generator)
+        columns = max(1, round(self.num_samples**0.5))
+        return to_pil_image(image_grid(images, columns))
+
+    def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
+        images = trainer.datamodule.cache.images["val"][: self.ROWS]
+        x_0 = to_model(torch.tensor(images, device=module.device))
+        sigma_y = self.SIGMA_T / (1 - self.SIGMA_T**2) ** 0.5
+        noise = self._generator(module, "denoising row", len(x_0)).normal(*x_0.shape[1:])
+        y = x_0 + sigma_y * noise
+        denoiser, sampler = module.denoiser(), EulerMaruyama(self.POSTERIOR_STEPS)
+        mmse = MMSE()(denoiser, sampler, Observation(y, sigma_y))
+        repeated = y.repeat_interleave(self.POSTERIOR_SAMPLES, 0)
+        generator = self._generator(module, "posterior row", len(repeated))
+        samples = Truncated()(
+            denoiser, sampler, Observation(repeated, sigma_y), generator=generator
+        ).unflatten(0, (len(x_0), self.POSTERIOR_SAMPLES))
+        rows = [
+            torch.cat([x_0[k : k + 1], y[k : k + 1], mmse[k : k + 1], samples[k]]).cpu()
+            for k in range(len(x_0))
+        ]
+        names = [f"sample {m + 1}" for m in range(self.POSTERIOR_SAMPLES)]
+        return labelled_grid(rows, ["clean", "noisy", "E[x₀ | y]", *names])
+
+    def _log(self, trainer: Trainer, pictures: dict[str, Image], step: int) -> None:
+        if not trainer.fast_dev_run:
+            for name, picture in pictures.items():
+                save_png(picture, self.directory / f"{name.split('/')[1]}-{step:07d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                for name, picture in pictures.items():
+                    logger.log_image(name, [picture], step=step)

@@ -1,0 +1,141 @@
+"""The two commands: train a prior, and evaluate one."""
+
+__all__ = ["evaluate", "train"]
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab import noise_level, runs
+from diffusion_lab.callback import AtomicCheckpointIO
+from diffusion_lab.config import (
+    CONFIG_PATH,
+    check_eval,
+    check_sampler,
+    check_train,
+    register_resolvers,
+)
+from diffusion_lab.errors import ConfigError, RunError
+from diffusion_lab.instantiate import instantiate
+
+log = logging.getLogger(__name__)
+
+register_resolvers()
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices, tips, summaries
+for message in (
+    "Found .* in eval mode at the start of training",  # the averaged network: meant so
+    "The number of training batches",  # a run counts steps, not epochs
+    "Checkpoint directory .* exists and is not empty",  # a resumed run
+    ".*isinstance.treespec, LeafSpec",  # Lightning's own
+    ".*tensorboardX",
+):
+    warnings.filterwarnings("ignore", message)
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")
+def train(config: DictConfig) -> None:
+    """Trains a prior, or continues a run."""
+    if config.resume:
+        directory = Path(config.resume)
+        config = runs.resumed_config(directory, list(HydraConfig.get().overrides.task))
+    check_train(config)
+    directory = Path(config.paths.output_dir)
+    last = directory / "checkpoints" / "last.ckpt"
+    if not config.resume and last.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        raise RunError(
+            f"{directory} already holds a run; continue it with resume={directory}, "
+            "or choose another hydra.run.dir"
+        )
+
+    seed_everything(config.seed, workers=True, verbose=False)
+    step = 0
+    if config.resume:
+        step = runs.load_checkpoint(last)["global_step"]
+        if 0 <= config.trainer.max_steps <= step:
+            raise ConfigError(
+                f"resume={config.resume} has taken {step} steps already; set trainer.max_steps "
+                f"above that (now {config.trainer.max_steps})"
+            )
+    module = instantiate(
+        {
+            "_target_": "diffusion_lab.module.DiffusionModule",
+            **{key: config[key] for key in ("network", "schedule", "parameterization", "loss")},
+            "optimizer": config.optimizer,
+            "lr_schedule": config.lr_schedule,
+        },
+        "model",
+        run_config=OmegaConf.to_container(config, resolve=True),
+    )
+    data = instantiate(config.data, "data")
+    callbacks = [instantiate(node, f"callbacks.{k}") for k, node in config.callbacks.items()]
+    loggers = [instantiate(node, f"logger.{k}") for k, node in (config.logger or {}).items()]
+    for logger in loggers:
+        if hasattr(logger, "continue_from"):
+            logger.continue_from(step)
+    trainer = instantiate(
+        config.trainer,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(directory),
+    )
+    log.info("run directory: %s", directory)
+    trainer.fit(module, data, ckpt_path=last if config.resume else None)
+    if trainer.interrupted:
+        raise RunError(f"interrupted; continue with resume={directory}")
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        runs.finish(directory, step=trainer.global_step, metrics=metrics)
+        log.info("finished: %s", directory)
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")
+def evaluate(config: DictConfig) -> None:
+    """Evaluates a trained prior."""
+    check_eval(config)
+    run = runs.rebuild(config.ckpt or config.run or runs.newest_run())
+    schedule = run.denoiser.schedule
+    check_sampler(config, schedule.steps)
+    log.info("prior: %s, %d steps", run.checkpoint, run.step)
+    parts = {
+        "run": run,
+        "directory": Path(config.paths.output_dir),
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "sampler": instantiate(config.sampler, "sampler"),
+        "num_samples": config.num_samples,
+        "settings": OmegaConf.to_yaml(config, resolve=True),
+    }
+    if "num_images" in config:
+        values = {key: config[key] for key in noise_level.KEYS}
+        parts["level"] = noise_level.resolve(schedule, values)
+        log.info("noise: %s", parts["level"])
+        node = {**run.config["data"], "cache_dir": config.data.cache_dir}
+        if config.data.source is not None:
+            node["source"] = config.data.source
+        data = instantiate(node, "data")
+        data.setup("test")
+        if config.guidance is None:
+            raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
+        parts |= {
+            "data": data,
+            "guidance": instantiate(config.guidance, "guidance"),
+            "num_images": config.num_images,
+        }
+    task = instantiate(config.task, "task", **parts)
+    trainer = instantiate(config.trainer, "trainer", logger=False, callbacks=[])
+    torch.set_grad_enabled(False)
+    trainer.test(task, verbose=False)
+
+
+if __name__ == "__main__":
+    sys.exit("use train.py or eval.py")

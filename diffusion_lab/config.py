@@ -1,0 +1,216 @@
+r"""Finding and checking the configuration, before any data or weights are touched.
+
+Hydra refuses unknown keys and options by itself; here every value is held against its range, and
+keys against each other. An error names the key, the value, what is allowed and the way out.
+"""
+
+__all__ = ["CONFIG_PATH", "check_eval", "check_sampler", "check_train", "register_resolvers"]
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab import noise_level
+from diffusion_lab.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+# In a wheel the configuration lies inside the package, in a checkout beside it.
+CONFIG_PATH = str(next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()))
+
+Check = Callable[[Any], bool]
+
+
+def _number(kind: type, test: Check) -> Check:
+    kinds = (int,) if kind is int else (int, float)
+
+    def check(value: Any) -> bool:
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        return number and math.isfinite(value) and test(value)
+
+    return check
+
+
+COUNT = ("a whole number >= 1", _number(int, lambda v: v >= 1))
+COUNT_OR_0 = ("a whole number >= 0", _number(int, lambda v: v >= 0))
+POSITIVE = ("a number > 0", _number(float, lambda v: v > 0))
+DECAY = ("a number in [0, 1)", _number(float, lambda v: 0 <= v < 1))
+FLAG = ("true or false", lambda v: isinstance(v, bool))
+TEXT = ("a text", lambda v: isinstance(v, str) and v != "")
+
+
+def _null_or(rule: tuple[str, Check]) -> tuple[str, Check]:
+    return f"null or {rule[0]}", lambda v: v is None or rule[1](v)
+
+
+def _one_of(*options: Any) -> tuple[str, Check]:
+    return "one of " + ", ".join(map(str, options)), lambda v: v in options
+
+
+COMMON = {
+    "seed": COUNT_OR_0,
+    "trainer.devices": ("a whole number >= 1, or auto", lambda v: v == "auto" or COUNT[1](v)),
+    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "trainer.precision": _one_of("32-true", "bf16-mixed", "16-mixed"),
+    "sampler.steps": COUNT,
+    "sampler.clip": FLAG,
+    "sampler.eta": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
+    "sampler.variance": _one_of("small", "large"),
+}
+TRAIN = COMMON | {
+    "name": TEXT,
+    "resume": _null_or(TEXT),
+    "ema.decay": DECAY,
+    "checkpoint.every_n_steps": COUNT,
+    "samples.num_samples": COUNT,
+    "samples.every_n_steps": COUNT,
+    "trainer.max_steps": (
+        "a whole number >= 1, or -1 for no limit",
+        _number(int, lambda v: v >= 1 or v == -1),
+    ),
+    "trainer.accumulate_grad_batches": COUNT,
+    "trainer.gradient_clip_val": _null_or(POSITIVE),
+    "trainer.val_check_interval": COUNT,
+    "trainer.log_every_n_steps": COUNT,
+    "trainer.num_sanity_val_steps": COUNT_OR_0,
+    "data.source": TEXT,
+    "data.size": COUNT,
+    "data.batch_size": COUNT,
+    "data.split_seed": COUNT_OR_0,
+    "data.flip": FLAG,
+    "data.column": TEXT,
+    "data.splits.train": POSITIVE,
+    "data.splits.val": POSITIVE,
+    "data.splits.test": POSITIVE,
+    "network.channels": COUNT,
+    "network.blocks": COUNT,
+    "network.groups": COUNT,
+    "network.dropout": DECAY,
+    "schedule.steps": ("a whole number >= 2", _number(int, lambda v: v >= 2)),
+    "schedule.beta_min": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
+    "schedule.beta_max": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
+    "schedule.s": POSITIVE,
+    "schedule.tau": POSITIVE,
+    "optimizer.lr": POSITIVE,
+    "optimizer.weight_decay": ("a number >= 0", _number(float, lambda v: v >= 0)),
+    "lr_schedule.warmup": COUNT_OR_0,
+    "lr_schedule.final": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
+}
+EVAL = COMMON | {
+    "run": _null_or(TEXT),
+    "ckpt": _null_or(TEXT),
+    "batch_size": COUNT,
+    "num_images": COUNT,
+    "num_samples": COUNT,
+    "data.source": _null_or(TEXT),
+    "guidance.strength": ("a number >= 0", _number(float, lambda v: v >= 0)),
+    "guidance.start": _one_of("noise", "y"),
+}
+
+
+def _check_values(config: DictConfig, rules: dict[str, tuple[str, Check]]) -> None:
+    for key, (allowed, check) in rules.items():
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if node is None or name not in node:
+            continue  # another option of the group is in use
+        value = node[name]
+        if not check(value):
+            raise ConfigError(f"{key}={value} is not allowed; it is {allowed}")
+
+
+def check_sampler(config: DictConfig, steps: int) -> None:
+    """Checks the sampler against the number of steps of the schedule.
+
+    Raises:
+        ConfigError: If it takes more.
+    """
+    if config.sampler.steps > steps:
+        raise ConfigError(
+            f"sampler.steps={config.sampler.steps} is more than the {steps} steps of the "
+            f"schedule (schedule.steps); lower it to at most {steps}"
+        )
+
+
+def check_train(config: DictConfig) -> None:
+    """Checks the configuration of a training run.
+
+    Raises:
+        ConfigError: If a value is not allowed, or values do not go together.
+    """
+    _check_values(config, TRAIN)
+    check_sampler(config, config.schedule.get("steps", config.sampler.steps))
+    data, network = config.data, config.network
+    if "multipliers" in network:
+        multiple = 2 ** (len(network.multipliers) - 1)
+        if data.size % multiple:
+            raise ConfigError(
+                f"data.size={data.size} does not fit network.multipliers="
+                f"{list(network.multipliers)}: {len(network.multipliers)} levels need a multiple "
+                f"of {multiple}; change data.size, or choose another network="
+            )
+        widths = [network.channels * m for m in network.multipliers]
+        if any(width % network.groups for width in widths):
+            raise ConfigError(
+                f"network.groups={network.groups} does not divide the widths {widths} that "
+                "network.channels and network.multipliers make; choose a divisor of "
+                f"network.channels={network.channels}"
+            )
+    if data.source == "faces":
+        size, train = data.size, data.splits.train
+        if size & (size - 1) or not 8 <= size <= 1024:
+            raise ConfigError(
+                f"data.size={size} is not allowed for data.source=faces; it is a power of two "
+                "from 8 to 1024"
+            )
+        for split, count in data.splits.items():
+            if not COUNT[1](count):
+                raise ConfigError(
+                    f"data.splits.{split}={count} is not allowed for data.source=faces; it is a "
+                    "whole number of images"
+                )
+        devices = config.trainer.devices if config.trainer.devices != "auto" else 1
+        if data.batch_size * devices > train:
+            raise ConfigError(
+                f"data.batch_size={data.batch_size} on trainer.devices={devices} is more than "
+                f"data.splits.train={train} images; lower data.batch_size"
+            )
+    if config.schedule.get("beta_min", 0) >= config.schedule.get("beta_max", 1):
+        raise ConfigError(
+            f"schedule.beta_min={config.schedule.beta_min} must be below "
+            f"schedule.beta_max={config.schedule.beta_max}"
+        )
+
+
+def check_eval(config: DictConfig) -> None:
+    """Checks the configuration of an evaluation, as far as it goes without the run.
+
+    Raises:
+        ConfigError: If a value is not allowed, or the noise level is stated twice.
+    """
+    _check_values(config, EVAL)
+    if config.run is not None and config.ckpt is not None:
+        raise ConfigError(f"run={config.run} and ckpt={config.ckpt} exclude each other")
+    if "sigma_t" in config:
+        noise_level.chosen({key: config[key] for key in noise_level.KEYS})
+
+
+def _run_dir(resume: str | None, new: str) -> str:
+    # A resolver must not raise: main checks. Naming the new path for a directory that does not
+    # exist keeps Hydra from creating the misspelt one.
+    return resume if resume and Path(resume).is_dir() else new
+
+
+def _output_subdir(resume: str | None) -> str:
+    if not resume or not Path(resume).is_dir():
+        return ".hydra"
+    count = len(list(Path(resume).glob(".hydra/resumed-*")))
+    return f".hydra/resumed-{count + 1}"
+
+
+def register_resolvers() -> None:
+    """Registers the resolvers that name a run's directory; must precede `hydra.main`."""
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("output_subdir", _output_subdir, replace=True)

@@ -1,0 +1,95 @@
+r"""Denoisers: x_t, t -> E[x_0 | x_t]. What samplers and posterior methods speak to.
+
+A denoiser knows nothing of how its network was trained: the parameterization turns the output into
+E[x_0 | x_t], from which follow (Tweedie)
+
+    ε̂(x_t, t) = (x_t - α_t x̂) / σ_t,    ∇ log p(x_t) = -ε̂ / σ_t = (α_t x̂ - x_t) / σ_t².
+"""
+
+__all__ = ["Clipped", "Denoiser", "NetworkDenoiser", "broadcast"]
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.schedule import Schedule
+
+
+def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Gives a coefficient of shape () or (B,) x's type, device and number of dimensions."""
+    coefficient = coefficient.to(x)
+    return coefficient.reshape(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+
+
+class Denoiser(nn.Module, ABC):
+    """Estimates the clean image from a noisy one.
+
+    Arguments:
+        schedule: The schedule that α_t and σ_t are of.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns E[x_0 | x_t].
+
+        Arguments:
+            x_t: The noisy image, of shape (B, *).
+            t: Its time in (0, 1], of shape () or (B,).
+        """
+
+    def score(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns ∇ log p(x_t) = (α_t E[x_0 | x_t] - x_t) / σ_t², of shape (B, *)."""
+        alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
+        return (alpha_t * self(x_t, t) - x_t) / sigma_t**2
+
+
+class NetworkDenoiser(Denoiser):
+    """A network under the schedule and parameterization that it was trained with.
+
+    The network may run in reduced precision under autocast; x_t and the estimate stay as they are.
+
+    Arguments:
+        network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t.
+        schedule: Its schedule.
+        parameterization: What it predicts.
+    """
+
+    def __init__(
+        self, network: nn.Module, schedule: Schedule, parameterization: Epsilon
+    ) -> None:
+        super().__init__(schedule)
+        self.network = network
+        self.parameterization = parameterization
+
+    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns the network's prediction at x_t, in x_t's type."""
+        index = self.schedule.index(t).to(x_t.device, torch.float32).expand(len(x_t))
+        parameter = next(self.network.parameters(), x_t)
+        return self.network(x_t.to(parameter.dtype), index).to(x_t.dtype)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
+        return self.parameterization.denoised(self.output(x_t, t), x_t, alpha_t, sigma_t)
+
+
+class Clipped(Denoiser):
+    """Clips the estimate of another denoiser to the range of pixels.
+
+    Whatever a sampler derives from the estimate (ε̂, the score) is derived from the clipped one.
+
+    Arguments:
+        denoiser: The denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser.schedule)
+        self.denoiser = denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser(x_t, t).clamp(-1, 1)

@@ -1,0 +1,49 @@
+r"""The truncated reverse SDE: an exact posterior sampler for Gaussian noise on the whole image.
+
+The observation is a point of the forward process. With t* such that σ_{t*} / α_{t*} = σ_y,
+
+    α_{t*} y = α_{t*} x_0 + σ_{t*} n
+
+has the distribution of x_{t*} given x_0, so p(x_0 | y) = p(x_0 | x_{t*} = α_{t*} y): the reverse
+SDE, started from α_{t*} y at t* instead of from noise at 1, draws from it. Nothing is
+approximated but the score and the discretisation. A deterministic sampler would give a single
+point instead: the reverse ODE maps one y to one image.
+"""
+
+__all__ = ["Truncated"]
+
+import logging
+
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.guidance.base import Guidance, Observation
+from diffusion_lab.sampler.base import Callback, Generator, Sampler
+
+log = logging.getLogger(__name__)
+
+
+class Truncated(Guidance):
+    """Runs the sampler from the observation's own noise level."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        observation: Observation,
+        *,
+        generator: Generator = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        if not sampler.stochastic:
+            log.warning(
+                "%s without noise gives one image for each observation, not a posterior; "
+                "use sampler=euler_maruyama, sampler=ancestral, or an eta above 0",
+                type(sampler).__name__,
+            )
+        t = denoiser.schedule.t_from_ratio(observation.sigma_y)
+        alpha_t, _ = denoiser.schedule(t)
+        start = alpha_t.to(observation.y) * observation.y
+        return sampler(
+            denoiser, start, t_start=float(t), generator=generator, callback=callback
+        )

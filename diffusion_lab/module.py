@@ -1,0 +1,130 @@
+r"""The LightningModule: draw t and ε, predict, take the loss; and nothing else.
+
+    x_t = α_t x_0 + σ_t ε,    loss = E |target(x_0, ε, t) - network(x_t, t)|².
+
+t and ε of an image are drawn from the key that comes with it, a function of (seed, split, epoch,
+dataset index): the same whatever the batch size, the number of devices or a resume. In validation
+the times are spread evenly over the images, so that the loss per noise level has little variance.
+"""
+
+__all__ = ["DiffusionModule"]
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from diffusion_lab.denoiser import NetworkDenoiser, broadcast
+from diffusion_lab.loss import Simple
+from diffusion_lab.noise import KeyedGenerator
+from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.schedule import Schedule
+
+BINS = 10  # of t, for the validation loss per noise level
+GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly
+
+
+class DiffusionModule(LightningModule):
+    """Trains a network to denoise, and holds the moving average of its weights.
+
+    Arguments:
+        network: Maps (x_t, i), i DDPM's noise index, to a prediction of x_t's shape.
+        schedule: The noise schedule.
+        parameterization: What the network predicts.
+        loss: How t is drawn, and what an error weighs.
+        optimizer: Makes the optimizer from parameters.
+        lr_schedule: Makes the learning-rate schedule from an optimizer and the number of steps.
+        run_config: The run's configuration as plain containers; saved with every checkpoint.
+    """
+
+    FORMAT = 1  # of what this module adds to a checkpoint
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Epsilon,
+        loss: Simple,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        lr_schedule: Callable[[Optimizer, int], LRScheduler],
+        run_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.network_ema = copy.deepcopy(network).requires_grad_(False).eval()
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.loss = loss
+        self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
+        self.run_config = run_config or {}
+        self.val_loss = MeanMetric()
+        self.val_loss_ema = MeanMetric()
+        self.val_loss_bin = nn.ModuleList(MeanMetric() for _ in range(BINS))
+
+    def train(self, mode: bool = True) -> "DiffusionModule":
+        """Sets the training mode, which the averaged network never takes."""
+        super().train(mode)
+        self.network_ema.eval()
+        return self
+
+    def denoiser(self, ema: bool = True) -> NetworkDenoiser:
+        """Returns E[x_0 | x_t] by the averaged weights, or the raw ones."""
+        network = self.network_ema if ema else self.network
+        return NetworkDenoiser(network, self.schedule, self.parameterization)
+
+    def _losses(self, x_0: Tensor, t: Tensor, epsilon: Tensor, ema: bool) -> Tensor:
+        """The loss of each image, of shape (B,)."""
+        alpha_t, sigma_t = (broadcast(c, x_0) for c in self.schedule(t))
+        x_t = alpha_t * x_0 + sigma_t * epsilon
+        target = self.parameterization.target(x_0, epsilon, alpha_t, sigma_t)
+        return self.loss(self.denoiser(ema).output(x_t, t), target)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Returns the mean loss of a batch."""
+        x_0, generator = batch["x_0"], KeyedGenerator(batch["key"])
+        t = self.loss.sample_t(generator, self.schedule)
+        epsilon = generator.normal(*x_0.shape[1:])
+        loss = self._losses(x_0, t, epsilon, ema=False).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the validation losses of the raw and of the averaged weights."""
+        x_0, steps = batch["x_0"], self.schedule.steps
+        u = ((batch["index"] + 0.5) * GOLDEN) % 1.0
+        t = ((u.double() * steps).floor() + 1) / steps
+        epsilon = KeyedGenerator(batch["key"]).normal(*x_0.shape[1:])
+        losses = self._losses(x_0, t, epsilon, ema=True)
+        self.val_loss.update(self._losses(x_0, t, epsilon, ema=False))
+        self.val_loss_ema.update(losses)
+        for k, metric in enumerate(self.val_loss_bin):
+            inside = (t > k / BINS) & (t <= (k + 1) / BINS)
+            if inside.any():
+                metric.update(losses[inside])
+        self.log("val/loss", self.val_loss, batch_size=len(x_0))
+        self.log("val/loss_ema", self.val_loss_ema, batch_size=len(x_0), prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the averaged weights' loss per noise level, named by the bin's largest t."""
+        for k, metric in enumerate(self.val_loss_bin):
+            self.log(f"val/loss_bin/{(k + 1) / BINS:.1f}", metric.compute())
+            metric.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Makes the optimizer, and the learning-rate schedule that is stepped with it."""
+        optimizer = self.make_optimizer(self.network.parameters())
+        lr_schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": lr_schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration, so that a lone file can be rebuilt."""
+        checkpoint["diffusion_lab"] = {"format": self.FORMAT, "config": self.run_config}

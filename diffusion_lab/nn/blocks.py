@@ -1,0 +1,149 @@
+r"""The parts of the U-Net of Ho et al. (2020): residual block, attention, resampling, embedding.
+
+Initialisation is that of the original code: every weight is Xavier-uniform with zero bias, and the
+last layer of each residual branch is scaled down to almost nothing, so that a new network is the
+identity on each branch and its output starts at zero.
+
+Source:
+    Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
+"""
+
+__all__ = ["Attention", "Downsample", "ResidualBlock", "TimeEmbedding", "Upsample", "initialise"]
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+NEARLY_ZERO = 1e-10  # the original's variance scale for last layers; 0 would also do
+
+
+def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Draws w ~ U(-a, a) with a = √(6 scale / (fan_in + fan_out)), sets b = 0, returns the layer.
+
+    Arguments:
+        layer: A convolution or linear layer.
+        scale: The variance scale; 1 is Xavier's.
+    """
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    r"""Embeds the noise index i as sinusoids, followed by two linear layers.
+
+    [sin(i w_k), cos(i w_k)], w_k = 10000^(-k / (K - 1)), k = 0, ..., K - 1, with K = channels / 2.
+
+    Arguments:
+        channels: Number of sinusoids, 2K.
+        features: Width of both linear layers.
+    """
+
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = initialise(nn.Linear(channels, features))
+        self.linear_2 = initialise(nn.Linear(features, features))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Maps the index i, of shape (B,), to features of shape (B, features)."""
+        half = self.channels // 2
+        k = torch.arange(half, dtype=torch.float32, device=index.device)
+        angle = index.float()[:, None] * torch.exp(-math.log(10000) / (half - 1) * k)
+        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=1)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice; the time embedding is added in between.
+
+    Arguments:
+        in_channels: Channels of the input; a 1x1 convolution carries the skip if they change.
+        out_channels: Channels of the output.
+        features: Width of the time embedding.
+        groups: Groups of the norms; divides both channel numbers.
+        dropout: Probability of dropping an activation before the second convolution.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, features: int, groups: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv_1 = initialise(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.time = initialise(nn.Linear(features, out_channels))
+        self.norm_2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = initialise(nn.Conv2d(out_channels, out_channels, 3, padding=1), NEARLY_ZERO)
+        self.skip = (
+            nn.Identity()
+            if in_channels == out_channels
+            else initialise(nn.Conv2d(in_channels, out_channels, 1))
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Maps x (B, C, H, W) and SiLU of the embedding (B, features) to (B, C', H, W)."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.time(embedding)[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels with a single head, softmax(q kᵀ / √C) v, and a skip.
+
+    Arguments:
+        channels: Channels C of input and output.
+        groups: Groups of the norm.
+    """
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.query = initialise(nn.Linear(channels, channels))
+        self.key = initialise(nn.Linear(channels, channels))
+        self.value = initialise(nn.Linear(channels, channels))
+        self.out = initialise(nn.Linear(channels, channels), NEARLY_ZERO)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, H, W) to the same shape."""
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h))
+        return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided 3x3 convolution, padded on the right and bottom only.
+
+    The padding is TensorFlow's SAME for an even size, and what pretrained weights expect.
+
+    Arguments:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = initialise(nn.Conv2d(channels, channels, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, H, W) to (B, C, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
+
+    Arguments:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = initialise(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (B, C, H, W) to (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,151 @@
+r"""The U-Net of Ho et al. (2020), with any width, number of levels and place of attention.
+
+Each level of the way down has `blocks` residual blocks, each level of the way up one more. Every
+activation of the way down (the first convolution, each block, each downsampling) is kept and
+concatenated to the input of one block of the way up. With the defaults this is the network of the
+paper's CelebA-HQ-256 experiments, of 113,673,219 parameters.
+
+Source:
+    Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
+"""
+
+__all__ = ["UNet"]
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_lab.nn.blocks import (
+    NEARLY_ZERO,
+    NORM_EPS,
+    Attention,
+    Downsample,
+    ResidualBlock,
+    TimeEmbedding,
+    Upsample,
+    initialise,
+)
+
+
+class UNet(nn.Module):
+    r"""Predicts an image from a noisy image x and the noise index i: unet(x, i).
+
+    Arguments:
+        channels: Width of the first level; the time embedding is four times as wide.
+        multipliers: Width of each level as a multiple of `channels`, finest level first.
+        blocks: Residual blocks per level on the way down.
+        attention_levels: Levels (0 is the finest) whose blocks are followed by attention. The
+            middle always has attention.
+        groups: Groups of the group norms; divides every width.
+        dropout: Dropout probability, in [0, 1).
+        image_channels: Channels of input and output.
+
+    Raises:
+        ValueError: If a width is not a multiple of `groups`, or a level does not exist.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4, 4),
+        blocks: int = 2,
+        attention_levels: Sequence[int] = (4,),
+        groups: int = 32,
+        dropout: float = 0.0,
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        if any(width % groups for width in widths):
+            raise ValueError(
+                f"groups={groups} does not divide the widths {widths}; "
+                f"choose a divisor of channels={channels}"
+            )
+        if not all(0 <= level < len(widths) for level in attention_levels):
+            raise ValueError(
+                f"attention_levels={list(attention_levels)} names a level that does not exist; "
+                f"multipliers={list(multipliers)} make levels 0 to {len(widths) - 1}"
+            )
+        features = 4 * channels
+        self.image_channels = image_channels
+        self.downsampling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
+        self.time_embedding = TimeEmbedding(channels, features)
+        self.conv_in = initialise(nn.Conv2d(image_channels, channels, 3, padding=1))
+
+        def block(in_channels: int, out_channels: int) -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, features, groups, dropout)
+
+        def attention(level: int) -> nn.Module:
+            return Attention(widths[level], groups) if level in attention_levels else nn.Identity()
+
+        self.down = nn.ModuleList()
+        width, skips = channels, [channels]
+        for level, out in enumerate(widths):
+            last = level == len(widths) - 1
+            stage = nn.Module()
+            stage.block = nn.ModuleList(block(width if j == 0 else out, out) for j in range(blocks))
+            stage.attention = nn.ModuleList(attention(level) for _ in range(blocks))
+            stage.resample = nn.Identity() if last else Downsample(out)
+            self.down.append(stage)
+            skips += [out] * (blocks if last else blocks + 1)
+            width = out
+
+        self.mid = nn.Module()
+        self.mid.block_1 = block(width, width)
+        self.mid.attention = Attention(width, groups)
+        self.mid.block_2 = block(width, width)
+
+        self.up = nn.ModuleList()  # coarsest level first: the order of use
+        for level, out in reversed(list(enumerate(widths))):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stage.block.append(block(width + skips.pop(), out))
+                width = out
+            stage.attention = nn.ModuleList(attention(level) for _ in range(blocks + 1))
+            stage.resample = nn.Identity() if level == 0 else Upsample(out)
+            self.up.append(stage)
+
+        self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.conv_out = initialise(nn.Conv2d(width, image_channels, 3, padding=1), NEARLY_ZERO)
+
+    def forward(self, x: Tensor, index: Tensor | float) -> Tensor:
+        """Predicts an image.
+
+        Arguments:
+            x: The noisy image x_t, of shape (B, C, H, W).
+            index: DDPM's noise index i = tT - 1, integer or fractional, of shape () or (B,).
+
+        Raises:
+            ValueError: If H or W is not a multiple of 2^(levels - 1).
+        """
+        if x.shape[-2] % self.downsampling or x.shape[-1] % self.downsampling:
+            raise ValueError(
+                f"an image of {x.shape[-2]}x{x.shape[-1]} pixels does not fit a U-Net of "
+                f"{len(self.down)} levels: height and width must be multiples of "
+                f"{self.downsampling}"
+            )
+        index = torch.as_tensor(index, device=x.device).expand(x.shape[0])
+        embedding = F.silu(self.time_embedding(index))
+
+        h = self.conv_in(x)
+        skips = [h]
+        for level, stage in enumerate(self.down):
+            for block, attention in zip(stage.block, stage.attention, strict=True):
+                h = attention(block(h, embedding))
+                skips.append(h)
+            if level < len(self.down) - 1:
+                h = stage.resample(h)
+                skips.append(h)
+
+        h = self.mid.block_1(h, embedding)
+        h = self.mid.block_2(self.mid.attention(h), embedding)
+
+        for stage in self.up:
+            for block, attention in zip(stage.block, stage.attention, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), embedding))
+            h = stage.resample(h)
+
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,121 @@
+r"""Random numbers that are a pure function of their keys.
+
+A `torch.Generator` hands out numbers in the order in which they are asked for, so what an image
+gets depends on its place in the batch, on the rank and on how often the program was restarted.
+Here every image owns a stream of its own, named by a key such as (seed, "train", epoch, index):
+the draws are the same for any batch size, any number of devices and after any resume.
+
+The stream is counter based. With the finaliser m of SplitMix64 and its increment G = 2⁶⁴/φ,
+
+    number j of draw c under key k = m(m(k + c G) + j G),
+
+64 bits that become one uniform number or, by Box-Muller, two normal ones. It needs no state on the
+device, no loop over the batch and no host synchronisation.
+
+Sources:
+    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (counter-based streams).
+"""
+
+__all__ = ["KeyedGenerator", "make_key", "normal_like"]
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+
+def _wrap(x: int) -> int:
+    """The signed 64-bit number that is x modulo 2⁶⁴."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+INCREMENT = _wrap(0x9E3779B97F4A7C15)  # G
+MULTIPLIER_1 = _wrap(0xBF58476D1CE4E5B9)
+MULTIPLIER_2 = _wrap(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's own shift of int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64 bits; int64 products wrap around."""
+    x = (x ^ _shift(x, 30)) * MULTIPLIER_1
+    x = (x ^ _shift(x, 27)) * MULTIPLIER_2
+    return x ^ _shift(x, 31)
+
+
+def make_key(*parts: int | str | Tensor) -> Tensor:
+    """Returns the 64-bit key of a tuple of names and numbers.
+
+    Arguments:
+        parts: What names the stream, for example `seed, "train", epoch, index`. Tensors are of
+            integers and broadcast against each other, so that one call gives a batch of keys.
+
+    Returns:
+        The key, int64, with the broadcast shape of the parts.
+    """
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        if isinstance(part, str):
+            digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
+            part = int.from_bytes(digest, "little", signed=True)
+        if isinstance(part, int):
+            part = torch.tensor(_wrap(part), dtype=torch.int64)
+        key = _mix(_mix(key.to(part.device) + INCREMENT) ^ part.to(torch.int64))
+    return key
+
+
+class KeyedGenerator:
+    """One stream of random numbers for each element of a batch.
+
+    Successive calls continue the streams; a new generator with the same keys repeats them.
+
+    Arguments:
+        key: The keys k, int64, of shape (B,); see `make_key`. Their device is that of the draws.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        self.key = key
+        self.draws = 0
+
+    def _bits(self, count: int) -> Tensor:
+        """The next `count` 64-bit numbers of every stream, of shape (B, count)."""
+        start = _mix(self.key + _wrap(self.draws * INCREMENT))
+        self.draws += 1
+        counter = torch.arange(1, count + 1, device=self.key.device) * INCREMENT
+        return _mix(start[:, None] + counter)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draws u ~ U[0, 1), of shape (B, *shape); 24 bits of resolution, 53 in float64."""
+        bits = 53 if dtype == torch.float64 else 24
+        u = _shift(self._bits(math.prod(shape)), 64 - bits).to(dtype) * 2.0**-bits
+        return u.reshape(-1, *shape)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draws z ~ N(0, 1), of shape (B, *shape), by Box-Muller from 2 x 32 bits."""
+        count = math.prod(shape)
+        bits = self._bits((count + 1) // 2)
+        u = (_shift(bits, 32) + 1).to(dtype) * 2.0**-32  # in (0, 1]: its logarithm is finite
+        angle = (bits & 0xFFFFFFFF).to(dtype) * (2.0**-32 * 2 * math.pi)
+        radius = torch.sqrt(-2 * torch.log(u))
+        z = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+        return z[:, :count].reshape(-1, *shape)
+
+
+def normal_like(x: Tensor, generator: KeyedGenerator | torch.Generator | None = None) -> Tensor:
+    """Draws z ~ N(0, I) with the shape, type and device of x.
+
+    Arguments:
+        x: A batch, of shape (B, *).
+        generator: Keyed streams (one an element of the batch), a generator of torch's, or None for
+            torch's global one.
+    """
+    if isinstance(generator, KeyedGenerator):
+        return generator.normal(*x.shape[1:], dtype=x.dtype).to(x.device)
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

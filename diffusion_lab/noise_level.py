@@ -1,0 +1,107 @@
+r"""One noise level, four ways to state it.
+
+A noisy image is y = x_0 + σ_y n, or up to a factor x_t = α_t x_0 + σ_t n with α_t² + σ_t² = 1:
+
+    σ_y = σ_t / α_t = σ_t / √(1 - σ_t²),    SNR = 20 log10(1 / σ_y) dB,
+
+and t is where the run's own schedule has this ratio. t = 0.5 is hardly any image on a linear
+schedule (σ_t = 0.96) and half of one on a cosine schedule (0.71): read the four together.
+"""
+
+__all__ = ["KEYS", "NoiseLevel", "resolve"]
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.schedule import Schedule
+
+KEYS = ("sigma_t", "t", "sigma_y", "snr_db")
+DEFAULT = ("sigma_t", 0.5)
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A noise level under a schedule.
+
+    Attributes:
+        sigma_t: Standard deviation σ_t of the variance-preserving form.
+        t: The schedule's time.
+        sigma_y: Standard deviation σ_y of the noise added to x_0 in [-1, 1].
+        snr_db: Signal-to-noise ratio 20 log10(α/σ), in dB.
+    """
+
+    sigma_t: float
+    t: float
+    sigma_y: float
+    snr_db: float
+
+    def __str__(self) -> str:
+        return (
+            f"sigma_t = {self.sigma_t:.4g}, t = {self.t:.4g}, sigma_y = {self.sigma_y:.4g}, "
+            f"snr_db = {self.snr_db:.4g}"
+        )
+
+
+def chosen(values: dict[str, float | None]) -> tuple[str, float]:
+    """Returns the one key that is given and its value, or the default.
+
+    Raises:
+        ConfigError: If more than one is given, or a value is no number or out of its range.
+    """
+    given = {key: values[key] for key in KEYS if values.get(key) is not None}
+    if len(given) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{k}={v}' for k, v in given.items())} both state the noise level; "
+            "give only one of them"
+        )
+    key, value = next(iter(given.items()), DEFAULT)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not a number; write for example {key}=0.5")
+    ranges = {
+        "sigma_t": ("in (0, 1)", 0 < value < 1),
+        "t": ("in (0, 1]", 0 < value <= 1),
+        "sigma_y": ("above 0", value > 0),
+        "snr_db": ("any number", True),
+    }
+    text, allowed = ranges[key]
+    if not allowed:
+        raise ConfigError(f"{key}={value} is not allowed; it is {text}")
+    return key, float(value)
+
+
+def resolve(schedule: Schedule, values: dict[str, float | None]) -> NoiseLevel:
+    """Finds the other three.
+
+    Arguments:
+        schedule: The schedule of the run.
+        values: At most one of sigma_t, t, sigma_y and snr_db that is not None.
+
+    Raises:
+        ConfigError: If the level is stated wrongly, or lies outside what the schedule covers.
+    """
+    key, value = chosen(values)
+    if key == "t":
+        sigma_y = float(schedule.ratio(torch.tensor(value, dtype=torch.float64)))
+    elif key == "sigma_t":
+        sigma_y = value / math.sqrt(1 - value**2)
+    elif key == "sigma_y":
+        sigma_y = value
+    else:
+        sigma_y = 10 ** (-value / 20)
+    ends = torch.tensor([1 / schedule.steps, 1.0], dtype=torch.float64)
+    low, high = schedule.ratio(ends).tolist()
+    if not low <= sigma_y <= high:
+        raise ConfigError(
+            f"{key}={value} means sigma_y={sigma_y:.4g}, outside the run's schedule "
+            f"({type(schedule).__name__}), whose noise levels reach from sigma_y={low:.4g} to "
+            f"{high:.4g}"
+        )
+    return NoiseLevel(
+        sigma_t=sigma_y / math.sqrt(1 + sigma_y**2),
+        t=float(schedule.t_from_ratio(sigma_y)),
+        sigma_y=sigma_y,
+        snr_db=-20 * math.log10(sigma_y),
+    )

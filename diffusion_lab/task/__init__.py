@@ -1,0 +1,7 @@
+"""Evaluations of a trained prior. One file a task."""
+
+__all__ = ["Denoise", "Generate", "Task"]
+
+from diffusion_lab.task.base import Task
+from diffusion_lab.task.denoise import Denoise
+from diffusion_lab.task.generate import Generate

@@ -1,0 +1,71 @@
+"""Samples of the prior: a picture of them all, and the images themselves."""
+
+__all__ = ["Generate"]
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.sampler import Sampler
+from diffusion_lab.task.base import Task
+from diffusion_lab.tracking.grid import image_grid, save_png, to_uint8
+from diffusion_lab.tracking.report import Picture, write_report
+from diffusion_lab.task.facts import run_sections
+
+log = logging.getLogger(__name__)
+
+SHOWN = 256  # images of the picture at most
+
+
+class Generate(Task):
+    """Draws images from the prior.
+
+    Arguments:
+        sampler: Solves the reverse process.
+        num_samples: The number of images.
+        settings: The evaluation's configuration, for the report.
+        task: See `Task`.
+    """
+
+    def __init__(
+        self, *, sampler: Sampler, num_samples: int, settings: str, **task: Any
+    ) -> None:
+        super().__init__(**task)
+        self.sampler, self.num_samples, self.settings = sampler, num_samples, settings
+
+    @property
+    def count(self) -> int:
+        return self.num_samples
+
+    def compute(self, index: Tensor) -> list[dict[str, Any]]:
+        size, channels = self.run.config["data"]["size"], self.run.config["network"]["image_channels"]
+        generator = KeyedGenerator(make_key(self.seed, "generate", index))
+        start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
+        images = self.sampler(self.denoiser, start, generator=generator)
+        return [{"image": image} for image in to_uint8(images).cpu()]
+
+    def finish(self, results: list[dict[str, Any]]) -> None:
+        images = torch.stack([result["image"] for result in results])
+        np.save(self.directory / "samples.npy", images.permute(0, 2, 3, 1).numpy())
+        shown = images[:SHOWN].float() / 127.5 - 1
+        path = self.directory / "samples" / "grid.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png(image_grid(shown, math.ceil(math.sqrt(len(shown)))), path)
+        name = type(self.sampler).__name__
+        report = write_report(
+            self.directory / "report.html",
+            "Samples of the prior",
+            f"{len(images)} images drawn from noise by {name} in {self.sampler.steps} steps.",
+            [
+                Picture("Samples", f"The first {len(shown)} of {len(images)} images.", path),
+                *run_sections(self.run, {"Sampler": name, "Steps": str(self.sampler.steps)},
+                              self.settings),
+            ],
+        )
+        log.info("samples: %s", self.directory / "samples.npy")
+        log.info("report: %s", report)
