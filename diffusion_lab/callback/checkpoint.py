@@ -72,7 +72,10 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self.saved_step:
+        # The last step is saved here and not after it: then Lightning counts the epoch as over,
+        # and a run that goes on from there would skip the rest of the epoch.
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps
+        if due and step != self.saved_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:

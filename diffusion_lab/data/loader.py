@@ -52,6 +52,7 @@ class Loader:
         self.seed, self.rank, self.world = seed, rank, world
         self.shuffle, self.epoch = shuffle, epoch
         self._position = {"epoch": -1, "consumed": 0}
+        self._resume: dict[str, int] | None = None  # where the next pass starts, if not at 0
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch on this rank."""
@@ -72,8 +73,8 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: nothing is decided before the first `next`, when the epoch is known.
         epoch = self.epoch()
-        resumed = self._position["epoch"] == epoch
-        consumed = self._position["consumed"] if resumed else 0
+        resume, self._resume = self._resume, None
+        consumed = resume["consumed"] if resume and resume["epoch"] == epoch else 0
         order = self.order(epoch)
         step = self.batch_size * self.world
         end = len(order) // step * step if self.shuffle else len(order)
@@ -109,3 +110,4 @@ class Loader:
                     f"these have {mine}; resume with the same data"
                 )
         self._position = {"epoch": state["epoch"], "consumed": state["consumed"]}
+        self._resume = self._position

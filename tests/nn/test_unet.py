@@ -1,0 +1,242 @@
+"""The U-Net is the published one: its size, its start at zero, and diffusers' output to rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from diffusion_lab.nn import UNet
+from diffusion_lab.nn.blocks import Downsample, TimeEmbedding, Upsample, initialise
+
+SMALL = {"channels": 32, "multipliers": (1, 2), "groups": 8, "attention_levels": (1,)}
+DEEP = {"channels": 16, "multipliers": (1, 2, 3), "groups": 8, "attention_levels": (0, 2)}
+
+
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter a value that matters: a new network's branches are all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(offset + scale * noise)
+    return network.eval()
+
+
+def images(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether the largest error is small against the largest value."""
+    return float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def diffusers_names(network: UNet) -> dict[str, str]:
+    """Names of our modules and those of the same modules in diffusers' `UNet2DModel`."""
+    block = {
+        "norm_1": "norm1",
+        "conv_1": "conv1",
+        "time": "time_emb_proj",
+        "norm_2": "norm2",
+        "conv_2": "conv2",
+        "skip": "conv_shortcut",
+    }
+    attention = {
+        "norm": "group_norm",
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "out": "to_out.0",
+    }
+    blocks = {"mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1"}
+    attentions = {"mid.attention": "mid_block.attentions.0"}
+    names = {
+        "time_embedding.linear_1": "time_embedding.linear_1",
+        "time_embedding.linear_2": "time_embedding.linear_2",
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+    }
+    for way, resample in (("down", "downsamplers"), ("up", "upsamplers")):
+        for i, stage in enumerate(getattr(network, way)):
+            names[f"{way}.{i}.resample.conv"] = f"{way}_blocks.{i}.{resample}.0.conv"
+            for j in range(len(stage.block)):
+                blocks[f"{way}.{i}.block.{j}"] = f"{way}_blocks.{i}.resnets.{j}"
+                attentions[f"{way}.{i}.attention.{j}"] = f"{way}_blocks.{i}.attentions.{j}"
+    for ours, theirs in blocks.items():
+        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in block.items()}
+    for ours, theirs in attentions.items():
+        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in attention.items()}
+    return names
+
+
+def in_diffusers(network: UNet, channels: int, multipliers: tuple, groups: int, levels: tuple):
+    """Ho et al.'s settings (those of google/ddpm-celebahq-256) with our weights."""
+    attention = [level in levels for level in range(len(multipliers))]
+    reference = UNet2DModel(
+        block_out_channels=[channels * m for m in multipliers],
+        layers_per_block=2,
+        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
+        norm_num_groups=groups,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        attention_head_dim=None,
+    )
+    names = diffusers_names(network)
+    state = {}
+    for name, value in network.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        state[f"{names[module]}.{kind}"] = value
+    reference.load_state_dict(state)  # strict: no parameter is left over on either side
+    return reference.eval()
+
+
+@pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
+@torch.no_grad()
+def test_the_output_is_that_of_diffusers(config: dict) -> None:
+    network = randomise(UNet(**config))
+    reference = in_diffusers(
+        network,
+        config["channels"],
+        config["multipliers"],
+        config["groups"],
+        config["attention_levels"],
+    )
+    x = images(4, 3, 16, 24)
+    for index in (
+        torch.tensor([0, 1, 499, 999]),
+        torch.tensor([0.0, 0.25, 164.73, 998.5]),
+        torch.tensor(321),
+    ):
+        expected = reference(x, index).sample
+        assert close(network(x, index), expected)
+    assert not close(network(x, torch.tensor(321)), network(x, torch.tensor(322)), 1e-4)
+
+
+def test_the_default_is_the_network_of_the_paper() -> None:
+    with torch.device("meta"):
+        network = UNet()
+    assert sum(p.numel() for p in network.parameters()) == 113_673_219
+    assert len(list(network.parameters())) == 450
+    assert network.downsampling == 32
+
+
+@torch.no_grad()
+def test_a_new_network_says_zero_and_each_branch_is_the_identity() -> None:
+    torch.manual_seed(0)
+    network = UNet(**SMALL)
+    x = images(2, 3, 16, 16)
+    assert float(network(x, 500).abs().max()) < 1e-4
+    h = images(2, 64, 8, 8)
+    embedding = images(2, 128)
+    for branch in (network.mid.attention, lambda h: network.mid.block_1(h, embedding)):
+        torch.testing.assert_close(branch(h), h, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_initialisation_is_fan_average_uniform() -> None:
+    torch.manual_seed(0)
+    layer = initialise(nn.Conv2d(40, 60, 3), scale=0.5)
+    bound = (6 * 0.5 / (9 * (40 + 60))) ** 0.5
+    assert bound * 0.999 < float(layer.weight.abs().max()) <= bound
+    assert float(layer.weight.var()) == pytest.approx(bound**2 / 3, rel=0.02)  # a uniform's
+    assert not layer.bias.any()
+
+
+@torch.no_grad()
+def test_downsampling_pads_on_the_right_and_bottom() -> None:
+    """With a kernel that picks one corner: pixel (2i + a, 2j + b), and zero beyond the edge."""
+    x = images(1, 1, 6, 8)
+    down = Downsample(1)
+    for a in range(3):
+        for b in range(3):
+            down.conv.weight.zero_()
+            down.conv.weight[0, 0, a, b] = 1
+            padded = F.pad(x, (0, 2, 0, 2))
+            assert torch.equal(down(x), padded[:, :, a : a + 6 : 2, b : b + 8 : 2])
+
+
+@torch.no_grad()
+def test_upsampling_repeats_pixels() -> None:
+    up = Upsample(1)
+    up.conv.weight.zero_()
+    up.conv.weight[0, 0, 1, 1] = 1
+    x = images(1, 1, 3, 4)
+    assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@torch.no_grad()
+def test_the_embedding_of_an_index() -> None:
+    """[sin, cos] of i · 10000^(-k / (K - 1)): the lowest frequency is 1e-4 exactly."""
+    embedding = TimeEmbedding(8, 8)
+    for layer in (embedding.linear_1, embedding.linear_2):
+        layer.weight.copy_(torch.eye(8))
+    index = torch.tensor([0.0, 7.25, 999.0])
+    angle = index[:, None].double() * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 3)
+    expected = F.silu(torch.cat([angle.sin(), angle.cos()], 1)).float()
+    torch.testing.assert_close(embedding(index), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_form_of_the_index_agrees() -> None:
+    network = randomise(UNet(**SMALL))
+    x = images(3, 3, 8, 8)
+    expected = network(x, torch.full((3,), 17.0))
+    forms = (17, 17.0, torch.tensor(17), torch.tensor(17.0), torch.full((3,), 17))
+    for index in (*forms, torch.tensor([17.0], dtype=torch.float64)):
+        assert torch.equal(network(x, index), expected)
+    varied = network(x, torch.tensor([17, 400, 17]))
+    assert not close(varied[1], expected[1], 1e-3) and close(varied[2], expected[2])
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch_or_memory_layout() -> None:
+    network = randomise(UNet(**SMALL))
+    x, index = images(5, 3, 16, 16), torch.tensor([3.0, 900.0, 40.5, 77.0, 500.0])
+    whole = network(x, index)
+    for k in (0, 3):
+        assert close(network(x[k : k + 1], index[k : k + 1]), whole[k : k + 1])
+    last = network.to(memory_format=torch.channels_last)
+    assert close(last(x.contiguous(memory_format=torch.channels_last), index), whole)
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only() -> None:
+    network = randomise(UNet(**SMALL, dropout=0.5))
+    x = images(1, 3, 8, 8)
+    plain = randomise(UNet(**SMALL))
+    assert torch.equal(network(x, 5), plain(x, 5))
+    torch.manual_seed(0)
+    assert not close(network.train()(x, 5), plain(x, 5), 1e-2)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"channels": 20}, r"groups=8 does not divide the widths \[20, 40\].*channels=20"),
+        ({"attention_levels": (2,)}, r"attention_levels=\[2\].*levels 0 to 1"),
+        ({"attention_levels": (-1,)}, r"attention_levels=\[-1\]"),
+    ],
+)
+def test_bad_settings_are_named(change: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        UNet(**(SMALL | change))
+
+
+@pytest.mark.parametrize("height, width", [(16, 15), (15, 16)])
+def test_an_image_that_does_not_fit_is_refused(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"{height}x{width} pixels.*multiples of 2"):
+        UNet(**SMALL)(torch.zeros(1, 3, height, width), 0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_full_network_runs_at_256_pixels() -> None:
+    torch.manual_seed(0)
+    network = UNet()
+    assert float(network(images(1, 3, 256, 256), 999).abs().max()) < 1e-3

@@ -1,0 +1,78 @@
+"""One noise level, four ways to state it, and every wrong way refused with its key and value."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.noise_level import KEYS, NoiseLevel, chosen, resolve
+from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Sigmoid()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("key", KEYS)
+def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
+    level = resolve(schedule, {"sigma_t": 0.3})
+    again = resolve(schedule, {key: getattr(level, key), **dict.fromkeys(set(KEYS) - {key})})
+    for name in KEYS:
+        assert getattr(again, name) == pytest.approx(getattr(level, name), rel=1e-9), name
+    alpha_t, sigma_t = schedule(torch.tensor(level.t, dtype=torch.float64))
+    assert float(sigma_t) == pytest.approx(0.3, rel=1e-9)
+    assert level.sigma_y == pytest.approx(float(sigma_t / alpha_t), rel=1e-9)
+    assert level.snr_db == pytest.approx(20 * math.log10(alpha_t / sigma_t), rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [{"sigma_t": 0.5}, {}, {"sigma_t": None, "t": None}])
+def test_the_default_level_on_the_linear_schedule(values: dict[str, Any]) -> None:
+    level = resolve(Linear(), values)
+    assert level.sigma_t == pytest.approx(0.5, rel=1e-12)
+    assert level.sigma_y == pytest.approx(0.57735, abs=5e-6)
+    assert level.snr_db == pytest.approx(4.771, abs=5e-4)
+    assert 165 / 1000 < level.t < 166 / 1000  # between DDPM's indices 164 and 165
+
+
+def test_half_the_time_is_not_half_the_noise() -> None:
+    assert resolve(Linear(), {"t": 0.5}).sigma_t == pytest.approx(0.96, abs=0.005)
+    assert resolve(Linear(), {"t": 0.5}).sigma_y == pytest.approx(3.4, abs=0.05)
+    assert resolve(Cosine(), {"t": 0.5}).sigma_t == pytest.approx(0.71, abs=0.005)
+
+
+def test_both_ends_of_the_schedule_are_allowed() -> None:
+    assert resolve(Linear(), {"t": 1}).t == 1.0
+    assert resolve(Linear(), {"t": 0.001}).sigma_t == pytest.approx(0.01, rel=1e-9)  # √β_0
+    assert resolve(Linear(), {"snr_db": 0}).sigma_y == 1.0
+
+
+@pytest.mark.parametrize("other", ["t", "sigma_y", "snr_db"])
+def test_two_statements_exclude_each_other(other: str) -> None:
+    with pytest.raises(ConfigError, match=f"sigma_t=0.5 and {other}=0.25 both state"):
+        chosen({"sigma_t": 0.5, other: 0.25})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *[(key, value) for key in KEYS for value in (math.nan, math.inf, "abc", "0.5", True, [])],
+        *[("sigma_t", value) for value in (0, 0.0, 1, 1.0, -1, 1.5, 1e-9, 0.9999999, 1 - 1e-16)],
+        *[("t", value) for value in (0, -1, 1.0001, 2, 1e-9, 0.0009)],
+        *[("sigma_y", value) for value in (0, -1, 0.0099, 157.5, 1e300)],
+        *[("snr_db", value) for value in (41, -44, 1e5, -1e5)],
+    ],
+)
+def test_a_bad_value_is_named_with_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{key}={value} ")):
+        resolve(Linear(), {key: value})
+
+
+def test_outside_the_schedule_the_message_gives_the_range() -> None:
+    with pytest.raises(ConfigError, match=r"sigma_y=200.*Linear.*sigma_y=0\.01 to 157\.4"):
+        resolve(Linear(), {"sigma_y": 200})
+    assert resolve(Cosine(), {"sigma_y": 200}).sigma_y == 200  # another schedule reaches further
+
+
+def test_a_level_prints_all_four() -> None:
+    level = NoiseLevel(sigma_t=0.5, t=0.16512, sigma_y=0.577350, snr_db=4.7712)
+    assert str(level) == "sigma_t = 0.5, t = 0.1651, sigma_y = 0.5774, snr_db = 4.771"
