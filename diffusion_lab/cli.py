@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -133,7 +132,6 @@ def evaluate(config: DictConfig) -> None:
         }
     task = instantiate(config.task, "task", **parts)
     trainer = instantiate(config.trainer, "trainer", logger=False, callbacks=[])
-    torch.set_grad_enabled(False)
     trainer.test(task, verbose=False)
 
 

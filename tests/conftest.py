@@ -1,6 +1,80 @@
-"""Settings of all tests; its place also makes the helpers beside it (`gaussian`) importable."""
+"""Settings of all tests, and the commands as fixtures.
 
+Its place also makes the helpers beside it (`gaussian`) importable.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 import torch
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from diffusion_lab import cli
 
 # Tensors are tiny here: threads that wait for each other on a busy machine cost up to 50 x.
 torch.set_num_threads(1)
+
+TINY = [  # a training that takes a second
+    "network=unet_tiny",
+    "data.size=8",
+    "data.splits={train: 64, val: 16, test: 16}",
+    "data.batch_size=8",
+    "samples.num_samples=4",
+    "sampler.steps=2",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "lr_schedule.warmup=0",
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    text: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
+    """Runs train.py or eval.py in this process, in an empty directory: lab("train", "seed=1").
+
+    As a process of its own each command would spend five seconds on imports.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+
+    def run(command: str, *overrides: str) -> Result:
+        function = {"train": cli.train, "eval": cli.evaluate}[command]
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *overrides])
+        code = 0
+        try:
+            function()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Result(code, out + err)
+
+    return run
+
+
+@pytest.fixture
+def tiny(lab: Command) -> Callable[..., Result]:
+    """Trains a tiny run, or resumes one: tiny("trainer.max_steps=3", "hydra.run.dir=a")."""
+
+    def run(*overrides: str) -> Result:
+        resumed = any(text.startswith("resume=") for text in overrides)
+        return lab("train", *([] if resumed else TINY), *overrides)
+
+    return run

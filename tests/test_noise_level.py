@@ -63,7 +63,7 @@ def test_two_statements_exclude_each_other(other: str) -> None:
     ],
 )
 def test_a_bad_value_is_named_with_its_key(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"{key}={value} ")):
+    with pytest.raises(ConfigError, match=re.escape(f"{key}={value}")):
         resolve(Linear(), {key: value})
 
 

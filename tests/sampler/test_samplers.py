@@ -1,0 +1,346 @@
+"""Samplers on a Gaussian prior, exactly: moments of their output, formulas, diffusers' steps."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from gaussian import COVARIANCE, EIGENVALUES, MEAN, ROTATION, GaussianDenoiser, sampler_moments
+from torch import Tensor
+
+from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, Sampler, State
+from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+
+SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "sigmoid": Sigmoid()}
+MAKERS = {
+    "ddim": lambda steps, **kw: DDIM(steps, **kw),
+    "ddim_0.5": lambda steps, **kw: DDIM(steps, eta=0.5, **kw),
+    "small": lambda steps, **kw: Ancestral(steps, "small", **kw),
+    "large": lambda steps, **kw: Ancestral(steps, "large", **kw),
+    "euler_maruyama": lambda steps, **kw: EulerMaruyama(steps, **kw),
+}
+every_sampler = pytest.mark.parametrize("name", MAKERS)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def time(index: float, steps: int = 1000) -> Tensor:
+    """The time of DDPM's index; -1 is the clean image."""
+    return torch.tensor((index + 1) / steps, dtype=torch.float64)
+
+
+class Isotropic(Denoiser):
+    """E[x_0 | x_t] for x_0 ~ N(μ, ν I), on any trailing shape."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
+        mean, variance = 0.4, 0.2
+        gain = alpha_t * variance / (alpha_t**2 * variance + sigma_t**2)
+        return mean + gain * (x_t - alpha_t * mean)
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def errors(sampler: Sampler, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Error of the mean, and relative errors of the variances along C's principal axes."""
+    denoiser = GaussianDenoiser(schedule)
+    mean, covariance = sampler_moments(sampler, denoiser, *denoiser.marginal(1.0))
+    rotated = ROTATION.T @ covariance @ ROTATION
+    off_diagonal = rotated - rotated.diag().diag()
+    assert float(off_diagonal.abs().max()) < 1e-10  # the axes themselves are exact
+    return mean - MEAN, rotated.diag() / EIGENVALUES - 1
+
+
+@every_schedule
+@every_sampler
+def test_samples_converge_to_the_prior(name: str, schedule: Schedule) -> None:
+    """Variance errors of at most 2% at 512 steps (5% of the small one), halving with the step."""
+    mean, coarse = errors(MAKERS[name](256), schedule)
+    mean_2, fine = errors(MAKERS[name](512), schedule)
+    assert float(fine.abs().max()) < (0.05 if name in ("small", "ddim_0.5") else 0.025)
+    ratio = float(coarse.norm() / fine.norm())
+    assert 1.65 < ratio < 2.3  # first order
+    if name == "euler_maruyama":  # the only one whose mean is not exact
+        assert 1.9 < float(mean.norm() / mean_2.norm()) < 2.1
+        assert float(mean_2.abs().max()) < 1e-3
+    else:
+        assert float(mean.abs().max()) < 1e-9
+
+
+@every_schedule
+@pytest.mark.parametrize("steps", [64, 256])
+def test_on_which_side_each_sampler_errs(schedule: Schedule, steps: int) -> None:
+    sides = {name: errors(make(steps), schedule)[1] for name, make in MAKERS.items()}
+    assert bool((sides["euler_maruyama"] > 0).all()) and bool((sides["large"] > 0).all())
+    for name in ("small", "ddim", "ddim_0.5"):
+        assert bool((sides[name] < 0).all()), name
+    assert bool((sides["small"] < sides["ddim_0.5"]).all())  # more noise, more steps needed
+    assert bool((sides["ddim_0.5"] < sides["ddim"]).all())
+
+
+def test_from_standard_noise_only_the_end_of_the_schedule_is_missing() -> None:
+    """N(0, I) is not quite what x_1 is; α_1 = 6e-3 of the linear schedule is left of the mean."""
+    denoiser = GaussianDenoiser(Linear())
+    start = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    mean, _ = sampler_moments(Ancestral(200), denoiser, *start)
+    assert 1e-8 < float((mean - MEAN).abs().max()) < 1e-5
+    mean, _ = sampler_moments(DDIM(200), denoiser, *start)
+    assert 1e-4 < float((mean - MEAN).abs().max()) < 6e-3
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("index", [1, 37, 500, 999])
+def test_the_ancestral_step_is_that_of_the_paper(variance: str, index: int) -> None:
+    """1/√a_t (x_t - β_t / √(1 - ᾱ_t) ε̂) + s_t z, with s_t² = β̃_t or β_t."""
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.cumprod(1 - beta)
+    b, ab, ab_before = beta[index], alpha_bar[index], alpha_bar[index - 1]
+    x_t, epsilon, z = normal(3, 6, 4)
+    denoised = (x_t - (1 - ab) ** 0.5 * epsilon) / ab**0.5
+    s_t = (b * (1 - ab_before) / (1 - ab) if variance == "small" else b) ** 0.5
+    expected = (x_t - b / (1 - ab) ** 0.5 * epsilon) / (1 - b) ** 0.5 + s_t * z
+    t, s = time(index), time(index - 1)
+    actual = Ancestral(variance=variance).step(Linear(), x_t, denoised, t, s, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.61803, 0.3), (0.002, 0.001), (0.3, 0.0)])
+def test_ddim_with_full_noise_is_the_small_variance_step(t: float, s: float) -> None:
+    x_t, denoised, z = normal(3, 6, 4)
+    for schedule in SCHEDULES.values():
+        arguments = (schedule, x_t, denoised, torch.tensor(t), torch.tensor(s), z)
+        actual = DDIM(eta=1.0).step(*arguments)
+        torch.testing.assert_close(actual, Ancestral().step(*arguments), rtol=1e-7, atol=1e-9)
+
+
+@every_schedule
+def test_ddim_without_noise_keeps_the_noise_it_sees(schedule: Schedule) -> None:
+    """x_t = α_t x_0 + σ_t ε becomes α_s x_0 + σ_s ε, for any t and s."""
+    x_0, epsilon, z = normal(3, 6, 4)
+    for t, s in ((0.9, 0.2), (0.3, 0.0), (1.0, 0.5)):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            schedule(torch.tensor(u, dtype=torch.float64)) for u in (t, s)
+        )
+        x_t = alpha_t * x_0 + sigma_t * epsilon
+        actual = DDIM().step(schedule, x_t, x_0, *torch.tensor([t, s]).double(), z)
+        torch.testing.assert_close(actual, alpha_s * x_0 + sigma_s * epsilon)
+
+
+def test_euler_maruyama_is_the_textbook_scheme_where_g_is_constant() -> None:
+    """x - [f x - g² score] (t - s) + g √(t - s) z, within one interval of the table."""
+    schedule = Linear(steps=50, beta_max=0.3)
+    x_t, denoised, z = normal(3, 6, 4)
+    t, s = time(20.9, 50), time(20.2, 50)
+    alpha_t, sigma_t = schedule(t)
+    f, g, dt = schedule.drift(t), schedule.diffusion(t), t - s
+    score = (alpha_t * denoised - x_t) / sigma_t**2
+    expected = x_t - (f * x_t - g**2 * score) * dt + g * dt.sqrt() * z
+    actual = EulerMaruyama().step(schedule, x_t, denoised, t, s, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@every_schedule
+@every_sampler
+def test_the_last_step_returns_the_estimate_without_noise(name: str, schedule: Schedule) -> None:
+    x_t, denoised, z = normal(3, 6, 4)
+    step = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(-1), 100 * z)
+    torch.testing.assert_close(step, denoised, rtol=1e-12, atol=1e-12)
+    before = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(0), 100 * z)
+    same = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(0), 0 * z)
+    assert torch.equal(before, same) == (name == "ddim")  # while all others do
+
+
+# --- against diffusers --------------------------------------------------------------------------
+
+
+def with_float64_tables(scheduler):
+    """Its tables are float32, in which 1 - ᾱ and β have 3 digits at small t."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    scheduler.betas, scheduler.alphas_cumprod = beta, (1 - beta).cumprod(0)
+    scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+def epsilon_and_estimate(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """A network's ε̂, and the x̂ that it means; some of it is outside [-1, 1]."""
+    alpha_t, sigma_t = Linear()(time(index))
+    denoised = 1.2 * normal(*x_t.shape, seed=5)
+    assert float(denoised.abs().max()) > 1
+    return (x_t - alpha_t * denoised) / sigma_t, denoised
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("index, stride", [(999, 1), (412, 1), (1, 1), (0, 1), (980, 20), (0, 20)])
+def test_ancestral_steps_are_those_of_diffusers(
+    variance: str, clip: bool, index: int, stride: int
+) -> None:
+    scheduler = with_float64_tables(
+        diffusers.DDPMScheduler(variance_type=f"fixed_{variance}", clip_sample=clip)
+    )
+    scheduler.set_timesteps(1000 // stride)
+    x_t = normal(8, 4)
+    epsilon, denoised = epsilon_and_estimate(x_t, index)
+    expected = scheduler.step(
+        epsilon, index, x_t, generator=torch.Generator().manual_seed(3)
+    ).prev_sample
+    z = normal(8, 4, seed=3)
+    t, s = time(index), time(max(index - stride, -1))
+    denoised = denoised.clamp(-1, 1) if clip else denoised
+    actual = Ancestral(variance=variance).step(Linear(), x_t, denoised, t, s, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("index", [980, 500, 20, 0])
+def test_ddim_steps_are_those_of_diffusers(eta: float, clip: bool, index: int) -> None:
+    """On its `leading` grid of 50 steps: it errs on the others (huggingface/diffusers#9261)."""
+    scheduler = with_float64_tables(diffusers.DDIMScheduler(clip_sample=clip))
+    scheduler.set_timesteps(50)
+    assert index in scheduler.timesteps
+    x_t, z = normal(2, 8, 4)
+    epsilon, denoised = epsilon_and_estimate(x_t, index)
+    expected = scheduler.step(
+        epsilon, index, x_t, eta=eta, use_clipped_model_output=clip, variance_noise=z
+    ).prev_sample
+    t, s = time(index), time(max(index - 20, -1))
+    denoised = denoised.clamp(-1, 1) if clip else denoised
+    actual = DDIM(eta=eta).step(Linear(), x_t, denoised, t, s, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+@every_sampler
+@pytest.mark.parametrize("t_start", [1.0, 0.3])
+def test_the_grid_falls_evenly_from_the_start_to_zero(name: str, t_start: float) -> None:
+    times = MAKERS[name](7).times(t_start)
+    assert times.dtype == torch.float64
+    expected = np.linspace(t_start, 0, 8)
+    np.testing.assert_allclose(times.numpy(), expected, rtol=0, atol=1e-15)
+    assert float(times[0]) == t_start and float(times[-1]) == 0.0
+
+
+@every_sampler
+def test_a_thousand_steps_visit_every_index(name: str) -> None:
+    index = Linear().index(MAKERS[name](1000).times()[:-1])
+    expected = torch.arange(999, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(index, expected, rtol=0, atol=1e-9)
+
+
+@every_sampler
+def test_states_before_every_step_and_at_the_end(name: str) -> None:
+    denoiser, states = GaussianDenoiser(Cosine()), list[State]()
+    sampler, start = MAKERS[name](5), normal(3, 4)
+    generator = torch.Generator().manual_seed(0)
+    result = sampler(denoiser, start, t_start=0.8, generator=generator, callback=states.append)
+    assert [s.t for s in states] == sampler.times(0.8).tolist()
+    assert torch.equal(states[0].x_t, start)
+    for state in states[:-1]:
+        assert torch.equal(state.denoised, denoiser(state.x_t, torch.tensor(state.t).double()))
+    assert torch.equal(states[-1].x_t, result) and torch.equal(states[-1].denoised, result)
+    again = sampler(denoiser, start, t_start=0.8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again, result)  # a callback changes nothing
+    for k, (a, b) in enumerate(zip(states, states[1:], strict=False)):  # the steps, one by one
+        z = torch.Generator().manual_seed(0)
+        noise = [torch.randn(3, 4, dtype=torch.float64, generator=z) for _ in range(k + 1)][-1]
+        t, s = sampler.times(0.8)[k : k + 2]
+        torch.testing.assert_close(
+            sampler.step(denoiser.schedule, a.x_t, a.denoised, t, s, noise), b.x_t
+        )
+
+
+@every_sampler
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+    denoiser, key = GaussianDenoiser(Linear()), make_key(0, "sample", torch.arange(6))
+
+    def samples(chosen: list[int]) -> Tensor:
+        generator = KeyedGenerator(key[chosen])
+        start = generator.normal(4, dtype=torch.float64)
+        return MAKERS[name](20)(denoiser, start, generator=generator)
+
+    whole = samples([0, 1, 2, 3, 4, 5])
+    assert float(whole.std(0).min()) > 0.05
+    for chosen in ([3], [5, 0], [4, 3, 2]):
+        torch.testing.assert_close(samples(chosen), whole[chosen], rtol=1e-12, atol=1e-12)
+
+
+@every_sampler
+def test_vectors_and_images_alike(name: str) -> None:
+    start = normal(2, 12)
+    results = [
+        MAKERS[name](10)(
+            Isotropic(Sigmoid()), start.reshape(2, *shape), generator=torch.Generator().manual_seed(1)
+        )
+        for shape in ((12,), (3, 2, 2), (3, 4))
+    ]
+    for result, shape in zip(results, ((12,), (3, 2, 2), (3, 4)), strict=True):
+        assert result.shape == (2, *shape)
+        assert torch.equal(result.flatten(1), results[0])
+
+
+@every_sampler
+def test_the_state_keeps_the_type_of_the_start(name: str) -> None:
+    single, double = (
+        MAKERS[name](30)(
+            Isotropic(Linear()), start, generator=KeyedGenerator(make_key(0, torch.arange(4)))
+        )
+        for start in (normal(4, 5).float(), normal(4, 5))
+    )
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+
+
+@every_sampler
+def test_clip_is_the_clipped_denoiser(name: str) -> None:
+    start, denoiser = 2 * normal(50, 4), GaussianDenoiser(Linear(), 2 * MEAN, COVARIANCE)
+    plain, clipped, wrapped = (
+        MAKERS[name](20, clip=clip)(prior, start, generator=torch.Generator().manual_seed(0))
+        for clip, prior in ((False, denoiser), (True, denoiser), (False, Clipped(denoiser)))
+    )
+    assert torch.equal(clipped, wrapped)
+    assert float(plain.abs().max()) > 1.2 and float(clipped.abs().max()) <= 1 + 1e-9
+
+
+def test_stochastic_says_whether_one_start_has_many_results() -> None:
+    denoiser, start = GaussianDenoiser(Linear()), normal(3, 4)
+    for make in MAKERS.values():
+        sampler = make(5)
+        one, two = (
+            sampler(denoiser, start, generator=torch.Generator().manual_seed(seed))
+            for seed in (0, 1)
+        )
+        assert sampler.stochastic == (not torch.equal(one, two))
+
+
+def test_sampling_keeps_no_graph() -> None:
+    start = normal(1, 4).requires_grad_()
+    assert not DDIM(2)(GaussianDenoiser(Linear()), start).requires_grad
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: Ancestral(0), "steps=0 .* at least 1 step"),
+        (lambda: EulerMaruyama(-3), "steps=-3"),
+        (lambda: DDIM(0), "steps=0"),
+        (lambda: Ancestral(variance="learned"), "variance='learned'.*small or large"),
+        (lambda: DDIM(eta=1.1), r"eta=1.1 .*\[0, 1\]"),
+        (lambda: DDIM(eta=-0.1), "eta=-0.1"),
+        (lambda: DDIM(eta=float("nan")), "eta=nan"),
+    ],
+)
+def test_bad_settings_are_named(make, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()

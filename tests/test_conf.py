@@ -1,0 +1,136 @@
+"""The configuration: every option composes, every key is explained, every experiment runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from diffusion_lab.config import CONFIG_PATH, check_eval, check_train
+from diffusion_lab.instantiate import instantiate
+from diffusion_lab.runs import compose
+
+CONF = Path(CONFIG_PATH)
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name != "local"
+]
+ONLY_EVAL = {"guidance", "task"}
+BOTH = {"sampler", "trainer", "launcher"}
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+
+
+def ids(options: list[tuple[str, str]]) -> list[str]:
+    return [f"{group}={option}" for group, option in options]
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [o for o in OPTIONS if o[0] not in ONLY_EVAL],
+    ids=ids([o for o in OPTIONS if o[0] not in ONLY_EVAL]),
+)
+def test_every_option_of_training_composes_and_passes_the_checks(group: str, option: str) -> None:
+    config = compose("train", [f"{group}={option}", "++paths.output_dir=out"])
+    fits = [] if option != "unet_256" else ["data=celeba"]  # six levels do not fit 32 pixels
+    config = compose("train", [f"{group}={option}", *fits, "++paths.output_dir=out"])
+    check_train(config)
+    assert OmegaConf.missing_keys(config) == set()
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [o for o in OPTIONS if o[0] in ONLY_EVAL | BOTH],
+    ids=ids([o for o in OPTIONS if o[0] in ONLY_EVAL | BOTH]),
+)
+def test_every_option_of_evaluation_composes_and_passes_the_checks(
+    group: str, option: str
+) -> None:
+    check_eval(compose("eval", [f"{group}={option}", "++paths.output_dir=out"]))
+
+
+@pytest.mark.parametrize("group", ["schedule", "parameterization", "loss", "sampler", "guidance"])
+def test_every_option_makes_an_object_of_its_own_class(group: str) -> None:
+    options = [option for g, option in OPTIONS if g == group and option != "none"]
+    name = "eval" if group == "guidance" else "train"
+    classes = set()
+    for option in options:
+        node = compose(name, [f"{group}={option}"])[group]
+        made = instantiate(node, group)
+        assert f"{type(made).__module__}.{type(made).__name__}".endswith(
+            node._target_.rsplit(".", 1)[1]
+        )
+        classes.add(type(made))
+    assert len(classes) == len(options)
+
+
+def test_a_task_picks_its_method_and_the_method_its_sampler() -> None:
+    def choice(*overrides: str) -> tuple[str, str]:
+        config = compose("eval", list(overrides))
+        guidance = config.guidance._target_.rsplit(".", 1)[1] if config.guidance else None
+        return guidance, config.sampler._target_.rsplit(".", 1)[1]
+
+    assert choice("task=denoise") == ("Truncated", "EulerMaruyama")
+    assert choice("task=generate") == (None, "DDIM")
+    assert choice("task=denoise", "guidance=residual") == ("Residual", "Ancestral")
+    assert choice("guidance=residual", "sampler=ddim") == ("Residual", "DDIM")
+    assert choice("sampler=ancestral") == ("Truncated", "Ancestral")
+
+
+def test_an_experiment_gives_way_to_the_command_line() -> None:
+    config = compose("train", ["experiment=ddpm_celeba", "schedule=cosine", "trainer=ddp"])
+    assert config.schedule._target_.endswith("Cosine")
+    assert config.trainer.strategy == "ddp"
+    assert config.trainer.max_steps == 500000  # the experiment's, not the trainer's
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_key_has_a_comment(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert any(line.startswith("# ") for line in lines[:2]), "the file does not say what it is"
+    for line in lines:
+        key = re.match(r"\s*([a-z_0-9]+): *\S", line)
+        assert not key or key[1] in ("_target_", "_partial_") or " # " in line, line
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(experiment: str, lab: Command, tmp_path: Path) -> None:
+    """With a tiny network and two sampler steps; one batch of everything."""
+    overrides = ["data.batch_size=1", "sampler.steps=2", "samples.num_samples=1"]
+    if experiment.endswith("celeba"):
+        make_photos(tmp_path / "photos", 12, 256)
+        overrides += [f"data.source={tmp_path / 'photos'}", "data.splits.val=0.3", "data.splits.test=0.3"]
+    result = lab(
+        "train",
+        f"experiment={experiment}",
+        "debug=fdr",
+        "network=unet_tiny",
+        "trainer.accelerator=cpu",
+        *overrides,
+    )
+    assert result.code == 0, result.text
+    assert not (tmp_path / "outputs" / "train").exists(), "a debug run is no run"
+
+
+def make_photos(folder: Path, count: int, size: int) -> None:
+    """Pieces of the photographs that scikit-image ships, as JPEG and PNG files."""
+    from PIL import Image
+    from skimage import data
+
+    folder.mkdir()
+    photos = [Image.fromarray(image) for image in (data.astronaut(), data.coffee(), data.cat())]
+    for k in range(count):
+        photo = photos[k % 3]
+        room = min(photo.size) - size
+        left, top = (37 * k) % (room + 1), (53 * k) % (room + 1)
+        suffix = "png" if k % 4 == 0 else "jpg"
+        photo.crop((left, top, left + size, top + size)).save(folder / f"{k:03d}.{suffix}")
+
+
+def test_a_misspelt_key_or_option_is_refused() -> None:
+    with pytest.raises(HydraException, match="schedul"):
+        compose("train", ["schedule=liner"])
+    with pytest.raises(HydraException, match="max_step"):
+        compose("train", ["trainer.max_step=3"])
