@@ -1,0 +1,187 @@
+"""eval.py: tables, pictures and reports of a run, and what it refuses."""
+
+import csv
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from PIL import Image
+
+from diffusion_lab.noise import KeyedGenerator, make_key
+
+
+@pytest.fixture
+def run(tiny: Command) -> Path:
+    """A tiny run under outputs/train of an empty directory."""
+    result = tiny("trainer.max_steps=3")
+    assert result.code == 0, result.text
+    return next(Path("outputs/train").rglob("finished.json")).parent
+
+
+SMALL = ["num_images=5", "num_samples=3", "sampler.steps=3", "trainer.accelerator=cpu"]
+
+
+def table(directory: str) -> dict[tuple[str, str], tuple[float, float, int]]:
+    with open(Path(directory) / "results.csv", newline="") as file:
+        return {
+            (row["estimate"], row["metric"]): (
+                float(row["mean"]), float(row["stderr"]), int(row["n"])
+            )
+            for row in csv.DictReader(file)
+        }  # fmt: skip
+
+
+def test_denoise_writes_a_table_pictures_and_a_report(lab: Command, run: Path) -> None:
+    result = lab("eval", "task=denoise", "sigma_t=0.5", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    results = table("e")
+    assert {e for e, _ in results} == {"noisy", "sample", "mean", "mmse"}
+    assert {m for _, m in results} == {"psnr", "ssim"}
+    assert all(n == 5 and error > 0 for _, error, n in results.values())
+    # y = x_0 + 0.577 n has an expected PSNR of 10 log10(4 / 0.577²) = 10.79 dB
+    assert results["noisy", "psnr"][0] == pytest.approx(10.79, abs=0.3)
+    for name in ("grid", "denoising", "diffusion"):
+        with Image.open(f"e/samples/{name}.png") as picture:
+            assert min(picture.size) >= 128
+    for text in ("sigma_t = 0.5", "t = 0.1654", "sigma_y = 0.5774", "snr_db = 4.771"):
+        assert text in result.text
+    page = Path("e/report.html").read_text()
+    assert f"{results['mmse', 'psnr'][0]:.3f}" in page
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+
+
+def test_the_noisy_image_is_the_one_that_the_keys_name(lab: Command, run: Path) -> None:
+    """PSNR of y from the noise of (seed, image): 10 log10(4 / mean square of σ_y n)."""
+    lab("eval", "sigma_y=0.3", "seed=7", "hydra.run.dir=e", *SMALL)
+    noise = KeyedGenerator(make_key(7, "observation", torch.arange(5))).normal(3, 8, 8)
+    psnr = 10 * torch.log10(4 / (0.3 * noise).square().flatten(1).mean(1))
+    assert table("e")["noisy", "psnr"][0] == pytest.approx(float(psnr.mean()), abs=1e-3)
+
+
+def test_results_do_not_depend_on_the_batch_size(lab: Command, run: Path) -> None:
+    for size in (1, 4, 64):
+        result = lab("eval", f"batch_size={size}", f"hydra.run.dir=e{size}", *SMALL)
+        assert result.code == 0, result.text
+    for key, (mean, _, _) in table("e1").items():
+        assert table("e4")[key][0] == pytest.approx(mean, rel=1e-5)
+        assert table("e64")[key][0] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("guidance", ["truncated", "mmse", "residual"])
+def test_every_method_runs_by_command(lab: Command, run: Path, guidance: str) -> None:
+    result = lab("eval", f"guidance={guidance}", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    results = table("e")
+    if guidance == "mmse":  # its one sample is the estimate itself
+        assert results["sample", "psnr"] == pytest.approx(results["mmse", "psnr"])
+    else:
+        assert results["sample", "psnr"][0] != results["mmse", "psnr"][0]
+
+
+def test_generate_writes_the_images(lab: Command, run: Path) -> None:
+    common = ["task=generate", "num_samples=5", "sampler.steps=2", "trainer.accelerator=cpu"]
+    for size in (2, 64):
+        result = lab("eval", *common, f"batch_size={size}", f"hydra.run.dir=g{size}")
+        assert result.code == 0, result.text
+    images = np.load("g64/samples.npy")
+    assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3)
+    assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
+    difference = images.astype(int) - np.load("g2/samples.npy").astype(int)
+    assert abs(difference).max() <= 1  # of rounding
+    assert Path("g64/report.html").is_file() and Path("g64/samples/grid.png").is_file()
+
+
+def test_the_newest_finished_run_is_taken(lab: Command, tiny: Command, run: Path) -> None:
+    tiny("trainer.max_steps=2", "hydra.run.dir=outputs/train/other/x")
+    tiny("trainer.max_steps=2", "hydra.run.dir=elsewhere")
+    result = lab("eval", *SMALL)
+    assert "outputs/train/other/x" in result.text
+    Path("outputs/train/other/x/finished.json").unlink()
+    assert str(run) in lab("eval", *SMALL).text
+    assert "elsewhere" in lab("eval", "run=elsewhere", *SMALL).text
+    result = lab("eval", "ckpt=elsewhere/checkpoints/best.ckpt", *SMALL)
+    assert result.code == 0 and "best.ckpt" in result.text
+
+
+def test_without_a_run_it_says_which_command_makes_one(lab: Command) -> None:
+    result = lab("eval", "task=denoise", "sigma_t=0.5")
+    assert result.code == 1
+    assert "python train.py" in result.text and "Traceback" not in result.text
+
+
+BAD = [
+    (["sigma_t=0.5", "t=0.5"], "sigma_t=0.5 and t=0.5"),
+    (["sigma_t=1"], "sigma_t=1 is not allowed; it is in (0, 1)"),
+    (["sigma_t=0"], "sigma_t=0 is not allowed"),
+    (["sigma_t=abc"], "sigma_t=abc is not a number"),
+    (["t=1.5"], "t=1.5 is not allowed"),
+    (["sigma_y=-1"], "sigma_y=-1 is not allowed"),
+    (["sigma_tt=0.5"], "sigma_tt"),
+    (["task=denose"], "task/denose"),
+    (["task=generate", "sigma_t=0.5"], "sigma_t"),
+    (["num_images=0"], "num_images=0"),
+    (["guidance=residual", "guidance.strength=-1"], "guidance.strength=-1"),
+    (["guidance=none"], "guidance=none"),
+    (["run=a", "ckpt=b"], "exclude each other"),
+    (["run=nowhere"], "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> None:
+    """Before any run is looked for: there is none here."""
+    result = lab("eval", *overrides)
+    assert result.code == 1
+    assert named in result.text
+    assert "Traceback" not in result.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["sigma_t=0.9999999"], "outside the run's schedule"),
+        (["sigma_y=1e-4"], "outside the run's schedule"),
+        (["num_images=1000"], "16 test images"),
+        (["sampler.steps=1001"], "1000 steps"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_named(
+    lab: Command, run: Path, overrides: list[str], named: str
+) -> None:
+    result = lab("eval", *overrides)
+    assert result.code == 1
+    assert named in result.text and "Traceback" not in result.text
+
+
+class Code:
+    """Would run a command if it were unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("broken-in"),))
+
+
+def test_a_bad_checkpoint_is_refused(lab: Command, run: Path) -> None:
+    whole = (run / "checkpoints/last.ckpt").read_bytes()
+    Path("short.ckpt").write_bytes(whole[: len(whole) // 2])
+    Path("text.ckpt").write_text("<html>not found</html>")
+    Path("empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}, "evil": Code()}, "code.ckpt")
+    Path("pickle.ckpt").write_bytes(pickle.dumps(Code()))
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    evil = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    evil["diffusion_lab"]["config"]["network"] = {"_target_": "pathlib.Path", "a": "b"}
+    torch.save(evil, "target.ckpt")
+    for name, reason in {
+        "short": "truncated or damaged", "text": "damaged", "empty": "truncated or damaged",
+        "code": "holds code", "pickle": "holds code", "foreign": "not one written by",
+        "target": "not a torch module",
+    }.items():  # fmt: skip
+        result = lab("eval", f"ckpt={name}.ckpt", *SMALL)
+        assert result.code == 1, name
+        assert f"{name}.ckpt" in result.text and reason in result.text, (name, result.text)
+        assert "Traceback" not in result.text
+    assert not Path("broken-in").exists()

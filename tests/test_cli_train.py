@@ -1,0 +1,230 @@
+"""train.py: runs and resumes, and says clearly what is wrong."""
+
+import csv
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, Command
+
+from diffusion_lab import load_run
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.runs import load_checkpoint
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint that a resumed run must have in common: weights and optimizer."""
+    checkpoint = load_checkpoint(path)
+    state = checkpoint["optimizer_states"][0]["state"]
+    moments = {f"{k}.{n}": v for k, each in state.items() for n, v in each.items()}
+    return checkpoint["state_dict"] | moments
+
+
+def assert_same(one: Path, two: Path) -> None:
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_holds_what_the_design_says(tiny: Command) -> None:
+    result = tiny("trainer.max_steps=6", "hydra.run.dir=a")
+    assert result.code == 0, result.text
+    run = Path("a")
+    for name in (
+        ".hydra/config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "metrics.csv",
+        "samples/grid-0000006.png", "samples/denoise-0000006.png", "finished.json",
+    ):  # fmt: skip
+        assert (run / name).is_file(), name
+    logged = rows(run)
+    train = [float(row["train/loss"]) for row in logged if row["train/loss"]]
+    assert len(train) == 6
+    assert 0.5 < train[0] < 2  # a new network predicts 0 for noise of variance 1
+    last = logged[-1]
+    assert float(last["val/loss"]) != float(last["val/loss_ema"])
+    assert sum(bool(last[f"val/loss_bin/{k / 10:.1f}"]) for k in range(1, 11)) == 10
+
+
+def test_a_loaded_run_is_the_averaged_network(tiny: Command) -> None:
+    tiny("trainer.max_steps=4", "hydra.run.dir=a", "optimizer.lr=0.01")
+    weights = load_checkpoint(Path("a/checkpoints/last.ckpt"))["state_dict"]
+    averaged, raw = load_run("a"), load_run("a/checkpoints/last.ckpt", ema=False)
+    name = "conv_in.weight"
+    assert torch.equal(averaged.network.state_dict()[name], weights[f"network_ema.{name}"])
+    assert torch.equal(raw.network.state_dict()[name], weights[f"network.{name}"])
+    assert not torch.equal(averaged.network.state_dict()[name], raw.network.state_dict()[name])
+    x = KeyedGenerator(make_key(0, torch.arange(2))).normal(3, 8, 8)
+    t = torch.tensor(0.5)
+    alpha_t, sigma_t = averaged.schedule(t)
+    with torch.no_grad():
+        epsilon = averaged.network(x, 499.0)
+    assert torch.allclose(averaged(x, t), (x - sigma_t * epsilon) / alpha_t, atol=1e-5)
+    assert not averaged.training
+
+
+@pytest.mark.parametrize("stop", [5, 8])  # in the middle of an epoch of 8 batches, and at its end
+def test_a_resumed_run_equals_one_that_never_stopped(tiny: Command, stop: int) -> None:
+    common = ["trainer.val_check_interval=3", "lr_schedule=constant", "lr_schedule.warmup=0"]
+    tiny(*common, "trainer.max_steps=11", "hydra.run.dir=a")
+    tiny(*common, f"trainer.max_steps={stop}", "hydra.run.dir=b")
+    result = tiny("resume=b", "trainer.max_steps=11")
+    assert result.code == 0, result.text
+    assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
+    losses = [[r["train/loss"] for r in rows(Path(d)) if r["train/loss"]] for d in "ab"]
+    assert losses[0] == losses[1]
+    assert Path("b/.hydra/resumed-1/config.yaml").is_file()
+
+
+def test_accumulation_resumes_exactly_too(tiny: Command) -> None:
+    common = ["trainer.accumulate_grad_batches=2", "lr_schedule=constant", "lr_schedule.warmup=0"]
+    tiny(*common, "trainer.max_steps=7", "hydra.run.dir=a")
+    tiny(*common, "trainer.max_steps=3", "hydra.run.dir=b")
+    tiny("resume=b", "trainer.max_steps=7")
+    assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
+
+
+def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
+    common = ["trainer.max_steps=40", "checkpoint.every_n_steps=5", "sampler.steps=1"]
+    tiny(*common, "hydra.run.dir=a")
+    command = [sys.executable, str(TRAIN), *TINY, *common, "hydra.run.dir=b"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = Path("b/checkpoints/last.ckpt")
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_checkpoint(checkpoint)["global_step"] <= 40
+    if not Path("b/finished.json").exists():
+        result = tiny("resume=b")
+        assert result.code == 0, result.text
+    assert_same(Path("a/checkpoints/last.ckpt"), checkpoint)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tiny: Command) -> None:
+    """RLIMIT_FSIZE makes writing beyond a size fail, as a full disk does."""
+    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    checkpoint = Path("a/checkpoints/last.ckpt")
+    before = checkpoint.read_bytes()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    result = subprocess.run(
+        [sys.executable, str(TRAIN), "resume=a", "trainer.max_steps=4"],
+        capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "cannot write the checkpoint" in result.stderr
+    assert "resume=" in result.stderr
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob("*.partial"))
+
+
+def test_a_sweep_gives_each_job_a_directory(tiny: Command) -> None:
+    result = tiny("-m", "schedule=linear,cosine", "trainer.max_steps=2", "hydra.sweep.dir=s")
+    assert result.code == 0, result.text
+    kinds = {type(load_run(f"s/{job}").schedule).__name__ for job in (0, 1)}
+    assert kinds == {"Linear", "Cosine"}
+
+
+def test_wandb_works_offline_without_an_account(tiny: Command) -> None:
+    result = tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a")
+    assert result.code == 0, result.text
+    pictures = list(Path("a/wandb").glob("offline-run-*/files/media/images/samples/*.png"))
+    assert {p.name.split("_")[0] for p in pictures} == {"grid", "denoise"}
+    assert Path("a/wandb_id").read_text() in next(Path("a/wandb").glob("offline-run-*")).name
+    assert len(rows(Path("a"))) >= 2
+
+
+BAD = [
+    ("trainer.max_steps=abc", "trainer.max_steps=abc", "whole number"),
+    ("trainer.max_steps=0", "trainer.max_steps=0", "whole number"),
+    ("data.batch_size=0", "data.batch_size=0", "whole number >= 1"),
+    ("data.batch_size=2.5", "data.batch_size=2.5", "whole number >= 1"),
+    ("data.batch_size=65", "data.batch_size=65", "data.splits.train=64"),
+    ("data.size=9", "data.size=9", "multiple of 2"),
+    ("data.size=12", "data.size=12", "power of two"),
+    ("network.groups=3", "network.groups=3", "divisor of network.channels=8"),
+    ("optimizer.lr=-1", "optimizer.lr=-1", "a number > 0"),
+    ("optimizer.lr=nan", "optimizer.lr=nan", "a number > 0"),
+    ("ema.decay=1", "ema.decay=1", "[0, 1)"),
+    ("sampler.steps=2000", "sampler.steps=2000", "1000 steps"),
+    ("sampler.eta=2", "sampler.eta=2", "[0, 1]"),
+    ("schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
+    ("schedule.beta_min=0.5", "schedule.beta_min=0.5", "below"),
+    ("trainer.devices=0", "trainer.devices=0", ">= 1"),
+    ("seed=-1", "seed=-1", ">= 0"),
+    ("schedule=liner", "schedule/liner", "linear"),
+    ("trainer.max_step=5", "max_step", "trainer"),
+    ("data.source=nowhere", "data.source=nowhere", "does not exist"),
+    ("resume=nowhere", "resume=nowhere", "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("override", "named", "hint"), BAD, ids=[b[0] for b in BAD])
+def test_bad_input_is_named_with_the_way_out(
+    tiny: Command, override: str, named: str, hint: str
+) -> None:
+    result = tiny(*(TINY if override.startswith("resume") else []), override, "hydra.run.dir=a")
+    assert result.code == 1
+    assert named in result.text
+    assert hint in result.text
+    assert "Traceback" not in result.text
+    assert not Path("a/checkpoints").exists()
+
+
+def test_a_directory_with_a_run_is_refused(tiny: Command) -> None:
+    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    before = Path("a/checkpoints/last.ckpt").read_bytes()
+    result = tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    assert result.code == 1
+    assert "resume=" in result.text
+    assert Path("a/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_resume_with_another_model_shows_the_difference(tiny: Command) -> None:
+    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    result = tiny("resume=a", "schedule=cosine", "trainer.max_steps=4")
+    assert result.code == 1
+    assert "schedule._target_: diffusion_lab.schedule.Linear -> diffusion_lab.schedule.Cosine" in (
+        result.text
+    )
+
+
+def test_a_finished_run_says_how_to_go_on(tiny: Command) -> None:
+    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    result = tiny("resume=a")
+    assert result.code == 1
+    assert "trainer.max_steps" in result.text
+
+
+def test_a_folder_without_images_and_a_corrupt_image_are_named(
+    tiny: Command, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    source = [f"data.source={folder}", "data.splits={train: 0.6, val: 0.2, test: 0.2}"]
+    result = tiny(*source)
+    assert result.code == 1
+    assert str(folder) in result.text and "no image" in result.text
+    for k in range(12):
+        Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(folder / f"{k}.png")
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
+    result = tiny(*source)
+    assert result.code == 1
+    assert str(folder / "7.png") in result.text
+    assert not list((tmp_path / "cache").glob("*/*")), "a half-made cache was left"
