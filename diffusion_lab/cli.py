@@ -88,9 +88,17 @@ def train(config: DictConfig) -> None:
         default_root_dir=str(directory),
     )
     log.info("run directory: %s", directory)
-    trainer.fit(module, data, ckpt_path=last if config.resume else None)
-    if trainer.interrupted:
-        raise RunError(f"interrupted; continue with resume={directory}")
+    failed = True
+    try:
+        trainer.fit(module, data, ckpt_path=last if config.resume else None)
+        if trainer.interrupted:
+            raise RunError(f"interrupted; continue with resume={directory}")
+        failed = False
+    finally:
+        if "wandb" in (config.logger or {}):
+            from diffusion_lab.tracking.wandb import close  # its import costs a second
+
+            close(failed)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         runs.finish(directory, step=trainer.global_step, metrics=metrics)

@@ -75,6 +75,8 @@ def tiny(lab: Command) -> Callable[..., Result]:
 
     def run(*overrides: str) -> Result:
         resumed = any(text.startswith("resume=") for text in overrides)
-        return lab("train", *([] if resumed else TINY), *overrides)
+        flags = [text for text in overrides if text.startswith("-")]  # they come first
+        rest = [text for text in overrides if text not in flags]
+        return lab("train", *flags, *([] if resumed else TINY), *rest)
 
     return run

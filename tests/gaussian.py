@@ -2,8 +2,9 @@ r"""A prior whose denoiser is known, and the exact moments of what a sampler mak
 
 For x_0 ~ N(m, C), E[x_0 | x_t] = m + α_t C (α_t² C + σ_t² I)⁻¹ (x_t - α_t m) is linear in x_t. So
 is then every step of every sampler, and its output is a constant plus a linear map of the start
-and of all the noise that was drawn. `BasisNoise` reads that map off: one run of the sampler, on one
-row for each number drawn, gives the mean and covariance of its output to rounding. No Monte Carlo.
+and of all the noise that was drawn. `BasisNoise` reads that map off: one run of the sampler, on
+one row for each number drawn, gives mean and covariance of its output to rounding, without Monte
+Carlo.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Denoisers: what a network's output, an estimate of x_0 and the score have to do with each other."""
+"""Denoisers: how a network's output, an estimate of x_0 and the score belong together."""
 
 import pytest
 import torch

@@ -59,7 +59,8 @@ def test_the_finaliser_gives_the_published_stream_of_splitmix64() -> None:
         4593380528125082431,
         16408922859458223821,
     ]
-    assert [mix((1234567 + j * G) & MASK) for j in range(1, 6)] == published  # the reference itself
+    reference = [mix((1234567 + j * G) & MASK) for j in range(1, 6)]
+    assert reference == published
     state = torch.tensor([signed((1234567 + j * G) & MASK) for j in range(1, 6)])
     assert [x % (1 << 64) for x in _mix(state).tolist()] == published
 
@@ -159,7 +160,9 @@ def test_every_part_of_a_key_and_its_place_matter() -> None:
 
 def test_integer_types_give_one_key() -> None:
     expected = make_key(5, torch.arange(9))
-    assert torch.equal(make_key(torch.tensor(5, dtype=torch.int32), torch.arange(9).int()), expected)
+    assert torch.equal(
+        make_key(torch.tensor(5, dtype=torch.int32), torch.arange(9).int()), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -202,7 +205,9 @@ def test_normal_like() -> None:
     keyed = normal_like(x, KeyedGenerator(keys(4)))
     assert torch.equal(keyed, KeyedGenerator(keys(4)).normal(2, 3, dtype=torch.float64))
     torch_s = normal_like(x, torch.Generator().manual_seed(5))
-    expected = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = torch.randn(
+        4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     assert torch.equal(torch_s, expected)
     torch.manual_seed(6)
     drawn = normal_like(x.float())

@@ -12,7 +12,9 @@ from diffusion_lab.noise_level import KEYS, NoiseLevel, chosen, resolve
 from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
 
 
-@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Sigmoid()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "schedule", [Linear(), Cosine(), Sigmoid()], ids=lambda s: type(s).__name__
+)
 @pytest.mark.parametrize("key", KEYS)
 def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
     level = resolve(schedule, {"sigma_t": 0.3})
@@ -65,6 +67,20 @@ def test_two_statements_exclude_each_other(other: str) -> None:
 def test_a_bad_value_is_named_with_its_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{key}={value}")):
         resolve(Linear(), {key: value})
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("sigma_t", 1, r"in \(0, 1\)"),
+        ("t", 1.5, r"in \(0, 1\]"),
+        ("sigma_y", -1, "above 0"),
+        ("snr_db", "ten", "example snr_db=0.5"),
+    ],
+)
+def test_the_message_says_what_is_allowed(key: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}={value} is not .*{allowed}$"):
+        chosen({key: value})
 
 
 def test_outside_the_schedule_the_message_gives_the_range() -> None:

@@ -1,9 +1,10 @@
 """Weights & Biases: offline where there is no account, and one run id for each run directory."""
 
-__all__ = ["make_logger"]
+__all__ = ["close", "make_logger"]
 
 import logging
 import os
+import secrets
 from pathlib import Path
 
 import wandb
@@ -27,9 +28,9 @@ def make_logger(directory: str, project: str, name: str) -> WandbLogger:
     path.mkdir(parents=True, exist_ok=True)
     identity = path / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(4))
     mode = os.environ.get("WANDB_MODE")
-    offline = mode == "offline" or (mode is None and wandb.api.api_key is None)
+    offline = mode == "offline" or (mode is None and not wandb.login(prompt=False))
     if offline:
         log.info("W&B is offline; upload later with: wandb sync %s/wandb/offline-run-*", directory)
     return WandbLogger(
@@ -40,3 +41,13 @@ def make_logger(directory: str, project: str, name: str) -> WandbLogger:
         offline=offline,
         resume=None if offline else "allow",
     )
+
+
+def close(failed: bool) -> None:
+    """Ends the run on the dashboard; the next job of a sweep would else log into it.
+
+    Arguments:
+        failed: Whether to mark it as failed.
+    """
+    if wandb.run is not None:
+        wandb.finish(exit_code=int(failed))

@@ -1,4 +1,4 @@
-"""The U-Net is the published one: its size, its start at zero, and diffusers' output to rounding."""
+"""The U-Net is the published one: its size, its start at zero, diffusers' output to rounding."""
 
 import pytest
 import torch

@@ -89,7 +89,7 @@ def test_from_standard_noise_only_the_end_of_the_schedule_is_missing() -> None:
     denoiser = GaussianDenoiser(Linear())
     start = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     mean, _ = sampler_moments(Ancestral(200), denoiser, *start)
-    assert 1e-8 < float((mean - MEAN).abs().max()) < 1e-5
+    assert 1e-8 < float((mean - MEAN).abs().max()) < 2e-5
     mean, _ = sampler_moments(DDIM(200), denoiser, *start)
     assert 1e-4 < float((mean - MEAN).abs().max()) < 6e-3
 
@@ -248,17 +248,17 @@ def test_states_before_every_step_and_at_the_end(name: str) -> None:
     assert [s.t for s in states] == sampler.times(0.8).tolist()
     assert torch.equal(states[0].x_t, start)
     for state in states[:-1]:
-        assert torch.equal(state.denoised, denoiser(state.x_t, torch.tensor(state.t).double()))
+        t = torch.tensor(state.t, dtype=torch.float64)
+        assert torch.equal(state.denoised, denoiser(state.x_t, t))
     assert torch.equal(states[-1].x_t, result) and torch.equal(states[-1].denoised, result)
     again = sampler(denoiser, start, t_start=0.8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, result)  # a callback changes nothing
-    for k, (a, b) in enumerate(zip(states, states[1:], strict=False)):  # the steps, one by one
-        z = torch.Generator().manual_seed(0)
-        noise = [torch.randn(3, 4, dtype=torch.float64, generator=z) for _ in range(k + 1)][-1]
-        t, s = sampler.times(0.8)[k : k + 2]
-        torch.testing.assert_close(
-            sampler.step(denoiser.schedule, a.x_t, a.denoised, t, s, noise), b.x_t
-        )
+    generator = torch.Generator().manual_seed(0)
+    times = sampler.times(0.8)
+    for k, state in enumerate(states[:-1]):  # what lies between two states is a step
+        z = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+        x_s = sampler.step(Cosine(), state.x_t, state.denoised, times[k], times[k + 1], z)
+        assert torch.equal(x_s, states[k + 1].x_t)
 
 
 @every_sampler
@@ -281,7 +281,9 @@ def test_vectors_and_images_alike(name: str) -> None:
     start = normal(2, 12)
     results = [
         MAKERS[name](10)(
-            Isotropic(Sigmoid()), start.reshape(2, *shape), generator=torch.Generator().manual_seed(1)
+            Isotropic(Sigmoid()),
+            start.reshape(2, *shape),
+            generator=torch.Generator().manual_seed(1),
         )
         for shape in ((12,), (3, 2, 2), (3, 4))
     ]

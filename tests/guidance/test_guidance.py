@@ -1,0 +1,259 @@
+"""Posterior methods on a Gaussian prior: exact moments against the posterior in closed form."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from gaussian import COVARIANCE, MEAN, GaussianDenoiser, guidance_moments
+from torch import Tensor
+
+from diffusion_lab.guidance import MMSE, Observation, Residual, Truncated
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, State
+from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+
+SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "sigmoid": Sigmoid()}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+Y = torch.tensor([0.9, -0.2, -0.8, 0.4], dtype=torch.float64)
+SIGMA_Y = 0.5
+
+
+def posterior(y: Tensor, sigma_y: float) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of x_0 given y = x_0 + σ_y n, by adding precisions."""
+    precision = torch.linalg.inv(COVARIANCE)
+    identity = torch.eye(len(y), dtype=torch.float64)
+    covariance = torch.linalg.inv(precision + identity / sigma_y**2)
+    return covariance @ (precision @ MEAN + y / sigma_y**2), covariance
+
+
+def keyed(count: int, seed: int = 0) -> KeyedGenerator:
+    return KeyedGenerator(make_key(seed, "test", torch.arange(count)))
+
+
+def batch(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 4, dtype=torch.float64, generator=generator)
+
+
+# --- the truncated reverse SDE ------------------------------------------------------------------
+
+
+def errors(steps: int, schedule: Schedule, sigma_y: float = SIGMA_Y) -> tuple[float, float]:
+    """Error of the mean in posterior deviations, and relative error of the covariance."""
+    mean, covariance = guidance_moments(
+        Truncated(), EulerMaruyama(steps), GaussianDenoiser(schedule), Y, sigma_y
+    )
+    mu, expected = posterior(Y, sigma_y)
+    shift = torch.linalg.solve(torch.linalg.cholesky(expected), mean - mu)
+    return float(shift.norm()), float((covariance - expected).norm() / expected.norm())
+
+
+@every_schedule
+@pytest.mark.parametrize("sigma_y", [0.2, 0.5, 2.0])
+def test_truncated_draws_from_the_posterior(schedule: Schedule, sigma_y: float) -> None:
+    """At 64 steps within 10% of the covariance; first order in the step."""
+    coarse, middle, fine = (errors(steps, schedule, sigma_y) for steps in (16, 64, 256))
+    assert middle[0] < 0.05 and middle[1] < 0.1
+    for k in (0, 1):
+        assert fine[k] < middle[k] / 3 and middle[k] < coarse[k] / 2.5
+
+
+def test_truncated_spreads_like_the_posterior_and_not_like_the_prior() -> None:
+    _, covariance = guidance_moments(
+        Truncated(), EulerMaruyama(64), GaussianDenoiser(Linear()), Y, SIGMA_Y
+    )
+    assert float(covariance.trace()) < 0.6 * float(COVARIANCE.trace())
+    assert float(covariance.trace()) > float(posterior(Y, SIGMA_Y)[1].trace())  # its own side
+
+
+def test_truncated_starts_from_the_observation_at_its_own_noise_level() -> None:
+    schedule, states = Cosine(), []
+    y = batch(3)
+    result = Truncated()(
+        GaussianDenoiser(schedule),
+        EulerMaruyama(5),
+        Observation(y, SIGMA_Y),
+        generator=keyed(3),
+        callback=states.append,
+    )
+    first: State = states[0]
+    assert len(states) == 6 and states[-1].t == 0
+    assert float(schedule.ratio(torch.tensor(first.t).double())) == pytest.approx(SIGMA_Y, 1e-6)
+    alpha_t = (1 + SIGMA_Y**2) ** -0.5  # α² + σ² = 1
+    torch.testing.assert_close(first.x_t, alpha_t * y, rtol=1e-9, atol=1e-9)
+    assert torch.equal(states[-1].x_t, result)
+
+
+def test_truncated_without_noise_gives_one_point_and_warns(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        denoiser = GaussianDenoiser(Linear())
+        mean, covariance = guidance_moments(Truncated(), DDIM(64), denoiser, Y, SIGMA_Y)
+    assert float(covariance.abs().max()) == 0
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "DDIM" in warnings[0] and "not a posterior" in warnings[0]
+    # The reverse ODE maps quantiles to quantiles: y's place in p(y) is the point's in p(x_0).
+    values, axes = torch.linalg.eigh(COVARIANCE)
+    expected = MEAN + axes @ ((values / (values + SIGMA_Y**2)).sqrt() * (axes.T @ (Y - MEAN)))
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.01)
+    assert float((mean - posterior(Y, SIGMA_Y)[0]).norm()) > 0.1  # and not the posterior mean
+
+
+@pytest.mark.parametrize("sampler", [EulerMaruyama(4), Ancestral(4), DDIM(4, eta=0.5)])
+def test_truncated_does_not_warn_of_samplers_with_noise(sampler, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        Truncated()(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
+    assert not caplog.records
+
+
+# --- the posterior mean -------------------------------------------------------------------------
+
+
+@every_schedule
+@pytest.mark.parametrize("sigma_y", [0.05, 0.5, 3.0])
+def test_mmse_is_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
+    y, states = batch(5), []
+    estimate = MMSE()(
+        GaussianDenoiser(schedule), DDIM(2), Observation(y, sigma_y), callback=states.append
+    )
+    expected = torch.stack([posterior(row, sigma_y)[0] for row in y])
+    torch.testing.assert_close(estimate, expected, rtol=1e-9, atol=1e-9)
+    assert [s.t == 0 for s in states] == [False, True] and torch.equal(states[1].x_t, estimate)
+
+
+def test_which_methods_are_stochastic() -> None:
+    assert not MMSE.stochastic and Truncated.stochastic and Residual.stochastic
+
+
+# --- the residual rule --------------------------------------------------------------------------
+
+T = 20
+BETA = np.linspace(1e-4, 0.3, T)
+SHORT = Linear(beta_max=0.3, steps=T)
+
+
+def epsilon_hat(x: np.ndarray, alpha_bar: float) -> np.ndarray:
+    """-√(1 - ᾱ) ∇ log p(x_t), for x_t ~ N(√ᾱ m, ᾱ C + (1 - ᾱ) I)."""
+    covariance = alpha_bar * COVARIANCE.numpy() + (1 - alpha_bar) * np.eye(4)
+    difference = x - alpha_bar**0.5 * MEAN.numpy()
+    return (1 - alpha_bar) ** 0.5 * np.linalg.solve(covariance, difference.T).T
+
+
+def written_rule(
+    x: np.ndarray, y: np.ndarray, z: list[np.ndarray], strength: float, variance: str
+) -> np.ndarray:
+    """x_{t-1} = 1/√a_t (x_t - β_t/√(1 - ᾱ_t) ε̂) + s_t z + λ (y - x_t), from index len(z) - 1."""
+    alpha_bar = np.cumprod(1 - BETA)
+    for i in reversed(range(len(z))):
+        s_t = 0.0  # z = 0 at the last step
+        if i > 0:
+            tilde = BETA[i] * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i])
+            s_t = (tilde if variance == "small" else BETA[i]) ** 0.5
+        drift = x - BETA[i] / (1 - alpha_bar[i]) ** 0.5 * epsilon_hat(x, alpha_bar[i])
+        x = drift / (1 - BETA[i]) ** 0.5 + s_t * z[len(z) - 1 - i] + strength * (y - x)
+    return x
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.4])
+def test_residual_from_noise_is_the_written_rule(variance: str, strength: float) -> None:
+    y, draws = batch(3), keyed(3)
+    x_t, *z = (draws.normal(4, dtype=torch.float64).numpy() for _ in range(T + 1))
+    expected = torch.from_numpy(written_rule(x_t, y.numpy(), z, strength, variance))
+    actual = Residual(strength)(
+        GaussianDenoiser(SHORT),
+        Ancestral(T, variance),
+        Observation(y, SIGMA_Y),
+        generator=keyed(3),
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.4])
+def test_residual_from_y_is_the_written_rule(variance: str, strength: float) -> None:
+    """With y's noise level at index 11, so that 12 steps are the last 12 of the rule."""
+    y, draws, alpha_bar = batch(3), keyed(3), np.cumprod(1 - BETA)[11]
+    z = [draws.normal(4, dtype=torch.float64).numpy() for _ in range(12)]
+    x_t = alpha_bar**0.5 * y.numpy()
+    expected = torch.from_numpy(written_rule(x_t, y.numpy(), z, strength, variance))
+    actual = Residual(strength, start="y")(
+        GaussianDenoiser(SHORT),
+        Ancestral(12, variance),
+        Observation(y, float((1 / alpha_bar - 1) ** 0.5)),
+        generator=keyed(3),
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_residual_without_pull_is_plain_sampling(variance: str) -> None:
+    sampler, denoiser, generator = Ancestral(T, variance), GaussianDenoiser(SHORT), keyed(4)
+    start = generator.normal(4, dtype=torch.float64)
+    expected = sampler(denoiser, start, generator=generator)
+    observation = Observation(batch(4), SIGMA_Y)
+    actual = Residual(0.0)(denoiser, sampler, observation, generator=keyed(4))
+    assert torch.equal(actual, expected)
+    pulled = Residual(0.1)(denoiser, sampler, observation, generator=keyed(4))
+    assert float((pulled - expected).abs().min()) > 1e-3
+
+
+def test_residual_never_clips() -> None:
+    denoiser = GaussianDenoiser(SHORT, 3 * MEAN, COVARIANCE)
+    plain, clip = (
+        Residual(0.05)(
+            denoiser, Ancestral(T, clip=clip), Observation(batch(6), SIGMA_Y), generator=keyed(6)
+        )
+        for clip in (False, True)
+    )
+    assert float(plain.abs().max()) > 1.5
+    assert torch.equal(plain, clip)
+
+
+def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
+    """As documented: far too wide with a small λ, far too narrow with a large one."""
+    widths = [
+        float(
+            guidance_moments(
+                Residual(strength), Ancestral(1000), GaussianDenoiser(Linear()), Y, SIGMA_Y
+            )[1].trace()
+        )
+        for strength in (0.001, 0.2)
+    ]
+    exact = float(posterior(Y, SIGMA_Y)[1].trace())
+    assert widths[0] > 1.3 * exact and widths[1] < 0.5 * exact
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"strength": -0.1}, "strength=-0.1 .*at least 0"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"start": "x"}, "start='x' .*noise or y"),
+    ],
+)
+def test_bad_settings_are_named(arguments: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Residual(**arguments)
+
+
+@pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(start="y")])
+def test_noise_beyond_the_schedule_is_refused(guidance) -> None:
+    with pytest.raises(ValueError, match="outside the schedule Linear"):
+        guidance(GaussianDenoiser(SHORT), Ancestral(4), Observation(batch(2), 1000.0))
+
+
+@pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(), Residual(start="y")])
+def test_an_image_does_not_depend_on_its_batch(guidance) -> None:
+    y = batch(5)
+
+    def run(chosen: list[int]) -> Tensor:
+        generator = KeyedGenerator(make_key(1, torch.tensor(chosen)))
+        observation = Observation(y[chosen], SIGMA_Y)
+        return guidance(
+            GaussianDenoiser(SHORT), EulerMaruyama(8), observation, generator=generator
+        )
+
+    whole = run([0, 1, 2, 3, 4])
+    torch.testing.assert_close(run([3, 1]), whole[[3, 1]], rtol=1e-12, atol=1e-12)

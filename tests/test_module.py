@@ -1,0 +1,350 @@
+"""The training step by hand, the moving average of the weights, the learning rates."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from diffusion_lab.callback.ema import EMA
+from diffusion_lab.loss import Simple
+from diffusion_lab.lr_schedule import Constant, Cosine
+from diffusion_lab.module import DiffusionModule
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.schedule import Linear
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+
+
+class Affine(nn.Module):
+    """w x_t + v i / 1000: it sees both the image and the index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.7))
+        self.v = nn.Parameter(torch.tensor(-0.4))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x_t: Tensor, index: Tensor) -> Tensor:
+        return self.w * x_t + self.v * (index / 1000).reshape(-1, 1, 1, 1)
+
+
+def make_module(network: nn.Module | None = None) -> DiffusionModule:
+    return DiffusionModule(
+        network or Affine(),
+        Linear(),
+        Epsilon(),
+        Simple(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lr_schedule=lambda optimizer, max_steps: Cosine(optimizer, max_steps, warmup=2),
+        run_config={"seed": 3},
+    )
+
+
+def make_batch(count: int, first: int = 0) -> dict:
+    index = torch.arange(first, first + count)
+    x_0 = torch.stack(
+        [
+            2 * torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(int(k))) - 1
+            for k in index
+        ]
+    )
+    return {"x_0": x_0, "index": index, "key": make_key(0, "train", 2, index), "split": "train"}
+
+
+def by_hand(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
+    """The loss of each image, from DDPM's β alone, float64."""
+    alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
+    losses = []
+    for image, time, noise in zip(x_0.double(), t, epsilon.double(), strict=True):
+        index = round(float(time) * 1000) - 1
+        x_t = alpha_bar[index].sqrt() * image + (1 - alpha_bar[index]).sqrt() * noise
+        predicted = network.w.item() * x_t + network.v.item() * index / 1000
+        losses.append((predicted - noise).square().mean())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
+    """1/T, 2/T, ..., 1 and nothing else: never the clean image, and the noisiest one too."""
+    t = Simple().sample_t(KeyedGenerator(make_key(0, torch.arange(100_000))), Linear(steps=steps))
+    assert t.dtype == torch.float64
+    index = Linear(steps=steps).index(t)
+    torch.testing.assert_close(index, index.round(), rtol=0, atol=1e-9)
+    counts = torch.bincount(index.round().long(), minlength=steps).double()
+    expected = 100_000 / steps
+    assert len(counts) == steps and float(index.min()) >= -1e-9
+    # Pearson's statistic has mean T - 1 and variance 2 (T - 1).
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_squared - (steps - 1)) < 4 * (2 * (steps - 1)) ** 0.5
+
+
+def test_the_training_loss_is_that_of_the_paper() -> None:
+    module, batch = make_module(), make_batch(6)
+    generator = KeyedGenerator(batch["key"])
+    t = module.loss.sample_t(generator, module.schedule)
+    epsilon = generator.normal(3, 4, 4)
+    assert len(set(t.tolist())) == 6 and float(t.min()) > 0 and float(t.max()) <= 1
+    expected = by_hand(batch["x_0"], t, epsilon, module.network).mean()
+    loss = module.training_step(batch, 0)
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
+    module, batch = make_module(), make_batch(6)
+    module.training_step(batch, 0).backward()
+    gradient, step = float(module.network.w.grad), 1e-3
+    losses = []
+    for sign in (1, -1):
+        other = make_module()
+        with torch.no_grad():
+            other.network.w += sign * step
+            losses.append(float(other.training_step(batch, 0)))
+    assert gradient == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2)
+    assert all(p.grad is None for p in module.network_ema.parameters())
+
+
+def test_two_halves_are_the_whole() -> None:
+    module = make_module()
+    whole = module.training_step(make_batch(8), 0)
+    halves = [module.training_step(make_batch(4, first), 0) for first in (0, 4)]
+    assert float(halves[0].detach()) != pytest.approx(float(halves[1].detach()), rel=1e-3)
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-6, atol=0)
+
+
+def test_the_draws_follow_the_key_and_not_the_place_in_the_batch() -> None:
+    module, batch = make_module(), make_batch(8)
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    moved = {k: v[order] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    one, two = (float(module.training_step(b, 0).detach()) for b in (batch, moved))
+    assert one == pytest.approx(two, rel=1e-6)
+    later = {**batch, "key": make_key(0, "train", 3, batch["index"])}
+    assert float(module.training_step(later, 0).detach()) != pytest.approx(one, rel=1e-3)
+
+
+def test_the_validation_losses_are_those_of_both_networks() -> None:
+    module = make_module().eval()
+    with torch.no_grad():
+        module.network_ema.w.fill_(0.2)
+    batches = [make_batch(20), make_batch(12, 20)]
+    for k, batch in enumerate(batches):
+        module.validation_step(batch, k)
+    whole = make_batch(32)
+    golden = (math.sqrt(5) - 1) / 2
+    t = torch.tensor(
+        [(math.floor((k + 0.5) * golden % 1 * 1000) + 1) / 1000 for k in range(32)],
+        dtype=torch.float64,
+    )
+    epsilon = KeyedGenerator(whole["key"]).normal(3, 4, 4)
+    raw = by_hand(whole["x_0"], t, epsilon, module.network)
+    averaged = by_hand(whole["x_0"], t, epsilon, module.network_ema)
+    assert float(module.val_loss.compute()) == pytest.approx(float(raw.mean()), rel=1e-5)
+    assert float(module.val_loss_ema.compute()) == pytest.approx(float(averaged.mean()), rel=1e-5)
+    for k, metric in enumerate(module.val_loss_bin):
+        inside = (t > k / 10) & (t <= (k + 1) / 10)
+        assert 2 <= int(inside.sum()) <= 5  # spread evenly
+        expected = float(averaged[inside].mean())
+        assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
+
+
+# --- the moving average -------------------------------------------------------------------------
+
+
+def end_of_batch(callback: EMA, module: DiffusionModule, step: int) -> None:
+    trainer = SimpleNamespace(global_step=step)
+    callback.on_train_batch_end(trainer, module, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "decay, decays",
+    [(0.9999, [2 / 11, 3 / 12, 4 / 13]), (0.2, [2 / 11, 0.2, 0.2]), (0.0, [0] * 3)],
+)
+def test_the_average_after_three_steps(decay: float, decays: list[float]) -> None:
+    module, callback = make_module(), EMA(decay)
+    callback.on_train_start(SimpleNamespace(global_step=0), module)
+    expected = 0.7
+    for n, (d, weight) in enumerate(zip(decays, [1.5, -2.0, 4.0], strict=True), start=1):
+        with torch.no_grad():
+            module.network.w.fill_(weight)
+        end_of_batch(callback, module, n)
+        expected = d * expected + (1 - d) * weight
+        assert float(module.network_ema.w) == pytest.approx(expected, rel=1e-5)
+        assert float(module.network.w.detach()) == weight  # itself untouched
+    assert float(module.network_ema.v) == pytest.approx(-0.4)
+
+
+def test_the_average_keeps_its_decay_late_in_training() -> None:
+    module, callback = make_module(), EMA(0.9)
+    callback.on_train_start(SimpleNamespace(global_step=4999), module)
+    with torch.no_grad():
+        module.network.w.fill_(1.7)
+    end_of_batch(callback, module, 5000)
+    assert float(module.network_ema.w) == pytest.approx(0.9 * 0.7 + 0.1 * 1.7, rel=1e-5)
+
+
+def test_no_update_while_gradients_are_accumulated_nor_right_after_a_resume() -> None:
+    module, callback = make_module(), EMA(0.5)
+    callback.on_train_start(SimpleNamespace(global_step=7), module)
+    with torch.no_grad():
+        module.network.w.fill_(3.0)
+    end_of_batch(callback, module, 7)
+    assert float(module.network_ema.w) == pytest.approx(0.7)
+    end_of_batch(callback, module, 8)
+    after = float(module.network_ema.w)
+    assert after == pytest.approx(0.5 * 0.7 + 0.5 * 3.0)
+    end_of_batch(callback, module, 8)
+    assert float(module.network_ema.w) == after
+
+
+def test_buffers_are_not_averaged() -> None:
+    module, callback = make_module(), EMA(0.5)
+    module.network.count.fill_(10)
+    end_of_batch(callback, module, 1)
+    assert float(module.network_ema.count) == 0
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_bad_decay_is_named(decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"decay={decay} .*\[0, 1\)"):
+        EMA(decay)
+
+
+def test_the_averaged_network_is_never_trained() -> None:
+    module = make_module(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5)))
+    for mode in (True, False, True):
+        module.train(mode)
+        assert all(m.training == mode for m in module.network.modules())
+        assert not any(m.training for m in module.network_ema.modules())
+    assert not any(p.requires_grad for p in module.network_ema.parameters())
+    assert all(p.requires_grad for p in module.network.parameters())
+    pairs = zip(module.network.parameters(), module.network_ema.parameters(), strict=True)
+    for raw, averaged in pairs:
+        assert torch.equal(raw, averaged) and raw.data_ptr() != averaged.data_ptr()
+
+
+def test_the_denoiser_is_of_the_averaged_weights_unless_told() -> None:
+    module = make_module()
+    with torch.no_grad():
+        module.network_ema.w.fill_(0.1)
+        module.network_ema.v.fill_(0.0)
+        module.network.v.fill_(0.0)
+    x_t, t = make_batch(2)["x_0"].double(), torch.tensor(0.3, dtype=torch.float64)
+    alpha_t, sigma_t = module.schedule(t)
+    for ema, weight in ((True, 0.1), (False, 0.7)):
+        expected = (x_t - sigma_t * weight * x_t) / alpha_t
+        actual = module.denoiser(ema)(x_t, t)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    actual = module.denoiser()(x_t, t)
+    assert torch.equal(actual, module.denoiser(True)(x_t, t))
+
+
+# --- optimizer and learning rates ---------------------------------------------------------------
+
+
+def factors(make, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, result = make(optimizer), []
+    for _ in range(steps):
+        result.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+    return result
+
+
+def test_constant_after_a_linear_warmup() -> None:
+    actual = factors(lambda optimizer: Constant(optimizer, 100, warmup=4), 101)
+    assert actual[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert actual[4:] == [1.0] * 97
+    assert factors(lambda optimizer: Constant(optimizer, -1), 3) == [1.0] * 3
+
+
+def test_cosine_warms_up_and_falls_to_its_end() -> None:
+    actual = factors(lambda o: Cosine(o, 104, warmup=4, final=0.1), 108)
+    assert actual[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert actual[4] == pytest.approx(1.0)
+    assert actual[54] == pytest.approx(0.55)  # the middle
+    assert actual[29] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)  # a quarter
+    assert actual[104:] == pytest.approx([0.1] * 4)  # and stays there
+    assert actual[4:] == sorted(actual[4:], reverse=True)
+    assert factors(lambda o: Cosine(o, 10), 11)[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_cosine_without_a_limit_does_not_decay() -> None:
+    actual = factors(lambda o: Cosine(o, -1, warmup=1), 50)
+    assert actual == [0.5] + [1.0] * 49
+
+
+def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() -> None:
+    module = make_module()
+    module._trainer = SimpleNamespace(max_steps=12)
+    result = module.configure_optimizers()
+    (group,) = result["optimizer"].param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in module.network.parameters()]
+    assert result["lr_scheduler"]["interval"] == "step"
+    schedule = result["lr_scheduler"]["scheduler"]
+    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # the middle of 2, ..., 12
+
+
+def test_a_checkpoint_carries_the_configuration() -> None:
+    checkpoint: dict = {}
+    make_module().on_save_checkpoint(checkpoint)
+    assert checkpoint == {"diffusion_lab": {"format": 1, "config": {"seed": 3}}}
+
+
+# --- in a trainer -------------------------------------------------------------------------------
+
+
+class Recorder(Callback):
+    """Keeps the raw weight after every batch; comes before `EMA` and sees what it will see."""
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_) -> None:
+        self.weights.append((trainer.global_step, module.network.w.item()))
+
+
+def fit(module: DiffusionModule, *callbacks: Callback, **kwargs) -> Trainer:
+    """Trains on eight batches of four images, and validates on one of sixteen."""
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+    train = DataLoader([make_batch(4, 4 * k) for k in range(8)], batch_size=None)
+    trainer.fit(module, train, DataLoader([make_batch(16, 100)], batch_size=None))
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_averages_once_a_step_and_logs_both_losses() -> None:
+    """With two batches a step: 8 batches are 4 updates, each of them with the ramp's decay."""
+    module, recorder = make_module(), Recorder()
+    trainer = fit(
+        module, recorder, EMA(0.9), max_steps=4, accumulate_grad_batches=2, val_check_interval=8
+    )
+    assert [step for step, _ in recorder.weights] == [0, 1, 1, 2, 2, 3, 3, 4]
+    expected = 0.7
+    for n, (_, weight) in enumerate(recorder.weights[1::2], start=1):
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * weight
+    assert float(module.network_ema.w) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(module.network_ema.w) - module.network.w.item()) > 1e-3
+
+    batch = make_batch(16, 100)
+    u = (batch["index"].double() + 0.5) * (math.sqrt(5) - 1) / 2 % 1
+    t = ((u * 1000).floor() + 1) / 1000
+    epsilon = KeyedGenerator(batch["key"]).normal(3, 4, 4)
+    for name, network in (("val/loss", module.network), ("val/loss_ema", module.network_ema)):
+        loss = float(by_hand(batch["x_0"], t, epsilon, network).mean())
+        assert float(trainer.callback_metrics[name]) == pytest.approx(loss, rel=1e-5)
+    raw, averaged = (float(trainer.callback_metrics[k]) for k in ("val/loss", "val/loss_ema"))
+    assert raw != pytest.approx(averaged, rel=1e-3)

@@ -1,0 +1,106 @@
+"""The README's commands run as they stand there, made small; its table is the generated one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Command, Result
+from test_conf import make_photos
+
+from diffusion_lab.data import source
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+]
+PYTHON = [c for c in COMMANDS if c.startswith("python ")]
+RUN = "outputs/train/ddpm_faces/2026-11-24_10-00-00"
+SMALL_TRAIN = ["trainer.max_steps=2", "trainer.accelerator=cpu"]
+SMALL_EVAL = ["sampler.steps=2", "num_samples=2", "trainer.accelerator=cpu"]
+
+
+def test_the_first_screen_names_the_two_commands() -> None:
+    assert [c for c in COMMANDS if c.startswith("make ")] == ["make demo", "make test"]
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert {"demo", "test"} <= set(targets)
+    assert len(PYTHON) >= 15
+
+
+def small(command: str) -> list[str]:
+    """The overrides that make a command quick; its own that say the same are dropped."""
+    words = shlex.split(command)[2:]
+    if "eval.py" in command:
+        extra = [*SMALL_EVAL, *([] if "generate" in command else ["num_images=2"])]
+    elif "resume=" in command:
+        extra = ["trainer.max_steps=4"]
+    elif "celeba" in command:
+        # six levels of a full network take seconds an image: the tiny one, on real pixels
+        extra = [
+            *SMALL_TRAIN, "network=unet_tiny", "data.batch_size=1", "sampler.steps=1",
+            "samples.num_samples=1", "data.splits={train: 0.5, val: 0.3, test: 0.2}",
+        ]  # fmt: skip
+    else:
+        extra = [*TINY, *SMALL_TRAIN]
+    keys = {text.split("=")[0] for text in extra}
+    flags = [word for word in words if word.startswith("-")]
+    own = [w for w in words if w not in flags and w.split("=")[0] not in keys]
+    return [*flags, *own, *extra]
+
+
+def run(lab: Command, command: str) -> Result:
+    return lab("eval" if "eval.py" in command else "train", *small(command))
+
+
+@pytest.mark.parametrize("command", PYTHON)
+def test_a_command_of_the_readme_runs(
+    command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "ddp_sim" in command:
+        pytest.skip("runs in test_distributed.py")
+    if "eval.py" in command or "resume=" in command:
+        assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
+    if "celeba" in command:
+        folder = tmp_path / "photos"
+        make_photos(folder, 12, 256)
+        if "/data/" in command:
+            command = command.replace("/data/celeba_hq_256", str(folder))
+        else:
+            monkeypatch.setattr(source, "_from_hub", lambda name: [as_parquet(folder)])
+    result = run(lab, command)
+    assert result.code == 0, result.text
+
+
+def as_parquet(folder: Path) -> Path:
+    """The images of a folder in the hub's form."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images = [{"bytes": p.read_bytes(), "path": p.name} for p in sorted(folder.iterdir())]
+    path = folder / "train-00000-of-00001.parquet"
+    parquet.write_table(pa.table({"image": images, "label": [0] * len(images)}), path)
+    return path
+
+
+def test_the_python_example_runs(tiny: Command) -> None:
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
+    names: dict = {}
+    exec(code.replace("steps=50", "steps=2"), names)
+    assert names["x_0"].shape == (16, 3, 32, 32)
+    assert names["x_0"].abs().max() <= 1  # the last estimate is clipped
+
+
+def test_the_table_is_the_generated_one() -> None:
+    shown = re.search(r"<!-- denoising:begin -->\n(.*?)<!-- denoising:end -->", README, flags=re.S)
+    assert shown[1] == (ROOT / "benchmarks" / "results" / "denoising.md").read_text()
+    assert "dB above total variation" in shown[1]
+
+
+def test_every_picture_of_the_readme_exists() -> None:
+    paths = re.findall(r"!\[.*?\]\((docs/[^)]+)\)", README.replace("[x₀ given y]", ""))
+    assert len(paths) == 3
+    assert all((ROOT / path).is_file() for path in paths)
