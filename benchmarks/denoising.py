@@ -31,7 +31,7 @@ from diffusion_lab.tracking.grid import image_grid, save_png
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES, SAMPLES, SIGMA_T = 64, 8, 0.5
-WEIGHTS = np.arange(0.2, 2.01, 0.1)
+WEIGHTS = np.arange(0.3, 1.21, 0.1)
 NAMES = {
     "noisy": "noisy image",
     "tv": "total variation (Chambolle), best weight",

@@ -80,7 +80,7 @@ def as_parquet(folder: Path) -> Path:
     from pyarrow import parquet
 
     images = [{"bytes": p.read_bytes(), "path": p.name} for p in sorted(folder.iterdir())]
-    path = folder / "train-00000-of-00001.parquet"
+    path = folder.parent / "images-00000-of-00001.parquet"
     parquet.write_table(pa.table({"image": images, "label": [0] * len(images)}), path)
     return path
 

@@ -56,7 +56,7 @@ def pack(source: Source, root: Path, progress: bool = True) -> PackedCache:
     try:
         meta = json.loads((directory / "meta.json").read_text())
         images = np.load(directory / "images.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         raise DataError(
             f"the cache {directory} is damaged ({error}); remove that directory to make it again"
         ) from error

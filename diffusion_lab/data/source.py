@@ -8,6 +8,7 @@ __all__ = ["SPLITS", "FacesSource", "FolderSource", "ParquetSource", "Source", "
 
 import hashlib
 import io
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -185,7 +186,11 @@ class FolderSource(Source):
     def read(self, split: str) -> Iterator[np.ndarray]:
         for name in self.items[split]:
             path = self.folder / name
-            yield decode(path.read_bytes(), self.size, str(path))
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+            yield decode(data, self.size, str(path))
 
 
 class ParquetSource(Source):
@@ -217,7 +222,8 @@ class ParquetSource(Source):
         column: str = "image",
         origin: str = "",
     ) -> None:
-        self.files = {path.name: path for path in sorted(files)}
+        root = Path(os.path.commonpath([path.parent for path in files]))
+        self.files = {path.relative_to(root).as_posix(): path for path in sorted(files)}
         self.size, self.column, self.origin = size, column, origin
         own: dict[str, list[str]] = {}
         for name, path in self.files.items():
@@ -227,7 +233,7 @@ class ParquetSource(Source):
                     f"{path} has no column {column!r}; "
                     f"it has {', '.join(table.schema_arrow.names)}"
                 )
-            match = re.match(r"(train|validation|val|test)\b", name)
+            match = re.match(r"(train|validation|val|test)\b", path.name)
             split = {"validation": "val"}.get(match[1], match[1]) if match else "train"
             own.setdefault(split, []).extend(
                 f"{name}:{row}" for row in range(table.metadata.num_rows)

@@ -56,7 +56,7 @@ class Residual(Guidance):
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":
             t_start = float(schedule.t_from_ratio(observation.sigma_y))
-            x_t = schedule(torch.tensor(t_start))[0].to(y) * y
+            x_t = schedule(torch.tensor(t_start, dtype=torch.float64))[0].to(y) * y
         else:
             t_start = 1.0
             x_t = normal_like(y, generator)
