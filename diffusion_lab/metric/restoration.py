@@ -32,6 +32,8 @@ def ssim(estimate: Tensor, x_0: Tensor) -> Tensor:
         estimate: Images on the scale of [-1, 1], of shape (B, C, H, W), H and W at least 11.
         x_0: The clean images, of the same shape.
     """
-    return structural_similarity_index_measure(
-        estimate, x_0, data_range=RANGE, reduction="none"
-    ).reshape(len(x_0))
+    _, full = structural_similarity_index_measure(
+        estimate, x_0, data_range=RANGE, reduction="none", return_full_image=True
+    )
+    # Only windows inside the image, as in the paper; torchmetrics averages over mirrored ones too.
+    return full[..., 5:-5, 5:-5].flatten(1).mean(1)
