@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 TINY = [  # a training that takes a second
     "network=unet_tiny",
-    "data.size=8",
+    "data.size=16",
     "data.splits={train: 64, val: 16, test: 16}",
     "data.batch_size=8",
     "samples.num_samples=4",

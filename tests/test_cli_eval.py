@@ -57,7 +57,7 @@ def test_denoise_writes_a_table_pictures_and_a_report(lab: Command, run: Path) -
 def test_the_noisy_image_is_the_one_that_the_keys_name(lab: Command, run: Path) -> None:
     """PSNR of y from the noise of (seed, image): 10 log10(4 / mean square of σ_y n)."""
     lab("eval", "sigma_y=0.3", "seed=7", "hydra.run.dir=e", *SMALL)
-    noise = KeyedGenerator(make_key(7, "observation", torch.arange(5))).normal(3, 8, 8)
+    noise = KeyedGenerator(make_key(7, "observation", torch.arange(5))).normal(3, 16, 16)
     psnr = 10 * torch.log10(4 / (0.3 * noise).square().flatten(1).mean(1))
     assert table("e")["noisy", "psnr"][0] == pytest.approx(float(psnr.mean()), abs=1e-3)
 
@@ -88,7 +88,7 @@ def test_generate_writes_the_images(lab: Command, run: Path) -> None:
         result = lab("eval", *common, f"batch_size={size}", f"hydra.run.dir=g{size}")
         assert result.code == 0, result.text
     images = np.load("g64/samples.npy")
-    assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3)
+    assert images.dtype == np.uint8 and images.shape == (5, 16, 16, 3)
     assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
     difference = images.astype(int) - np.load("g2/samples.npy").astype(int)
     assert abs(difference).max() <= 1  # of rounding

@@ -222,7 +222,7 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
     assert result.code == 1
     assert str(folder) in result.text and "no image" in result.text
     for k in range(12):
-        Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(folder / f"{k}.png")
+        Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(folder / f"{k}.png")
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
     result = tiny(*source)
     assert result.code == 1
