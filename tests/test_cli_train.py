@@ -1,6 +1,7 @@
 """train.py: runs and resumes, and says clearly what is wrong."""
 
 import csv
+import os
 import resource
 import signal
 import subprocess
@@ -98,7 +99,10 @@ def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
     common = ["trainer.max_steps=40", "checkpoint.every_n_steps=5", "sampler.steps=1"]
     tiny(*common, "hydra.run.dir=a")
     command = [sys.executable, str(TRAIN), *TINY, *common, "hydra.run.dir=b"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums depend on the number
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread
+    )
     checkpoint = Path("b/checkpoints/last.ckpt")
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
