@@ -33,6 +33,8 @@ for message in (
     "Found .* in eval mode at the start of training",  # the averaged network: meant so
     "The number of training batches",  # a run counts steps, not epochs
     "Checkpoint directory .* exists and is not empty",  # a resumed run
+    "It is recommended to use .self.log.'val/loss_bin",  # these are synchronised by themselves
+    "The ``compute`` method of metric MeanMetric was called before",  # a bin without an image
     ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ".*tensorboardX",
 ):

@@ -69,7 +69,9 @@ class NetworkDenoiser(Denoiser):
 
     def output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the network's prediction at x_t, in x_t's type."""
-        index = self.schedule.index(t).to(x_t.device, torch.float32).expand(len(x_t))
+        # Below t = 1/T the network was never trained; there is hardly any noise there either.
+        index = self.schedule.index(t).clamp(min=0)
+        index = index.to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
         return self.network(x_t.to(parameter.dtype), index).to(x_t.dtype)
 

@@ -37,7 +37,7 @@ class Cosine(LambdaLR):
         def factor(step: int) -> float:
             if step < warmup or max_steps <= 0:
                 return min((step + 1) / (warmup + 1), 1.0)
-            progress = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+            progress = min((step - warmup) / max(max_steps - 1 - warmup, 1), 1.0)
             return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
         super().__init__(optimizer, factor)

@@ -97,8 +97,8 @@ class DiffusionModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch to the validation losses of the raw and of the averaged weights."""
         x_0, steps = batch["x_0"], self.schedule.steps
-        u = ((batch["index"] + 0.5) * GOLDEN) % 1.0
-        t = ((u.double() * steps).floor() + 1) / steps
+        u = ((batch["index"].double() + 0.5) * GOLDEN) % 1.0
+        t = ((u * steps).floor() + 1) / steps
         epsilon = KeyedGenerator(batch["key"]).normal(*x_0.shape[1:])
         losses = self._losses(x_0, t, epsilon, ema=True)
         self.val_loss.update(self._losses(x_0, t, epsilon, ema=False))

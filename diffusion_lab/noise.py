@@ -114,8 +114,13 @@ def normal_like(x: Tensor, generator: KeyedGenerator | torch.Generator | None = 
         x: A batch, of shape (B, *).
         generator: Keyed streams (one an element of the batch), a generator of torch's, or None for
             torch's global one.
+
+    Raises:
+        ValueError: If there are not as many streams as elements: the draws would be shared.
     """
     if isinstance(generator, KeyedGenerator):
+        if len(generator.key) != len(x):
+            raise ValueError(f"{len(generator.key)} random streams for a batch of {len(x)}")
         return generator.normal(*x.shape[1:], dtype=x.dtype).to(x.device)
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

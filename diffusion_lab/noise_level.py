@@ -69,7 +69,7 @@ def chosen(values: dict[str, float | None]) -> tuple[str, float]:
     text, allowed = ranges[key]
     if not allowed:
         raise ConfigError(f"{key}={value} is not allowed; it is {text}")
-    return key, float(value)
+    return key, value
 
 
 def resolve(schedule: Schedule, values: dict[str, float | None]) -> NoiseLevel:

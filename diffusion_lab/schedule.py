@@ -82,7 +82,8 @@ class Schedule(nn.Module):
         Returns:
             Two tensors of t's shape and type (float32 for a number).
         """
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float32)
+        if not (isinstance(t, Tensor) and t.is_floating_point()):
+            t = torch.as_tensor(t, dtype=torch.float32)
         log_alpha_bar = self._log_alpha_bar(t)
         alpha_t = torch.exp(log_alpha_bar / 2)
         sigma_t = torch.sqrt(-torch.expm1(log_alpha_bar))
@@ -90,7 +91,8 @@ class Schedule(nn.Module):
 
     def ratio(self, t: Tensor | float) -> Tensor:
         """Returns r_t = σ_t / α_t = √(1/ᾱ - 1), float64, of t's shape."""
-        return torch.sqrt(torch.expm1(-self._log_alpha_bar(torch.as_tensor(t))))
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return torch.sqrt(torch.expm1(-self._log_alpha_bar(t)))
 
     def t_from_ratio(self, ratio: Tensor | float) -> Tensor:
         """Returns the time t with σ_t / α_t = r, float64: the inverse of `ratio`.
@@ -120,7 +122,7 @@ class Schedule(nn.Module):
 
     def drift(self, t: Tensor | float) -> Tensor:
         """Returns f(t) = d log α_t / dt, float64; within an interval it is constant."""
-        left, right, _ = self._interval(torch.as_tensor(t))
+        left, right, _ = self._interval(torch.as_tensor(t, dtype=torch.float64))
         return (right - left) * (self.steps / 2)
 
     def diffusion(self, t: Tensor | float) -> Tensor:

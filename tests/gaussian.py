@@ -57,6 +57,7 @@ class BasisNoise(KeyedGenerator):
 
     def __init__(self, draws: int, size: int, extra: int = 0) -> None:
         self.rows, self.size, self.next = 1 + extra + draws * size, size, 1 + extra
+        super().__init__(torch.zeros(self.rows, dtype=torch.int64))
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         assert shape == (self.size,) and self.next + self.size <= self.rows

@@ -263,14 +263,14 @@ def test_constant_after_a_linear_warmup() -> None:
 
 
 def test_cosine_warms_up_and_falls_to_its_end() -> None:
-    actual = factors(lambda o: Cosine(o, 104, warmup=4, final=0.1), 108)
+    actual = factors(lambda o: Cosine(o, 105, warmup=4, final=0.1), 108)
     assert actual[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert actual[4] == pytest.approx(1.0)
     assert actual[54] == pytest.approx(0.55)  # the middle
     assert actual[29] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)  # a quarter
     assert actual[104:] == pytest.approx([0.1] * 4)  # and stays there
     assert actual[4:] == sorted(actual[4:], reverse=True)
-    assert factors(lambda o: Cosine(o, 10), 11)[-1] == pytest.approx(0.0, abs=1e-12)
+    assert factors(lambda o: Cosine(o, 10), 10)[-1] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_cosine_without_a_limit_does_not_decay() -> None:
@@ -280,13 +280,13 @@ def test_cosine_without_a_limit_does_not_decay() -> None:
 
 def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() -> None:
     module = make_module()
-    module._trainer = SimpleNamespace(max_steps=12)
+    module._trainer = SimpleNamespace(max_steps=13)
     result = module.configure_optimizers()
     (group,) = result["optimizer"].param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in module.network.parameters()]
     assert result["lr_scheduler"]["interval"] == "step"
     schedule = result["lr_scheduler"]["scheduler"]
-    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # the middle of 2, ..., 12
+    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # the middle of 2, ..., 12, the last step
 
 
 def test_a_checkpoint_carries_the_configuration() -> None:

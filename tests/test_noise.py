@@ -213,3 +213,8 @@ def test_normal_like() -> None:
     drawn = normal_like(x.float())
     torch.manual_seed(6)
     assert torch.equal(drawn, torch.randn(4, 2, 3))
+
+
+def test_streams_are_never_shared() -> None:
+    with pytest.raises(ValueError, match="1 random streams for a batch of 4"):
+        normal_like(torch.empty(4, 2), KeyedGenerator(make_key(0, torch.arange(1))))

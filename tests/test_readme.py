@@ -60,7 +60,7 @@ def test_a_command_of_the_readme_runs(
     command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "ddp_sim" in command:
-        pytest.skip("runs in test_distributed.py")
+        pytest.skip("test_distributed.py runs it: it needs processes of its own")
     if "eval.py" in command or "resume=" in command:
         assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
     if "celeba" in command:

@@ -55,14 +55,16 @@ def pack(source: Source, root: Path, progress: bool = True) -> PackedCache:
         _write(source, directory, description, progress)
     try:
         meta = json.loads((directory / "meta.json").read_text())
+        names = {split: meta["names"][split] for split in SPLITS}
         images = np.load(directory / "images.npy", mmap_mode="r", allow_pickle=False)
-    except (EOFError, OSError, ValueError) as error:
+        if len(images) != sum(map(len, names.values())):
+            raise ValueError(f"{len(images)} images, {sum(map(len, names.values()))} names")
+    except (EOFError, KeyError, OSError, ValueError) as error:
         raise DataError(
             f"the cache {directory} is damaged ({error}); remove that directory to make it again"
         ) from error
-    slices, names, first = {}, {}, 0
+    slices, first = {}, 0
     for split in SPLITS:
-        names[split] = meta["names"][split]
         slices[split] = images[first : first + len(names[split])]
         first += len(names[split])
     return PackedCache(fingerprint, slices, names)

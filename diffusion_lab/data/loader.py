@@ -77,7 +77,8 @@ class Loader:
         consumed = resume["consumed"] if resume and resume["epoch"] == epoch else 0
         order = self.order(epoch)
         step = self.batch_size * self.world
-        end = len(order) // step * step if self.shuffle else len(order)
+        left = len(order) - consumed  # a resumed epoch may have begun with another batch size
+        end = consumed + left // step * step if self.shuffle else len(order)
         for first in range(consumed, end, step):
             index = order[first : min(first + step, end)][self.rank :: self.world]
             self._position = {"epoch": epoch, "consumed": first + step}

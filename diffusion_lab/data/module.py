@@ -77,7 +77,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self.cache is None:
             self.cache = self._pack()
-        needed = ("train", "val") if stage in ("fit", None) else ("test",)
+        needed = {"validate": ["val"], "test": ["test"]}.get(stage, ["train", "val"])
         for split in needed:
             if not len(self.cache.images[split]):
                 raise DataError(

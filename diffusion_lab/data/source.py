@@ -143,6 +143,12 @@ def split_by_name(
     return result
 
 
+def _state(path: Path) -> list[int]:
+    """What changes when a file does: its size and time of modification."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 class FolderSource(Source):
     """All JPEG and PNG files under a folder.
 
@@ -171,16 +177,13 @@ class FolderSource(Source):
         self.items = split_by_name(names, fractions, seed)
 
     def describe(self) -> dict[str, Any]:
-        files = {}
-        for name in sorted(sum(self.items.values(), [])):
-            stat = (self.folder / name).stat()
-            files[name] = [stat.st_size, stat.st_mtime_ns]
+        names = sorted(sum(self.items.values(), []))
         return {
             "source": str(self.folder.resolve()),
             "size": self.size,
             "resample": "lanczos",
             "splits": self.items,
-            "files": files,
+            "files": {name: _state(self.folder / name) for name in names},
         }
 
     def read(self, split: str) -> Iterator[np.ndarray]:
@@ -196,7 +199,8 @@ class FolderSource(Source):
 class ParquetSource(Source):
     """Parquet files with a column of encoded images, as the hub stores image sets.
 
-    Files named `train-*`, `validation-*` and `test-*` are the set's own splits. Where there is no
+    Files whose name, or whose folder's name, begins with train, validation or test are the set's
+    own splits. Where there is no
     test split the validation split is divided into val and test in proportion of `fractions`;
     where there is but one split, all three come from it. The division is by a hash of file and
     row.
@@ -233,7 +237,7 @@ class ParquetSource(Source):
                     f"{path} has no column {column!r}; "
                     f"it has {', '.join(table.schema_arrow.names)}"
                 )
-            match = re.match(r"(train|validation|val|test)\b", path.name)
+            match = re.search(r"(?:^|/)(train|validation|val|test)(?![a-z])", name)
             split = {"validation": "val"}.get(match[1], match[1]) if match else "train"
             own.setdefault(split, []).extend(
                 f"{name}:{row}" for row in range(table.metadata.num_rows)
@@ -265,7 +269,7 @@ class ParquetSource(Source):
             "resample": "lanczos",
             "column": self.column,
             "splits": self.items,
-            "files": {name: path.stat().st_size for name, path in self.files.items()},
+            "files": {name: _state(path) for name, path in self.files.items()},
         }
 
     def read(self, split: str) -> Iterator[np.ndarray]:
@@ -273,14 +277,18 @@ class ParquetSource(Source):
         for name, path in self.files.items():
             if not any(item.startswith(f"{name}:") for item in wanted):
                 continue
-            row = 0
-            for batch in self._open(path).iter_batches(batch_size=64, columns=[self.column]):
-                for image in batch.column(0).to_pylist():
-                    item = f"{name}:{row}"
-                    row += 1
-                    if item in wanted:
-                        data = image["bytes"] if isinstance(image, dict) else image
-                        yield decode(data or b"", self.size, f"{path} row {row - 1}")
+            for row, image in enumerate(self._rows(path)):
+                if f"{name}:{row}" in wanted:
+                    data = image["bytes"] if isinstance(image, dict) else image
+                    yield decode(data or b"", self.size, f"{path} row {row}")
+
+    def _rows(self, path: Path) -> Iterator[Any]:
+        batches = self._open(path).iter_batches(batch_size=64, columns=[self.column])
+        try:
+            for batch in batches:
+                yield from batch.column(0).to_pylist()
+        except OSError as error:  # pyarrow's errors of damaged pages are OSErrors
+            raise DataError(f"{path}: damaged ({error}); fetch the file again") from error
 
 
 def open_source(

@@ -247,3 +247,12 @@ def test_a_state_of_other_data_is_refused(count: int, seed: int, text: str) -> N
     with pytest.raises(ValueError, match=text):
         loader.load_state_dict(state)
     assert len(indices(loader)) == 5  # and nothing was taken over
+
+
+def test_a_resumed_epoch_has_whole_batches_of_the_new_size() -> None:
+    images = np.zeros((100, 1, 1, 3), dtype=np.uint8)
+    old = Loader(images, "train", 8, seed=0, shuffle=True)
+    next(iter(old))
+    new = Loader(images, "train", 16, seed=0, shuffle=True)
+    new.load_state_dict(old.state_dict())
+    assert [len(batch["index"]) for batch in new] == [16] * 5  # 92 are left
