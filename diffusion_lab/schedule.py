@@ -86,13 +86,13 @@ class Schedule(nn.Module):
             t = torch.as_tensor(t, dtype=torch.float32)
         log_alpha_bar = self._log_alpha_bar(t)
         alpha_t = torch.exp(log_alpha_bar / 2)
-        sigma_t = torch.sqrt(-torch.expm1(log_alpha_bar))
+        sigma_t = torch.sqrt(torch.expm1(log_alpha_bar).abs())  # abs: +0 at t = 0, not -0
         return alpha_t.to(t), sigma_t.to(t)
 
     def ratio(self, t: Tensor | float) -> Tensor:
         """Returns r_t = σ_t / α_t = √(1/ᾱ - 1), float64, of t's shape."""
         t = torch.as_tensor(t, dtype=torch.float64)
-        return torch.sqrt(torch.expm1(-self._log_alpha_bar(t)))
+        return torch.sqrt(torch.expm1(-self._log_alpha_bar(t)).abs())
 
     def t_from_ratio(self, ratio: Tensor | float) -> Tensor:
         """Returns the time t with σ_t / α_t = r, float64: the inverse of `ratio`.

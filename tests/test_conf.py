@@ -73,7 +73,7 @@ def test_a_task_picks_its_method_and_the_method_its_sampler() -> None:
         return guidance, config.sampler._target_.rsplit(".", 1)[1]
 
     assert choice("task=denoise") == ("Truncated", "EulerMaruyama")
-    assert choice("task=generate") == (None, "DDIM")
+    assert choice("task=generate") == (None, "Ancestral")
     assert choice("task=denoise", "guidance=residual") == ("Residual", "Ancestral")
     assert choice("guidance=residual", "sampler=ddim") == ("Residual", "DDIM")
     assert choice("sampler=ancestral") == ("Truncated", "Ancestral")

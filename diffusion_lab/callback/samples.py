@@ -96,7 +96,7 @@ class SampleGrid(Callback):
             for k in range(len(x_0))
         ]
         names = [f"sample {m + 1}" for m in range(self.POSTERIOR_SAMPLES)]
-        return labelled_grid(rows, ["clean", "noisy", "E[x₀ | y]", *names])
+        return labelled_grid(rows, ["clean", "noisy", "E[x_0 | y]", *names])
 
     def _log(self, trainer: Trainer, pictures: dict[str, Image], step: int) -> None:
         if not trainer.fast_dev_run:

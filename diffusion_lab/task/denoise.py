@@ -212,7 +212,7 @@ class Denoise(Task):
         maps, largest = std_map(torch.stack([each["std"] for each in shown]))
         rows = [torch.cat([each["images"], m[None]]) for each, m in zip(shown, maps, strict=True)]
         count = min(SHOWN_SAMPLES, self.num_samples)
-        columns = ["clean", "noisy", "E[x₀ | y]", f"mean of {self.num_samples}"]
+        columns = ["clean", "noisy", "E[x_0 | y]", f"mean of {self.num_samples}"]
         columns += [f"sample {m + 1}" for m in range(count)] + ["std"]
         grid = save_png(labelled_grid(rows, columns), folder / "grid.png")
         pictures = [
@@ -230,7 +230,7 @@ class Denoise(Task):
             states = torch.cat([state.x_t for state in path])
             estimates = torch.cat([state.denoised for state in path])
             picture = labelled_grid(
-                [states, estimates], [self._moment(s.t) for s in path], ["x_t", "E[x₀ | x_t]"]
+                [states, estimates], [self._moment(s.t) for s in path], ["x_t", "E[x_0 | x_t]"]
             )
             caption = "The way of one posterior sample, from the left to the right."
             pictures.append(
