@@ -48,7 +48,7 @@ def evaluate(task: str, run: Path, directory: Path, *overrides: str) -> None:
 
 
 def total_variation(run: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """The best weight, and the scores of each image at it, on the noisy images of the evaluation."""
+    """The best weight, and each image's scores at it, on the evaluation's noisy images."""
     data = instantiate(rebuild(run).config["data"], "data")
     data.setup("test")
     index = torch.arange(IMAGES)

@@ -96,6 +96,11 @@ def train(config: DictConfig) -> None:
         if trainer.interrupted:
             raise RunError(f"interrupted; continue with resume={directory}")
         failed = False
+    except OSError as error:
+        raise RunError(
+            f"training stopped: {error}; the last checkpoint is intact, continue with "
+            f"resume={directory}"
+        ) from error
     finally:
         if "wandb" in (config.logger or {}):
             from diffusion_lab.tracking.wandb import close  # its import costs a second

@@ -60,9 +60,7 @@ class NetworkDenoiser(Denoiser):
         parameterization: What it predicts.
     """
 
-    def __init__(
-        self, network: nn.Module, schedule: Schedule, parameterization: Epsilon
-    ) -> None:
+    def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Epsilon) -> None:
         super().__init__(schedule)
         self.network = network
         self.parameterization = parameterization

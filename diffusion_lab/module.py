@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer

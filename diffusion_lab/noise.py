@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 
-
 def _wrap(x: int) -> int:
     """The signed 64-bit number that is x modulo 2⁶⁴."""
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)

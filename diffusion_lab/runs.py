@@ -1,10 +1,10 @@
 r"""Runs on disk: where they are, how one is rebuilt, and how one is continued.
 
-    outputs/train/<experiment>/<time>/
-        .hydra/                   configuration and overrides
-        checkpoints/last.ckpt     the newest state; best.ckpt the one of least validation loss
-        metrics.csv  samples/     what was logged
-        finished.json             written when training has reached its end
+outputs/train/<experiment>/<time>/
+    .hydra/                   configuration and overrides
+    checkpoints/last.ckpt     the newest state; best.ckpt the one of least validation loss
+    metrics.csv  samples/     what was logged
+    finished.json             written when training has reached its end
 """
 
 __all__ = ["finish", "load_checkpoint", "load_run", "newest_run", "rebuild", "resumed_config"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, Command
+from test_conf import make_photos
 
 from diffusion_lab import load_run
 from diffusion_lab.noise import KeyedGenerator, make_key
@@ -21,7 +22,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint that a resumed run must have in common: weights and optimizer."""
+    """What a resumed run must share with one that never stopped: weights and optimizer."""
     checkpoint = load_checkpoint(path)
     state = checkpoint["optimizer_states"][0]["state"]
     moments = {f"{k}.{n}": v for k, each in state.items() for n, v in each.items()}
@@ -232,3 +233,27 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
     assert result.code == 1
     assert str(folder / "7.png") in result.text
     assert not list((tmp_path / "cache").glob("*/*")), "a half-made cache was left"
+
+
+@pytest.mark.slow
+def test_the_full_network_trains_on_photographs_and_resumes(lab: Command, tmp_path: Path) -> None:
+    """experiment=ddpm_celeba as it is: 113.7 M parameters on 256x256 images read from disk."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    make_photos(tmp_path / "photos", 30, 256)
+    common = [
+        "experiment=ddpm_celeba", f"data.source={tmp_path / 'photos'}", "data.batch_size=1",
+        "data.splits={train: 0.8, val: 0.1, test: 0.1}", "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1", "samples.num_samples=1", "sampler.steps=1",
+    ]  # fmt: skip
+    result = lab("train", *common, "trainer.max_steps=2", "hydra.run.dir=a")
+    assert result.code == 0, result.text
+    checkpoint = load_checkpoint(Path("a/checkpoints/last.ckpt"))
+    weights = [v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")]
+    assert sum(w.numel() for w in weights) == 113_673_219
+    result = lab("train", "resume=a", "trainer.max_steps=3")
+    assert result.code == 0, result.text
+    assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
+    losses = [float(row["train/loss"]) for row in rows(Path("a")) if row["train/loss"]]
+    assert len(losses) == 3
+    assert all(0.9 < loss < 1.1 for loss in losses)  # the rate is 2e-5 and warming up
+    torch.set_num_threads(1)

@@ -101,7 +101,11 @@ def test_every_experiment_runs(experiment: str, lab: Command, tmp_path: Path) ->
     overrides = ["data.batch_size=1", "sampler.steps=2", "samples.num_samples=1"]
     if experiment.endswith("celeba"):
         make_photos(tmp_path / "photos", 12, 256)
-        overrides += [f"data.source={tmp_path / 'photos'}", "data.splits.val=0.3", "data.splits.test=0.3"]
+        overrides += [
+            f"data.source={tmp_path / 'photos'}",
+            "data.splits.val=0.3",
+            "data.splits.test=0.3",
+        ]
     result = lab(
         "train",
         f"experiment={experiment}",

@@ -286,7 +286,7 @@ def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() ->
     assert [id(p) for p in group["params"]] == [id(p) for p in module.network.parameters()]
     assert result["lr_scheduler"]["interval"] == "step"
     schedule = result["lr_scheduler"]["scheduler"]
-    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # the middle of 2, ..., 12, the last step
+    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # halfway from 2 to 12, the last
 
 
 def test_a_checkpoint_carries_the_configuration() -> None:

@@ -32,7 +32,7 @@ class SampleGrid(Callback):
         seed: Seed of the noise.
     """
 
-    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16
+    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # at most
     SIGMA_T = 0.5
 
     def __init__(
@@ -58,7 +58,7 @@ class SampleGrid(Callback):
             return
         self.drawn_step = step
         if trainer.is_global_zero:
-            with module.trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context():
                 pictures = {
                     "samples/grid": self._prior(trainer, module),
                     "samples/denoise": self._posterior(trainer, module),
@@ -79,12 +79,13 @@ class SampleGrid(Callback):
         return to_pil_image(image_grid(images, columns))
 
     def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
-        images = trainer.datamodule.cache.images["val"][: self.ROWS]
+        images = trainer.datamodule.cache.images["val"][: min(self.ROWS, self.num_samples)]
         x_0 = to_model(torch.tensor(images, device=module.device))
         sigma_y = self.SIGMA_T / (1 - self.SIGMA_T**2) ** 0.5
         noise = self._generator(module, "denoising row", len(x_0)).normal(*x_0.shape[1:])
         y = x_0 + sigma_y * noise
-        denoiser, sampler = module.denoiser(), EulerMaruyama(self.POSTERIOR_STEPS)
+        steps = min(self.POSTERIOR_STEPS, self.sampler.steps)
+        denoiser, sampler = module.denoiser(), EulerMaruyama(steps)
         mmse = MMSE()(denoiser, sampler, Observation(y, sigma_y))
         repeated = y.repeat_interleave(self.POSTERIOR_SAMPLES, 0)
         generator = self._generator(module, "posterior row", len(repeated))

@@ -12,6 +12,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from diffusion_lab.noise import make_key
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png")
-MODES = ("RGB", "RGBA", "L", "P", "CMYK")  # what Pillow converts to 8-bit RGB without loss of range
+MODES = (
+    "RGB",
+    "RGBA",
+    "L",
+    "P",
+    "CMYK",
+)  # Pillow makes 8-bit RGB of these without loss of range
 
 
 class Source(ABC):
@@ -177,7 +184,7 @@ class FolderSource(Source):
         self.items = split_by_name(names, fractions, seed)
 
     def describe(self) -> dict[str, Any]:
-        names = sorted(sum(self.items.values(), []))
+        names = sorted(chain.from_iterable(self.items.values()))
         return {
             "source": str(self.folder.resolve()),
             "size": self.size,
@@ -246,7 +253,7 @@ class ParquetSource(Source):
             shares = {**fractions, "train": 0.0}
             own = {**split_by_name(own["val"], shares, seed), "train": own.get("train", [])}
         elif len(own) == 1:
-            own = split_by_name(sum(own.values(), []), fractions, seed)
+            own = split_by_name(next(iter(own.values())), fractions, seed)
         self.items = {split: own.get(split, []) for split in SPLITS}
 
     @staticmethod

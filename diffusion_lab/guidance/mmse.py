@@ -1,6 +1,9 @@
 r"""The estimate of least mean squared error, E[x_0 | y]: one call of the denoiser.
 
-With σ_{t*} / α_{t*} = σ_y as in the truncated reverse SDE, E[x_0 | y] = E[x_0 | x_{t*} = α_{t*} y].
+With σ_{t*} / α_{t*} = σ_y as in the truncated reverse SDE,
+
+    E[x_0 | y] = E[x_0 | x_{t*} = α_{t*} y].
+
 For an exact posterior, one sample has twice its mean squared error (3.01 dB less PSNR), and the
 mean of M samples 1 + 1/M times.
 """

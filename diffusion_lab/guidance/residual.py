@@ -10,6 +10,8 @@ of the samples is far too large, with a large one far too small.
 
 __all__ = ["Residual"]
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class Residual(Guidance):
             t_start = 1.0
             x_t = normal_like(y, generator)
         times = sampler.times(t_start)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             denoised = denoiser(x_t, t)
             if callback is not None:
                 callback(State(float(t), x_t, denoised))

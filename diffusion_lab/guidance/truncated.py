@@ -44,6 +44,4 @@ class Truncated(Guidance):
         t = denoiser.schedule.t_from_ratio(observation.sigma_y)
         alpha_t, _ = denoiser.schedule(t)
         start = alpha_t.to(observation.y) * observation.y
-        return sampler(
-            denoiser, start, t_start=float(t), generator=generator, callback=callback
-        )
+        return sampler(denoiser, start, t_start=float(t), generator=generator, callback=callback)

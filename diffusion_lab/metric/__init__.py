@@ -1,5 +1,5 @@
 """How good images are."""
 
-__all__ = ["psnr", "ssim"]
+__all__ = ["WINDOW", "psnr", "ssim"]
 
-from diffusion_lab.metric.restoration import psnr, ssim
+from diffusion_lab.metric.restoration import WINDOW, psnr, ssim

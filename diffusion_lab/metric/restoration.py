@@ -5,13 +5,14 @@ Sources:
     standard deviation 1.5, K_1 = 0.01, K_2 = 0.03).
 """
 
-__all__ = ["psnr", "ssim"]
+__all__ = ["WINDOW", "psnr", "ssim"]
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 RANGE = 2.0  # of an image in [-1, 1]
+WINDOW = 11  # pixels of SSIM's window, torchmetrics' for a standard deviation of 1.5
 
 
 def psnr(estimate: Tensor, x_0: Tensor) -> Tensor:
@@ -36,4 +37,5 @@ def ssim(estimate: Tensor, x_0: Tensor) -> Tensor:
         estimate, x_0, data_range=RANGE, reduction="none", return_full_image=True
     )
     # Only windows inside the image, as in the paper; torchmetrics averages over mirrored ones too.
-    return full[..., 5:-5, 5:-5].flatten(1).mean(1)
+    margin = WINDOW // 2
+    return full[..., margin:-margin, margin:-margin].flatten(1).mean(1)

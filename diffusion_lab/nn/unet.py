@@ -85,7 +85,9 @@ class UNet(nn.Module):
         for level, out in enumerate(widths):
             last = level == len(widths) - 1
             stage = nn.Module()
-            stage.block = nn.ModuleList(block(width if j == 0 else out, out) for j in range(blocks))
+            stage.block = nn.ModuleList(
+                block(width if j == 0 else out, out) for j in range(blocks)
+            )
             stage.attention = nn.ModuleList(attention(level) for _ in range(blocks))
             stage.resample = nn.Identity() if last else Downsample(out)
             self.down.append(stage)

@@ -11,6 +11,7 @@ __all__ = ["Callback", "Generator", "Sampler", "State"]
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -104,7 +105,7 @@ class Sampler(ABC):
         if self.clip:
             denoiser = Clipped(denoiser)
         times, x_t = self.times(t_start), start
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             denoised = denoiser(x_t, t)
             if callback is not None:
                 callback(State(float(t), x_t, denoised))

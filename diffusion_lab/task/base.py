@@ -8,6 +8,7 @@ the same for any batch size and any number of devices.
 __all__ = ["Task"]
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffusion_lab.errors import RunError
 from diffusion_lab.runs import Run
 
 
@@ -76,6 +78,13 @@ class Task(LightningModule, ABC):
         if _distributed_is_initialized():
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, self.results)
-            results = sum(gathered, [])
-        if self.trainer.is_global_zero:
+            results = list(chain.from_iterable(gathered))
+        if not self.trainer.is_global_zero:
+            return
+        try:
             self.finish(sorted(results, key=lambda result: result["index"]))
+        except OSError as error:
+            raise RunError(
+                f"cannot write results to {self.directory}: {error}; free space there, or choose "
+                "another hydra.run.dir"
+            ) from error

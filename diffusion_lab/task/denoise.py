@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_lab.data.module import ImageDataModule, to_model
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import MMSE, Guidance, Observation
-from diffusion_lab.metric import psnr, ssim
+from diffusion_lab.metric import WINDOW, psnr, ssim
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.sampler import Sampler, State
@@ -55,7 +55,7 @@ class Denoise(Task):
         task: See `Task`.
 
     Raises:
-        ConfigError: If there are not so many test images.
+        ConfigError: If there are not so many test images, or they are too small.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class Denoise(Task):
             raise ConfigError(
                 f"num_images={num_images} is more than the {len(self.images)} test images of "
                 f"data.source={data.source}; lower num_images"
+            )
+        if data.size < WINDOW:
+            raise ConfigError(
+                f"data.size={data.size} of the run is smaller than the window of SSIM; denoising "
+                f"is graded on images of at least {WINDOW} pixels"
             )
         self.guidance, self.sampler, self.level = guidance, sampler, level
         self.num_images, self.num_samples, self.settings = num_images, num_samples, settings

@@ -2,7 +2,6 @@
 
 __all__ = ["Generate"]
 
-import logging
 import math
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import Tensor
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.task.base import Task
+from diffusion_lab.task.facts import run_sections
 from diffusion_lab.tracking.grid import image_grid, save_png, to_uint8
 from diffusion_lab.tracking.report import Picture, write_report
-from diffusion_lab.task.facts import run_sections
-
-log = logging.getLogger(__name__)
 
 SHOWN = 256  # images of the picture at most
 
@@ -32,9 +29,7 @@ class Generate(Task):
         task: See `Task`.
     """
 
-    def __init__(
-        self, *, sampler: Sampler, num_samples: int, settings: str, **task: Any
-    ) -> None:
+    def __init__(self, *, sampler: Sampler, num_samples: int, settings: str, **task: Any) -> None:
         super().__init__(**task)
         self.sampler, self.num_samples, self.settings = sampler, num_samples, settings
 
@@ -43,7 +38,10 @@ class Generate(Task):
         return self.num_samples
 
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
-        size, channels = self.run.config["data"]["size"], self.run.config["network"]["image_channels"]
+        size, channels = (
+            self.run.config["data"]["size"],
+            self.run.config["network"]["image_channels"],
+        )
         generator = KeyedGenerator(make_key(self.seed, "generate", index))
         start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
         images = self.sampler(self.denoiser, start, generator=generator)
@@ -63,9 +61,9 @@ class Generate(Task):
             f"{len(images)} images drawn from noise by {name} in {self.sampler.steps} steps.",
             [
                 Picture("Samples", f"The first {len(shown)} of {len(images)} images.", path),
-                *run_sections(self.run, {"Sampler": name, "Steps": str(self.sampler.steps)},
-                              self.settings),
+                *run_sections(
+                    self.run, {"Sampler": name, "Steps": str(self.sampler.steps)}, self.settings
+                ),
             ],
         )
-        log.info("samples: %s", self.directory / "samples.npy")
-        log.info("report: %s", report)
+        print(f"\nsamples: {self.directory / 'samples.npy'}\nreport: {report}")
