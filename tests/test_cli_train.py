@@ -167,10 +167,11 @@ BAD = [
     ("ema.decay=1", "ema.decay=1", "[0, 1)"),
     ("sampler.steps=2000", "sampler.steps=2000", "1000 steps"),
     ("sampler.eta=2", "sampler.eta=2", "[0, 1]"),
-    ("schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
-    ("schedule.beta_min=0.5", "schedule.beta_min=0.5", "below"),
+    ("schedule=linear schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
+    ("schedule=linear schedule.beta_min=0.5", "schedule.beta_min=0.5", "below"),
     ("trainer.devices=0", "trainer.devices=0", ">= 1"),
     ("seed=-1", "seed=-1", ">= 0"),
+    ("schedule.s=-1", "schedule.s=-1", "a number > 0"),
     ("schedule=liner", "schedule/liner", "linear"),
     ("trainer.max_step=5", "max_step", "trainer"),
     ("data.source=nowhere", "data.source=nowhere", "does not exist"),
@@ -182,7 +183,7 @@ BAD = [
 def test_bad_input_is_named_with_the_way_out(
     tiny: Command, override: str, named: str, hint: str
 ) -> None:
-    result = tiny(*(TINY if override.startswith("resume") else []), override, "hydra.run.dir=a")
+    result = tiny(*override.split(), "hydra.run.dir=a")
     assert result.code == 1
     assert named in result.text
     assert hint in result.text
@@ -201,9 +202,9 @@ def test_a_directory_with_a_run_is_refused(tiny: Command) -> None:
 
 def test_a_resume_with_another_model_shows_the_difference(tiny: Command) -> None:
     tiny("trainer.max_steps=2", "hydra.run.dir=a")
-    result = tiny("resume=a", "schedule=cosine", "trainer.max_steps=4")
+    result = tiny("resume=a", "schedule=linear", "trainer.max_steps=4")
     assert result.code == 1
-    assert "schedule._target_: diffusion_lab.schedule.Linear -> diffusion_lab.schedule.Cosine" in (
+    assert "schedule._target_: diffusion_lab.schedule.Cosine -> diffusion_lab.schedule.Linear" in (
         result.text
     )
 
