@@ -166,7 +166,7 @@ BAD = [
     ("optimizer.lr=nan", "optimizer.lr=nan", "a number > 0"),
     ("ema.decay=1", "ema.decay=1", "[0, 1)"),
     ("sampler.steps=2000", "sampler.steps=2000", "1000 steps"),
-    ("sampler.eta=2", "sampler.eta=2", "[0, 1]"),
+    ("sampler=ddim sampler.eta=2", "sampler.eta=2", "[0, 1]"),
     ("schedule=linear schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
     ("schedule=linear schedule.beta_min=0.5", "schedule.beta_min=0.5", "below"),
     ("trainer.devices=0", "trainer.devices=0", ">= 1"),
