@@ -209,6 +209,20 @@ def test_a_resume_with_another_model_shows_the_difference(tiny: Command) -> None
     )
 
 
+def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos", 40, 16)
+    shares = "data.splits={train: 0.6, val: 0.2, test: 0.2}"
+    common = [f"data.source={tmp_path / 'photos'}", shares, "hydra.run.dir=a"]
+    assert tiny(*common, "trainer.max_steps=2").code == 0
+    saved = load_checkpoint(Path("a/checkpoints/last.ckpt"))["ImageDataModule"]["splits"]
+    assert len({*saved.values()}) == 3
+    (tmp_path / "photos" / "new.png").write_bytes((tmp_path / "photos" / "000.png").read_bytes())
+    result = tiny("resume=a", "trainer.max_steps=4")
+    assert result.code == 1
+    assert any(value in result.text for value in saved.values())
+    assert "added, removed or renamed" in result.text and "Traceback" not in result.text
+
+
 def test_a_finished_run_says_how_to_go_on(tiny: Command) -> None:
     tiny("trainer.max_steps=2", "hydra.run.dir=a")
     result = tiny("resume=a")

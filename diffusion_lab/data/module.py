@@ -7,6 +7,7 @@ and leaves the memory layout that convolutions like.
 
 __all__ = ["ImageDataModule"]
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,28 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} on {world} device(s) is more than the "
                 f"{count} training images of data.source={self.source}; lower data.batch_size"
             )
+
+    def state_dict(self) -> dict[str, dict[str, str]]:
+        """Returns a hash of the names in each split; every checkpoint carries it."""
+        hashes = {
+            split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+            for split, names in self.cache.names.items()
+        }
+        return {"splits": hashes}
+
+    def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
+        """Holds a checkpoint's splits against those at hand.
+
+        Raises:
+            DataError: If they are not of the same images; shows both hashes.
+        """
+        for split, mine in self.state_dict()["splits"].items():
+            if state["splits"][split] != mine:
+                raise DataError(
+                    f"the {split} split of data.source={self.source} has hash {mine}, that of the "
+                    f"run {state['splits'][split]}: images were added, removed or renamed. Resume "
+                    "with the images of the run, or start a new run"
+                )
 
     def _loader(self, split: str, *, shuffle: bool = False) -> Loader:
         trainer = self.trainer
