@@ -25,13 +25,11 @@ test: .venv/.done  ## The tests, in minutes
 test-slow: .venv/.done  ## The slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-lint: .venv/.done  ## Style and types
+lint: .venv/.done  ## Style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy diffusion_lab
 
 results: .venv/.done  ## The README's figures, from the newest run
 	$(BIN)/python benchmarks/denoising.py
 
 clean:  ## Remove .venv and caches; outputs stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache dist

@@ -93,8 +93,6 @@ def train(config: DictConfig) -> None:
     failed = True
     try:
         trainer.fit(module, data, ckpt_path=last if config.resume else None)
-        if trainer.interrupted:
-            raise RunError(f"interrupted; continue with resume={directory}")
         failed = False
     except OSError as error:
         raise RunError(
@@ -102,6 +100,8 @@ def train(config: DictConfig) -> None:
             f"resume={directory}"
         ) from error
     finally:
+        if trainer.interrupted and last.exists():  # Lightning ends the process with exit code 1 by itself
+            log.warning("interrupted; continue with: python train.py resume=%s", directory)
         if "wandb" in (config.logger or {}):
             from diffusion_lab.tracking.wandb import close  # its import costs a second
 

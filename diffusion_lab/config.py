@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from diffusion_lab import noise_level
 from diffusion_lab.errors import ConfigError
@@ -39,6 +39,13 @@ POSITIVE = ("a number > 0", _number(float, lambda v: v > 0))
 DECAY = ("a number in [0, 1)", _number(float, lambda v: 0 <= v < 1))
 FLAG = ("true or false", lambda v: isinstance(v, bool))
 TEXT = ("a text", lambda v: isinstance(v, str) and v != "")
+
+
+def _list_of(rule: tuple[str, Check], least: int) -> tuple[str, Check]:
+    def check(value: Any) -> bool:
+        return isinstance(value, ListConfig) and len(value) >= least and all(map(rule[1], value))
+
+    return f"a list, each {rule[0]}", check
 
 
 def _null_or(rule: tuple[str, Check]) -> tuple[str, Check]:
@@ -85,6 +92,8 @@ TRAIN = COMMON | {
     "data.splits.val": POSITIVE,
     "data.splits.test": POSITIVE,
     "network.channels": COUNT,
+    "network.multipliers": _list_of(COUNT, least=1),
+    "network.attention_levels": _list_of(COUNT_OR_0, least=0),
     "network.blocks": COUNT,
     "network.groups": COUNT,
     "network.dropout": DECAY,

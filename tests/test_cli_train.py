@@ -161,6 +161,8 @@ BAD = [
     ("data.batch_size=65", "data.batch_size=65", "data.splits.train=64"),
     ("data.size=9", "data.size=9", "multiple of 2"),
     ("data.size=12", "data.size=12", "power of two"),
+    ("network.multipliers=3", "network.multipliers=3", "a list"),
+    ("network.attention_levels=[7]", "attention_levels=[7]", "levels 0 to 1"),
     ("network.groups=3", "network.groups=3", "divisor of network.channels=8"),
     ("optimizer.lr=-1", "optimizer.lr=-1", "a number > 0"),
     ("optimizer.lr=nan", "optimizer.lr=nan", "a number > 0"),
