@@ -100,7 +100,7 @@ def train(config: DictConfig) -> None:
             f"resume={directory}"
         ) from error
     finally:
-        if trainer.interrupted and last.exists():  # Lightning ends the process with exit code 1 by itself
+        if trainer.interrupted and last.exists():  # Lightning then exits with code 1 by itself
             log.warning("interrupted; continue with: python train.py resume=%s", directory)
         if "wandb" in (config.logger or {}):
             from diffusion_lab.tracking.wandb import close  # its import costs a second
