@@ -27,7 +27,8 @@ class Residual(Guidance):
     """Adds λ (y - x_t) to every step of the sampler.
 
     With `Ancestral` as the sampler this is the rule above; a step from t to any earlier s takes
-    √a = α_t / α_s. The estimate of x_0 is never clipped here.
+    √a = α_t / α_s. If the sampler clips x̂, ε̂ is that of the clipped one: on a schedule that ends in
+    pure noise the rule diverges without, since the first step divides ε̂'s error by a tiny √a.
 
     Arguments:
         strength: The strength λ of the pull, at least 0.
@@ -55,6 +56,7 @@ class Residual(Guidance):
         generator: Generator = None,
         callback: Callback | None = None,
     ) -> Tensor:
+        denoiser = sampler.clipped(denoiser)
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":
             t_start = float(schedule.t_from_ratio(observation.sigma_y))

@@ -67,6 +67,10 @@ class Sampler(ABC):
         k = torch.arange(self.steps + 1, dtype=torch.float64)
         return t_start * (1 - k / self.steps)
 
+    def clipped(self, denoiser: Denoiser) -> Denoiser:
+        """Returns the denoiser that the steps see: clipped if `clip` says so."""
+        return Clipped(denoiser) if self.clip else denoiser
+
     @abstractmethod
     def step(
         self, schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor, z: Tensor
@@ -102,8 +106,7 @@ class Sampler(ABC):
                 the batch that it is computed in.
             callback: Called with a `State` before every step and at the end.
         """
-        if self.clip:
-            denoiser = Clipped(denoiser)
+        denoiser = self.clipped(denoiser)
         times, x_t = self.times(t_start), start
         for t, s in pairwise(times):
             denoised = denoiser(x_t, t)

@@ -199,16 +199,18 @@ def test_residual_without_pull_is_plain_sampling(variance: str) -> None:
     assert float((pulled - expected).abs().min()) > 1e-3
 
 
-def test_residual_never_clips() -> None:
+def test_residual_clips_if_the_sampler_does() -> None:
+    """With λ = 0 it is the sampler itself; the last step returns x̂, which clipping bounds."""
     denoiser = GaussianDenoiser(SHORT, 3 * MEAN, COVARIANCE)
-    plain, clip = (
-        Residual(0.05)(
-            denoiser, Ancestral(T, clip=clip), Observation(batch(6), SIGMA_Y), generator=keyed(6)
-        )
-        for clip in (False, True)
-    )
+    observation = Observation(batch(6), SIGMA_Y)
+    plain = Residual(0.0)(denoiser, Ancestral(T), observation, generator=keyed(6))
     assert float(plain.abs().max()) > 1.5
-    assert torch.equal(plain, clip)
+    sampler, generator = Ancestral(T, clip=True), keyed(6)
+    start = generator.normal(4, dtype=torch.float64)
+    expected = sampler(denoiser, start, generator=generator)
+    clipped = Residual(0.0)(denoiser, sampler, observation, generator=keyed(6))
+    assert torch.equal(clipped, expected)
+    assert float(clipped.abs().max()) <= 1 + 1e-6
 
 
 def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
