@@ -52,7 +52,7 @@ def total_variation(run: Path) -> tuple[float, dict[str, torch.Tensor]]:
     data = instantiate(rebuild(run).config["data"], "data")
     data.setup("test")
     index = torch.arange(IMAGES)
-    x_0 = to_model(torch.tensor(data.cache.images["test"][:IMAGES]))
+    x_0 = to_model(torch.tensor(data.images["test"][:IMAGES]))
     noise = KeyedGenerator(make_key(0, "observation", index)).normal(*x_0.shape[1:])
     y = x_0 + SIGMA_T / (1 - SIGMA_T**2) ** 0.5 * noise
     best = (-np.inf, 0.0, {})

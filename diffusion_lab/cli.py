@@ -14,7 +14,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import noise_level, runs
-from diffusion_lab.callback import AtomicCheckpointIO
+from diffusion_lab.callback import AtomicCheckpointIO, Stopped
 from diffusion_lab.config import (
     CONFIG_PATH,
     check_eval,
@@ -60,6 +60,11 @@ def train(config: DictConfig) -> None:
     step = 0
     if config.resume:
         step = runs.load_checkpoint(last)["global_step"]
+        if step == config.trainer.max_steps and not (directory / runs.MARKER).exists():
+            runs.finish(directory, step=step, metrics={})
+            log.warning("finished: %s; it had taken all its steps, but was cut off in the last "
+                        "validation, whose figures are missing", directory)
+            return
         if 0 <= config.trainer.max_steps <= step:
             raise ConfigError(
                 f"resume={config.resume} has taken {step} steps already; set trainer.max_steps "
@@ -94,6 +99,10 @@ def train(config: DictConfig) -> None:
     try:
         trainer.fit(module, data, ckpt_path=last if config.resume else None)
         failed = False
+    except Stopped as stop:
+        failed = False
+        log.warning("stopped by %s; continue with: python train.py resume=%s", stop, directory)
+        sys.exit(0)
     except OSError as error:
         raise RunError(
             f"training stopped: {error}; the last checkpoint is intact, continue with "

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -62,6 +63,7 @@ class DiffusionModule(LightningModule):
         self.loss = loss
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.run_config = run_config or {}
+        self._step_losses: list[Tensor] = []  # of one optimizer step, more than one if accumulated
         self.val_loss = MeanMetric()
         self.val_loss_ema = MeanMetric()
         self.val_loss_bin = nn.ModuleList(MeanMetric() for _ in range(BINS))
@@ -85,13 +87,26 @@ class DiffusionModule(LightningModule):
         return self.loss(self.denoiser(ema).output(x_t, t), target)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Returns the mean loss of a batch."""
+        """Returns the mean loss of a batch, weighted for unequal numbers of images."""
         x_0, generator = batch["x_0"], KeyedGenerator(batch["key"])
         t = self.loss.sample_t(generator, self.schedule)
         epsilon = generator.normal(*x_0.shape[1:])
-        loss = self._losses(x_0, t, epsilon, ema=False).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+        # The devices' gradients are averaged: weighted, that is the mean over the global batch.
+        loss = self._losses(x_0, t, epsilon, ema=False).mean() * batch["weight"]
+        self._log_loss(loss.detach())
         return loss
+
+    def _log_loss(self, loss: Tensor) -> None:
+        """Logs the mean over all images of an optimizer step; devices talk only if it is shown."""
+        self._step_losses.append(loss)
+        trainer = self.trainer
+        if trainer.fit_loop._should_accumulate():
+            return
+        loss = torch.stack(self._step_losses).mean()
+        self._step_losses.clear()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch to the validation losses of the raw and of the averaged weights."""

@@ -30,7 +30,11 @@ ROOT = Path("outputs/train")
 FORMAT = 1
 # A resumed run must be the same model on the same images; the rest may change.
 FIXED = ("network", "schedule", "parameterization", "data", "seed")
-FREE = ("data.batch_size", "data.cache_dir")
+# The data's own hashes tell whether images that come from elsewhere are the same.
+FREE = tuple(
+    f"data.{key}"
+    for key in ("batch_size", "source", "cache", "cache_dir", "column", "memory", "num_workers")
+) + ("data.on_error", "data.max_bad")
 
 
 def finish(directory: Path, **facts: Any) -> None:

@@ -1,7 +1,16 @@
 """What happens beside the training steps: averaging, samples, checkpoints."""
 
-__all__ = ["EMA", "AtomicCheckpointIO", "FinalValidation", "LastCheckpoint", "SampleGrid"]
+__all__ = [
+    "EMA", "AtomicCheckpointIO", "ElasticResume", "FinalValidation", "LastCheckpoint",
+    "SampleGrid", "Stopped",
+]  # fmt: skip
 
-from diffusion_lab.callback.checkpoint import AtomicCheckpointIO, FinalValidation, LastCheckpoint
+from diffusion_lab.callback.checkpoint import (
+    AtomicCheckpointIO,
+    ElasticResume,
+    FinalValidation,
+    LastCheckpoint,
+    Stopped,
+)
 from diffusion_lab.callback.ema import EMA
 from diffusion_lab.callback.samples import SampleGrid

@@ -79,7 +79,7 @@ class SampleGrid(Callback):
         return to_pil_image(image_grid(images, columns))
 
     def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
-        images = trainer.datamodule.cache.images["val"][: min(self.ROWS, self.num_samples)]
+        images = trainer.datamodule.images["val"][: min(self.ROWS, self.num_samples)]
         x_0 = to_model(torch.tensor(images, device=module.device))
         sigma_y = self.SIGMA_T / (1 - self.SIGMA_T**2) ** 0.5
         noise = self._generator(module, "denoising row", len(x_0)).normal(*x_0.shape[1:])

@@ -1,105 +1,376 @@
-r"""The packed cache: every image of a source, decoded once, as one uint8 array on disk.
+r"""The packed cache: every image of a source, decoded and checked once, in one file.
 
-A directory <fingerprint> holds `images.npy` (N, H, W, 3), train first, then val and test, and
-`meta.json` with the splits and what the fingerprint is a hash of. It appears whole or not at all.
+A directory named by a fingerprint of the source holds
+
+    images.npy      uint8 (N, size, size, 3), or images.bin and offsets.npy: encoded images
+    sha256.npy      uint8 (N, 32), the hash of each image's pixels
+    manifest.json   the images' names and own splits, and where they come from: source, files,
+                    size, filter, decoder, and every image that was left out and why
+
+It appears whole or not at all. Until then `<fingerprint>.partial` holds what is packed so far with
+a journal, and ingest goes on from there, whatever ended it. Nothing in it is pickled.
 """
 
-__all__ = ["PackedCache", "pack"]
+__all__ = ["FORMAT", "MANIFEST", "PackedCache", "fingerprint", "ingest", "verify"]
 
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
 from tqdm import tqdm
 
-from diffusion_lab.data.source import SPLITS, Source
+from diffusion_lab.data.decode import DECODER, decode
+from diffusion_lab.data.images import EncodedImages, Images, MappedImages
+from diffusion_lab.data.source import Item, Source
 from diffusion_lab.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+DATA = {"uint8": "images.npy", "bytes": "images.bin"}
+HEADER = 128  # bytes of an .npy header, whose shape is known only at the end
+CHUNK = 256  # images between two entries of the journal
+
+
+def fingerprint(source: Source, kind: str) -> str:
+    """Returns the name of a source's cache: a hash of what decides its pixels."""
+    text = json.dumps({**source.describe(), "format": FORMAT, "kind": kind}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class PackedCache:
-    """An opened cache.
+    """A packed cache on disk.
 
     Attributes:
-        fingerprint: The hash of what decides the pixels and the splits.
-        images: The images of each split, uint8, (N, H, W, 3), mapped from disk.
-        names: Their names.
+        directory: Where it is.
     """
 
-    fingerprint: str
-    images: dict[str, np.ndarray]
-    names: dict[str, list[str]]
+    directory: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the images are and where they come from.
+
+        Raises:
+            DataError: If it is unreadable, or the files beside it have not the size it says.
+        """
+        try:
+            manifest = json.loads((self.directory / MANIFEST).read_text())
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"format {manifest['format']}, not {FORMAT}")
+            for name, size in manifest["sizes"].items():
+                actual = (self.directory / name).stat().st_size
+                if actual != size:
+                    raise ValueError(f"{name} has {actual} bytes, not {size}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+        return manifest
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The images' names."""
+        return self.manifest["names"]
+
+    @cached_property
+    def own(self) -> list[str]:
+        """The set's own split of each image."""
+        return [split for split, count in self.manifest["own"] for _ in range(count)]
+
+    @cached_property
+    def sha256(self) -> np.ndarray:
+        """The hash of each image's pixels, uint8, of shape (N, 32)."""
+        return self._load("sha256.npy", (len(self.names), 32))
+
+    @cached_property
+    def images(self) -> Images:
+        """The images."""
+        size = self.manifest["description"]["size"]
+        count = len(self.names)
+        if self.manifest["kind"] == "bytes":
+            offsets = self._load("offsets.npy", (count + 1,))
+            return EncodedImages(self.directory / DATA["bytes"], offsets, self.names, size)
+        try:
+            images = MappedImages(self.directory / DATA["uint8"], self.names)
+            if images.array.shape != (count, size, size, 3):
+                raise ValueError(f"{DATA['uint8']} has shape {images.array.shape}")
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(error) from error
+        return images
+
+    def _load(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            array = np.load(self.directory / name, allow_pickle=False)
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(error) from error
+        return array
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(
+            f"the cache {self.directory} is damaged ({error}); remove that directory to make it "
+            "again"
+        )
 
 
-def pack(source: Source, root: Path, progress: bool = True) -> PackedCache:
-    """Opens the cache of a source under `root`, and makes it first if it is not there.
+def verify(cache: PackedCache, progress: bool = True) -> list[str]:
+    """Returns the names of the images whose pixels are not those that were packed."""
+    bad = []
+    places = range(len(cache.names))
+    for k in tqdm(places, desc="verifying", disable=not progress, leave=False):
+        try:
+            (image,) = cache.images.gather(np.array([k]))
+            if hashlib.sha256(image.tobytes()).digest() != cache.sha256[k].tobytes():
+                bad.append(cache.names[k])
+        except DataError:
+            bad.append(cache.names[k])
+    return bad
+
+
+def ingest(
+    source: Source,
+    root: Path,
+    kind: str = "uint8",
+    *,
+    on_error: str = "raise",
+    max_bad: int = 100,
+    progress: bool = True,
+) -> PackedCache:
+    """Opens the cache of a source under `root`, and makes it first, or goes on making it.
+
+    Of several processes one works and the others wait.
 
     Arguments:
         source: The images.
         root: The directory of all caches.
+        kind: "uint8" keeps pixels, "bytes" the encoded files (as lossless PNG if resized).
+        on_error: "raise" ends at the first bad image; "skip" leaves bad images out.
+        max_bad: How many may be left out.
         progress: Whether to show a progress bar.
 
     Raises:
-        DataError: If an image is corrupt (names it) or the disk is full. Nothing is left behind.
+        DataError: If an image is bad (names it), too many are, or the disk is full.
     """
-    description = source.describe()
-    text = json.dumps(description, sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    directory = root / fingerprint
-    if not (directory / "meta.json").exists():
-        _write(source, directory, description, progress)
+    cache = PackedCache(root / fingerprint(source, kind))
+    if (cache.directory / MANIFEST).exists():
+        return cache
     try:
-        meta = json.loads((directory / "meta.json").read_text())
-        names = {split: meta["names"][split] for split in SPLITS}
-        images = np.load(directory / "images.npy", mmap_mode="r", allow_pickle=False)
-        if len(images) != sum(map(len, names.values())):
-            raise ValueError(f"{len(images)} images, {sum(map(len, names.values()))} names")
-    except (EOFError, KeyError, OSError, ValueError) as error:
-        raise DataError(
-            f"the cache {directory} is damaged ({error}); remove that directory to make it again"
-        ) from error
-    slices, first = {}, 0
-    for split in SPLITS:
-        slices[split] = images[first : first + len(names[split])]
-        first += len(names[split])
-    return PackedCache(fingerprint, slices, names)
-
-
-def _write(source: Source, directory: Path, description: dict, progress: bool) -> None:
-    count = sum(len(source.items[split]) for split in SPLITS)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=directory.parent))
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{cache.directory.name}.lock"):
+            if not (cache.directory / MANIFEST).exists():
+                _Packer(source, cache.directory, kind, on_error, max_bad).run(progress)
     except OSError as error:
-        raise DataError(f"data.cache_dir={directory.parent} cannot be written: {error}") from error
-    try:
-        # Written through a plain file, not a memory map: a full disk is then an error (ENOSPC),
-        # while a store to a map that cannot be backed kills the process.
-        with open(partial / "images.npy", "wb") as file:
-            shape = (count, source.size, source.size, 3)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            bar = tqdm(total=count, desc="packing images", disable=not progress, leave=False)
-            for split in SPLITS:
-                for image in source.read(split):
-                    file.write(np.ascontiguousarray(image).tobytes())
-                    bar.update()
-            bar.close()
+        raise DataError(
+            f"data.cache_dir={root} cannot be written: {error.strerror or error}. What is packed "
+            "so far is kept; free space there and start again, or set data.cache_dir to another "
+            "disk"
+        ) from error
+    return cache
+
+
+class _Packer:
+    """One ingest: reads, decodes in threads, writes, and keeps a journal."""
+
+    def __init__(
+        self, source: Source, directory: Path, kind: str, on_error: str, max_bad: int
+    ) -> None:
+        self.source, self.directory, self.kind = source, directory, kind
+        self.on_error, self.max_bad = on_error, max_bad
+        self.description = source.describe()
+        self.partial = directory.with_name(directory.name + ".partial")
+        self.done = 0  # images of the source that are dealt with
+        self.sha256: list[str] = []
+        self.lengths: list[int] = []  # bytes of each packed image
+        self.skipped: list[list[Any]] = []  # place, name, reason
+
+    def run(self, progress: bool) -> None:
+        self._remove_outdated()
+        self.partial.mkdir(exist_ok=True)
+        path = self.partial / DATA[self.kind]
+        with (
+            open(path, "r+b" if path.exists() else "w+b") as file,
+            open(self.partial / "journal.jsonl", "a+") as journal,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            tqdm(
+                total=len(self.source.names), desc="packing images", unit="img",
+                disable=not progress, leave=False,
+            ) as bar,
+        ):  # fmt: skip
+            self._recover(file, journal)
+            bar.update(self.done)
+            items = self._items()
+            while chunk := list(islice(items, CHUNK)):
+                places = range(self.done, self.done + len(chunk))
+                self._write(file, journal, list(pool.map(self._pack, places, chunk)))
+                bar.update(len(chunk))
+            self._finish(file)
+        (self.partial / "journal.jsonl").unlink()
+        shutil.rmtree(self.directory, ignore_errors=True)  # one without a manifest
+        os.replace(self.partial, self.directory)
+
+    def _remove_outdated(self) -> None:
+        """Removes what is left of an ingest of this source that can never go on: it changed."""
+        for other in self.partial.parent.glob("*.partial"):
+            try:
+                left = json.loads((other / "source.json").read_text())
+            except (OSError, ValueError):
+                left = {}
+            mine = [self.description["source"], self.description["size"], self.kind]
+            if other != self.partial and left.get("what") == mine:
+                try:
+                    with FileLock(other.with_suffix(".lock"), timeout=0):
+                        shutil.rmtree(other, ignore_errors=True)
+                except Timeout:  # somebody is at work on it
+                    continue
+
+    def _recover(self, file: BinaryIO, journal: Any) -> None:
+        """Takes over what the journal vouches for; what was written after it is dropped."""
+        what = [self.description["source"], self.description["size"], self.kind]
+        (self.partial / "source.json").write_text(json.dumps({"what": what}))
+        size = file.seek(0, os.SEEK_END)
+        end = HEADER if self.kind == "uint8" else 0
+        good = 0
+        journal.seek(0)
+        for line in journal:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # it was being written
+            if not line.endswith("\n") or end + sum(entry["lengths"]) > size:
+                break
+            end += sum(entry["lengths"])
+            good += len(line.encode())
+            self.done += entry["items"]
+            self.sha256 += entry["sha256"]
+            self.lengths += entry["lengths"]
+            self.skipped += entry["skipped"]
+        journal.truncate(good)
+        journal.seek(0, os.SEEK_END)
+        file.truncate(end)  # also makes room for the header
+        file.seek(0, os.SEEK_END)
+        if self.done:
+            log.info("packing goes on at image %d of %d", self.done, len(self.source.names))
+
+    def _items(self) -> Iterator[Item]:
+        """The images of the source from the first that is not dealt with."""
+        for number, group in enumerate(self.source.groups):
+            if group.stop > self.done:
+                yield from islice(self.source.read(number), max(0, self.done - group.start), None)
+
+    def _pack(self, place: int, item: Item) -> tuple[bytes, str] | DataError:
+        """What to write for an image, and the hash of its pixels."""
+        if isinstance(item, DataError):
+            return item
+        try:
+            size, name = self.source.size, self.source.where(place)
+            image = decode(item, size, name) if isinstance(item, bytes) else item
+        except DataError as error:
+            return error
+        pixels = np.ascontiguousarray(image).tobytes()
+        sha256 = hashlib.sha256(pixels).hexdigest()
+        if self.kind == "uint8":
+            return pixels, sha256
+        if isinstance(item, bytes) and _width(item) == size:
+            return item, sha256  # a larger one would be resized again in every epoch
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG", compress_level=3)
+        return buffer.getvalue(), sha256
+
+    def _write(self, file: BinaryIO, journal: Any, packed: list) -> None:
+        entry: dict[str, Any] = {"items": len(packed), "sha256": [], "lengths": [], "skipped": []}
+        for k, result in enumerate(packed):
+            if isinstance(result, DataError):
+                if self.on_error == "raise":
+                    raise DataError(f"{result}. data.on_error=skip leaves such images out")
+                entry["skipped"].append([self.source.names[self.done + k], str(result)])
+                log.warning("left out: %s", result)
+                if len(self.skipped) + len(entry["skipped"]) > self.max_bad:
+                    raise DataError(
+                        f"more than data.max_bad={self.max_bad} images are bad; the last is "
+                        f"{result}"
+                    )
+            else:
+                file.write(result[0])
+                entry["lengths"].append(len(result[0]))
+                entry["sha256"].append(result[1])
+        file.flush()
+        os.fsync(file.fileno())
+        journal.write(json.dumps(entry) + "\n")
+        journal.flush()
+        self.done += entry["items"]
+        for name in ("sha256", "lengths", "skipped"):
+            getattr(self, name).extend(entry[name])
+
+    def _finish(self, file: BinaryIO) -> None:
+        size, count = self.source.size, len(self.sha256)
+        if self.kind == "uint8":
+            file.seek(0)
+            file.write(_header((count, size, size, 3)))
             file.flush()
             os.fsync(file.fileno())
-        meta = {"format": 1, "names": source.items, "description": description}
-        (partial / "meta.json").write_text(json.dumps(meta))
-        if not directory.exists():  # another process may have been faster: its cache is the same
-            os.replace(partial, directory)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache of images to {directory}: {error.strerror or error}; "
-            "free space there, or set data.cache_dir to another disk"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _save(self.partial / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
+        digests = np.frombuffer(bytes.fromhex("".join(self.sha256)), dtype=np.uint8)
+        _save(self.partial / "sha256.npy", digests.reshape(count, 32))
+        left_out = {name for name, _ in self.skipped}
+        kept = [k for k, name in enumerate(self.source.names) if name not in left_out]
+        own: list[list[Any]] = []
+        for k in kept:
+            if not own or own[-1][0] != self.source.own[k]:
+                own.append([self.source.own[k], 0])
+            own[-1][1] += 1
+        files = [p for p in self.partial.iterdir() if p.suffix in (".npy", ".bin")]
+        manifest = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "count": count,
+            "content": hashlib.sha256(digests.tobytes()).hexdigest(),
+            "decoder": DECODER,
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "sizes": {path.name: path.stat().st_size for path in files},
+            "description": self.description,
+            "own": own,
+            "names": [self.source.names[k] for k in kept],
+        }
+        (self.partial / "source.json").unlink()
+        with open(self.partial / MANIFEST, "w") as out:
+            json.dump(manifest, out)
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def _width(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.width
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    header = buffer.getvalue()
+    assert len(header) == HEADER, len(header)
+    return header
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())

@@ -5,21 +5,27 @@ and scaled, x_0 = x / 127.5 - 1 in [-1, 1], float32; the permutation to (B, 3, H
 and leaves the memory layout that convolutions like.
 """
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "to_model"]
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
 from torch import Tensor
 
-from diffusion_lab.data.cache import PackedCache, pack
-from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.source import open_source
+from diffusion_lab.data.cache import MANIFEST, PackedCache, ingest
+from diffusion_lab.data.images import Images, SourceImages, Split
+from diffusion_lab.data.loader import TAILS, Loader
+from diffusion_lab.data.order import lanes, live_groups, shuffled
+from diffusion_lab.data.source import Source, divide, open_source
 from diffusion_lab.errors import ConfigError, DataError
 from diffusion_lab.noise import KeyedGenerator, make_key
+
+CACHES = ("uint8", "bytes", "none")
+ORDERS = ("shuffle", "lanes")
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -31,15 +37,31 @@ class ImageDataModule(LightningDataModule):
     """Streams images of one size from any source.
 
     Arguments:
-        source: See `open_source`.
+        source: See `open_source`; or the directory of a packed cache.
         size: Height and width in pixels.
         batch_size: Images of a batch on one device.
         splits: For faces the number of images of each of train, val and test; otherwise shares.
+        split: Own splits of the set, joined by "+", to be pooled and divided; see `divide`.
         split_seed: Seed of the drawings or of the division into splits.
         seed: Seed of the training order and of every draw made for an image.
         flip: Whether half of the training images are mirrored.
+        cache: "uint8" packs pixels, "bytes" encoded images, "none" reads the source all the time.
         cache_dir: Where the packed images are kept.
         column: The column of images in parquet files.
+        order: "shuffle" or "lanes"; see `order.py`.
+        lanes: The number L of lanes.
+        window: The number k of groups that a lane mixes.
+        memory: Bound on the encoded groups that a device holds with cache="none", in GiB.
+        tail: "drop" or "spread"; see `Loader`.
+        num_workers: How many threads fetch batches ahead.
+        on_error: "raise" or "skip"; see `ingest`.
+        max_bad: The largest number of images that may be skipped.
+
+    Attributes:
+        images: The images of each split, after `setup`.
+
+    Raises:
+        ConfigError: If a choice is unknown.
     """
 
     def __init__(
@@ -48,89 +70,193 @@ class ImageDataModule(LightningDataModule):
         size: int,
         batch_size: int,
         splits: Mapping[str, float],
+        split: str | None = None,
         split_seed: int = 0,
         seed: int = 0,
         flip: bool = True,
+        cache: str = "uint8",
         cache_dir: str = "~/.cache/diffusion_lab",
         column: str = "image",
+        order: str = "shuffle",
+        lanes: int = 8,
+        window: int = 2,
+        memory: float = 2.0,
+        tail: str = "drop",
+        num_workers: int = 0,
+        on_error: str = "raise",
+        max_bad: int = 100,
     ) -> None:
         super().__init__()
-        self.source, self.size, self.column = source, size, column
+        for name, value, allowed in (
+            ("cache", cache, CACHES),
+            ("order", order, ORDERS),
+            ("tail", tail, TAILS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"data.{name}={value}; it is one of {', '.join(allowed)}")
+        self.source, self.size, self.column, self.split = source, size, column, split
         self.batch_size, self.splits = batch_size, dict(splits)
         self.split_seed, self.seed, self.flip = split_seed, seed, flip
-        self.cache_dir = Path(cache_dir).expanduser()
-        self.cache: PackedCache | None = None
+        self.kind, self.cache_dir = cache, Path(cache_dir).expanduser()
+        self.order, self.lanes, self.window, self.memory = order, lanes, window, memory
+        self.tail, self.num_workers = tail, num_workers
+        self.on_error, self.max_bad = on_error, max_bad
+        self.images: dict[str, Split] = {}
+        self._hashes: dict[str, dict[str, str | None]] = {}
 
-    def _pack(self) -> PackedCache:
-        source = open_source(self.source, self.size, self.splits, self.split_seed, self.column)
-        return pack(source, self.cache_dir)
+    def open_source(self) -> Source:
+        """Opens the source itself, whatever is packed."""
+        download = self.kind != "none"
+        return open_source(
+            self.source, self.size, self.splits, self.split_seed, self.column, download
+        )
+
+    def open_cache(self) -> PackedCache:
+        """Opens the packed cache, and makes it first if it is not there.
+
+        Raises:
+            DataError: If that fails, or `source` is a packed cache of images of another size.
+        """
+        packed = Path(self.source).expanduser()
+        if not (packed / MANIFEST).is_file():
+            return ingest(
+                self.open_source(),
+                self.cache_dir,
+                self.kind,
+                on_error=self.on_error,
+                max_bad=self.max_bad,
+            )
+        cache = PackedCache(packed)
+        if cache.images.size != self.size:
+            raise DataError(
+                f"data.source={packed} holds images of size {cache.images.size}; set "
+                f"data.size={cache.images.size} (now {self.size})"
+            )
+        return cache
 
     def prepare_data(self) -> None:
         """Packs the images, once on each machine."""
-        self._pack()
+        if self.kind != "none":
+            self.open_cache()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the packed images.
+        """Opens the images.
 
         Raises:
-            ConfigError: If the training split is smaller than one batch of all devices.
+            ConfigError: If the training split is smaller than one batch of all devices, or the
+                order needs more memory than it may have.
             DataError: If a split that the stage needs is empty.
         """
-        if self.cache is None:
-            self.cache = self._pack()
+        self.open()
         needed = {"validate": ["val"], "test": ["test"]}.get(stage, ["train", "val"])
         for split in needed:
-            if not len(self.cache.images[split]):
+            if not len(self.images[split]):
                 raise DataError(
                     f"data.source={self.source} leaves no image for the {split} split; "
                     f"change data.splits (now {self.splits}) or add images"
                 )
         world = self.trainer.world_size if self.trainer else 1
-        count = len(self.cache.images["train"])
+        count = len(self.images["train"])
         if stage == "fit" and count < self.batch_size * world:
             raise ConfigError(
                 f"data.batch_size={self.batch_size} on {world} device(s) is more than the "
                 f"{count} training images of data.source={self.source}; lower data.batch_size"
             )
+        if stage == "fit":
+            self._check_memory(world)
 
-    def state_dict(self) -> dict[str, dict[str, str]]:
-        """Returns a hash of the names in each split; every checkpoint carries it."""
-        hashes = {
-            split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-            for split, names in self.cache.names.items()
-        }
-        return {"splits": hashes}
+    def open(self) -> None:
+        """Opens the images and divides them into splits."""
+        if self.images:
+            return
+        images: Images
+        if self.kind == "none":
+            source = self.open_source()
+            images = SourceImages(source, int(self.memory * 2**30))
+            names, own, sha256 = source.names, source.own, None
+        else:
+            cache = self.open_cache()
+            images, names, own, sha256 = cache.images, cache.names, cache.own, cache.sha256
+        places = divide(names, own, self.splits, self.split_seed, self.split)
+        for split, positions in places.items():
+            text = "\n".join(names[k] for k in positions)
+            self.images[split] = Split(images, positions)
+            self._hashes[split] = {
+                "names": hashlib.sha256(text.encode()).hexdigest()[:16],
+                "content": None
+                if sha256 is None
+                else hashlib.sha256(sha256[positions].tobytes()).hexdigest()[:16],
+            }
 
-    def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
+    def _check_memory(self, world: int) -> None:
+        images = self.images["train"].images
+        if not isinstance(images, SourceImages) or not images.source.whole:
+            return
+        if self.order == "shuffle":
+            raise ConfigError(
+                f"data.order=shuffle with data.cache=none would read a whole row group of "
+                f"data.source={self.source} for almost every image; set data.order=lanes, or "
+                "data.cache=uint8"
+            )
+        groups = live_groups(self.lanes, self.window, world)
+        needed = min(groups, len(images.groups)) * max(images.source.bytes) / 2**30
+        if needed > self.memory:
+            raise ConfigError(
+                f"data.lanes={self.lanes} and data.window={self.window} on {world} device(s) hold "
+                f"{groups} row groups at once, {needed:.3g} GiB, which is above "
+                f"data.memory={self.memory}; lower data.window or data.lanes, raise data.memory, "
+                "or set data.cache=bytes"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns hashes of each split's names and pixels; every checkpoint carries them."""
+        return {"splits": self._hashes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Holds a checkpoint's splits against those at hand.
 
+        The same images from another place, in the same order, are welcome.
+
         Raises:
-            DataError: If they are not of the same images; shows both hashes.
+            DataError: If they are not the same images; shows both hashes.
         """
-        for split, mine in self.state_dict()["splits"].items():
-            if state["splits"][split] != mine:
+        for split, mine in self._hashes.items():
+            theirs = state["splits"][split]
+            # Pixels decide if both are known: reading a source as it is does not tell them.
+            kind = "content" if mine["content"] and theirs["content"] else "names"
+            if theirs[kind] != mine[kind]:
                 raise DataError(
-                    f"the {split} split of data.source={self.source} has hash {mine}, that of the "
-                    f"run {state['splits'][split]}: images were added, removed or renamed. Resume "
-                    "with the images of the run, or start a new run"
+                    f"the {split} split of data.source={self.source} has {kind} hash "
+                    f"{mine[kind]}, that of the run {theirs[kind]}: images were added, removed, "
+                    "renamed or changed. Resume with the images of the run, or start a new run"
                 )
 
-    def _loader(self, split: str, *, shuffle: bool = False) -> Loader:
-        trainer = self.trainer
+    def _loader(self, split: str, *, train: bool = False) -> Loader:
+        trainer, images = self.trainer, self.images[split]
+        order = None
+        if train and self.order == "lanes":
+            order = partial(
+                lanes, groups=images.groups, count=self.lanes, window=self.window
+            )
+        elif train:
+            order = partial(shuffled, count=len(images))
         return Loader(
-            self.cache.images[split],
+            images,
             split,
             self.batch_size,
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
-            shuffle=shuffle,
+            order=order,
+            tail=self.tail,
             epoch=(lambda: trainer.current_epoch) if trainer else (lambda: 0),
+            workers=self.num_workers,
+            pin=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
     def train_dataloader(self) -> Loader:
         """Returns the training images in a new order every epoch."""
-        return self._loader("train", shuffle=True)
+        return self._loader("train", train=True)
 
     def val_dataloader(self) -> Loader:
         """Returns the validation images, each once."""

@@ -1,62 +1,78 @@
-r"""Where images come from: the embedded faces, a folder of files, or parquet files of the hub.
+r"""Where images come from: the embedded faces, a folder of files, or parquet files.
 
-A source says which images each split holds and reads them in order. It is read once, by `pack`
-in `cache.py`; training never touches it.
+A source lists its images and reads them, group by group. The packed cache reads it once; with
+`data.cache=none` the loader reads it again every epoch.
 """
 
-__all__ = ["SPLITS", "FacesSource", "FolderSource", "ParquetSource", "Source", "open_source"]
+__all__ = [
+    "SPLITS", "FacesSource", "FolderSource", "ParquetSource", "Source", "divide", "open_source",
+]  # fmt: skip
 
 import hashlib
-import io
-import os
+import posixpath
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusion_lab.data.faces import draw_faces
+from diffusion_lab.data.storage import EXTRA, Storage, open_storage
 from diffusion_lab.errors import DataError
 from diffusion_lab.noise import make_key
 
 SPLITS = ("train", "val", "test")
+OWN = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 SUFFIXES = (".jpg", ".jpeg", ".png")
-MODES = (
-    "RGB",
-    "RGBA",
-    "L",
-    "P",
-    "CMYK",
-)  # Pillow makes 8-bit RGB of these without loss of range
+
+# What a source gives for an image: the bytes of a file, drawn pixels, or why there is neither.
+Item = bytes | np.ndarray | DataError
 
 
 class Source(ABC):
-    """An ordered set of images, divided into splits.
+    """An ordered set of images.
 
     Attributes:
         size: Height and width of the images, in pixels.
-        items: For each split the names of its images: what identifies an image to the user.
+        names: What identifies each image to the user.
+        own: The split that the set itself puts each image in: train, val or test.
+        groups: The stretches of images that are read together.
+        whole: Whether a group can only be read as a whole, so that a random access costs one.
     """
 
     size: int
-    items: dict[str, list[str]]
+    names: list[str]
+    own: list[str]
+    groups: list[range]
+    whole: bool = False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns what decides the pixels, as plain data; its hash names the packed cache."""
 
     @abstractmethod
-    def read(self, split: str) -> Iterator[np.ndarray]:
-        """Yields the images of a split in the order of `items`, uint8, of shape (size, size, 3).
+    def read(self, group: int, places: Sequence[int] | None = None) -> Iterator[Item]:
+        """Yields the images of a group in their order.
+
+        Arguments:
+            group: The group's number.
+            places: Which images, counted from the first of the group; all if None.
 
         Raises:
-            DataError: If an image cannot be read; names it.
+            DataError: If the network fails. A bad image is no reason: its error is yielded.
         """
+
+    def where(self, k: int) -> str:
+        """Returns where image k is, for messages."""
+        return self.names[k]
+
+
+def cut(count: int, length: int) -> list[range]:
+    """Returns 0, ..., count - 1 in stretches of a length; the last may be shorter."""
+    return [range(first, min(first + length, count)) for first in range(0, count, length)]
 
 
 class FacesSource(Source):
@@ -71,13 +87,11 @@ class FacesSource(Source):
     CHUNK = 1024  # images drawn at once: bounds the memory
 
     def __init__(self, size: int, counts: Mapping[str, int], seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.ranges, first = {}, 0
-        for split in SPLITS:
-            self.ranges[split] = range(first, first + int(counts[split]))
-            first += int(counts[split])
-        self.items = {split: [f"face {k}" for k in r] for split, r in self.ranges.items()}
+        self.size, self.seed = size, seed
+        self.counts = {split: int(counts[split]) for split in SPLITS}
+        self.own = [split for split in SPLITS for _ in range(self.counts[split])]
+        self.names = [f"face {k}" for k in range(len(self.own))]
+        self.groups = cut(len(self.own), self.CHUNK)
 
     def describe(self) -> dict[str, Any]:
         # The first drawings stand for the code that makes them: a change of it is a new set.
@@ -86,276 +100,255 @@ class FacesSource(Source):
             "source": "faces",
             "size": self.size,
             "seed": self.seed,
-            "counts": {split: len(r) for split, r in self.ranges.items()},
+            "counts": self.counts,
             "probe": hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
         }
 
-    def read(self, split: str) -> Iterator[np.ndarray]:
-        indices = torch.tensor(self.ranges[split], dtype=torch.int64)
-        for chunk in indices.split(self.CHUNK):
-            yield from draw_faces(chunk, seed=self.seed, size=self.size).numpy()
-
-
-def decode(data: bytes, size: int, name: str) -> np.ndarray:
-    """Decodes a JPEG or PNG to uint8 RGB, of shape (size, size, 3).
-
-    A larger square image is resized with Pillow's Lanczos filter; anything else that does not fit
-    is refused: what an image looked like before it was cropped is not ours to guess.
-
-    Raises:
-        DataError: If the image is corrupt, not square, too small or of an unusual mode.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            mode, width, height = image.mode, image.width, image.height
-            if mode not in MODES:
-                raise DataError(f"{name}: mode {mode} is not supported; convert it to 8-bit RGB")
-            if width != height or width < size:
-                raise DataError(
-                    f"{name}: {width}x{height} pixels do not make {size}x{size}; "
-                    f"crop it to a square of at least {size} pixels, or set data.size"
-                )
-            image = image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises many kinds; all mean that the file is no good
-        raise DataError(
-            f"{name}: not a readable JPEG or PNG ({error}); repair or remove the file"
-        ) from error
-    if width != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def split_by_name(
-    names: list[str], fractions: Mapping[str, float], seed: int
-) -> dict[str, list[str]]:
-    """Divides names by a hash of each: adding or removing images moves no other image.
-
-    Arguments:
-        names: The names.
-        fractions: The share of each split; they are normalised to sum to one.
-        seed: Another seed gives another division.
-    """
-    total = sum(fractions[split] for split in SPLITS)
-    result: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name in names:
-        u = (int(make_key(seed, "split", name)) & (2**53 - 1)) / 2**53
-        edge = 0.0
-        for split in SPLITS:
-            edge += fractions[split] / total
-            if u < edge or split == SPLITS[-1]:
-                result[split].append(name)
-                break
-    return result
-
-
-def _state(path: Path) -> list[int]:
-    """What changes when a file does: its size and time of modification."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    def read(self, group: int, places: Sequence[int] | None = None) -> Iterator[Item]:
+        index = torch.tensor(self.groups[group], dtype=torch.int64)
+        if places is not None:
+            index = index[list(places)]
+        yield from draw_faces(index, seed=self.seed, size=self.size).numpy()
 
 
 class FolderSource(Source):
-    """All JPEG and PNG files under a folder.
+    """All JPEG and PNG files under a folder; folders train, val and test in it are its splits.
 
     Arguments:
-        folder: The folder.
+        storage: The folder.
         size: Height and width in pixels.
-        fractions: The share of each split, by a hash of the file's path under the folder.
-        seed: Seed of that division.
 
     Raises:
         DataError: If the folder holds no image.
     """
 
-    def __init__(self, folder: Path, size: int, fractions: Mapping[str, float], seed: int) -> None:
-        self.folder, self.size = folder, size
-        names = sorted(
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
-        if not names:
+    CHUNK = 64  # files
+
+    def __init__(self, storage: Storage, size: int) -> None:
+        self.storage, self.size = storage, size
+        files = storage.files().items()
+        self.files = {k: state for k, state in files if k.lower().endswith(SUFFIXES)}
+        if not self.files:
             raise DataError(
-                f"data.source={folder} holds no image (.jpg, .jpeg or .png); "
+                f"data.source={storage.address} holds no image (.jpg, .jpeg or .png); "
                 "point data.source at the folder that holds them"
             )
-        self.items = split_by_name(names, fractions, seed)
+        self.names = list(self.files)
+        self.own = [OWN.get(name.split("/")[0], "train") for name in self.names]
+        self.groups = cut(len(self.names), self.CHUNK)
 
     def describe(self) -> dict[str, Any]:
-        names = sorted(chain.from_iterable(self.items.values()))
         return {
-            "source": str(self.folder.resolve()),
+            "source": self.storage.address,
             "size": self.size,
             "resample": "lanczos",
-            "splits": self.items,
-            "files": {name: _state(self.folder / name) for name in names},
+            "files": self.files,
         }
 
-    def read(self, split: str) -> Iterator[np.ndarray]:
-        for name in self.items[split]:
-            path = self.folder / name
+    def read(self, group: int, places: Sequence[int] | None = None) -> Iterator[Item]:
+        span = self.groups[group]
+        for k in span if places is None else [span[place] for place in places]:
             try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-            yield decode(data, self.size, str(path))
+                yield self.storage.read(self.names[k])
+            except DataError as error:
+                if self.storage.remote:
+                    raise
+                yield error
+
+    def where(self, k: int) -> str:
+        return self.storage.where(self.names[k])
 
 
 class ParquetSource(Source):
     """Parquet files with a column of encoded images, as the hub stores image sets.
 
-    Files whose name, or whose folder's name, begins with train, validation or test are the set's
-    own splits. Where there is no
-    test split the validation split is divided into val and test in proportion of `fractions`;
-    where there is but one split, all three come from it. The division is by a hash of file and
-    row.
+    Files whose name, or whose folder's name, begins with train, validation, val or test are the
+    set's own splits. An image is named by its file and row.
 
     Arguments:
-        files: The parquet files.
+        storage: The files.
         size: Height and width in pixels.
-        fractions: The share of each split, where the set does not say.
-        seed: Seed of that division.
         column: Name of the column of images.
-        origin: What the user called the set.
 
     Raises:
         DataError: If pyarrow is missing, a file is unreadable or has no such column.
     """
 
-    def __init__(
-        self,
-        files: list[Path],
-        size: int,
-        fractions: Mapping[str, float],
-        seed: int,
-        column: str = "image",
-        origin: str = "",
-    ) -> None:
-        root = Path(os.path.commonpath([path.parent for path in files]))
-        self.files = {path.relative_to(root).as_posix(): path for path in sorted(files)}
-        self.size, self.column, self.origin = size, column, origin
-        own: dict[str, list[str]] = {}
-        for name, path in self.files.items():
-            table = self._open(path)
-            if column not in table.schema_arrow.names:
-                raise DataError(
-                    f"{path} has no column {column!r}; "
-                    f"it has {', '.join(table.schema_arrow.names)}"
-                )
-            match = re.search(r"(?:^|/)(train|validation|val|test)(?![a-z])", name)
-            split = {"validation": "val"}.get(match[1], match[1]) if match else "train"
-            own.setdefault(split, []).extend(
-                f"{name}:{row}" for row in range(table.metadata.num_rows)
-            )
-        if "val" in own and "test" not in own:
-            shares = {**fractions, "train": 0.0}
-            own = {**split_by_name(own["val"], shares, seed), "train": own.get("train", [])}
-        elif len(own) == 1:
-            own = split_by_name(next(iter(own.values())), fractions, seed)
-        self.items = {split: own.get(split, []) for split in SPLITS}
+    BATCH = 64  # rows handed on at once
+    whole = True
 
-    @staticmethod
-    def _open(path: Path) -> Any:
+    def __init__(self, storage: Storage, size: int, column: str = "image") -> None:
+        self.storage, self.size, self.column = storage, size, column
+        files = {k: v for k, v in storage.files().items() if k.endswith(".parquet")}
+        if not files:
+            raise DataError(f"data.source={storage.address} holds no parquet file")
+        # Names without the folders that all files share, so that a set is named alike anywhere.
+        base = posixpath.commonpath([posixpath.dirname(name) for name in files])
+        self.files = {posixpath.relpath(name, base or "."): v for name, v in files.items()}
+        self.base = base
+        self.names, self.own, self.parts, self.bytes = [], [], [], []
+        lengths = []
+        for file in self.files:
+            metadata = self._open(file).metadata
+            schema = metadata.schema.to_arrow_schema().names
+            if column not in schema:
+                raise DataError(
+                    f"{self._path(file)} has no column {column!r}; it has {', '.join(schema)}; "
+                    "set data.column"
+                )
+            match = re.search(r"(?:^|/)(train|validation|val|test)(?![a-z])", file)
+            self.own += [OWN[match[1]] if match else "train"] * metadata.num_rows
+            self.names += [f"{file}:{row}" for row in range(metadata.num_rows)]
+            for number in range(metadata.num_row_groups):
+                row_group = metadata.row_group(number)
+                self.parts.append((file, number))
+                self.bytes.append(row_group.total_byte_size)
+                lengths.append(row_group.num_rows)
+        edges = list(accumulate(lengths, initial=0))
+        self.groups = [range(first, last) for first, last in pairwise(edges)]
+
+    def _path(self, file: str) -> str:
+        return self.storage.where(posixpath.join(self.base, file))
+
+    def _open(self, file: str) -> Any:
         try:
             from pyarrow import ArrowException, parquet
         except ImportError as error:
-            raise DataError(
-                "reading parquet needs pyarrow; pip install 'diffusion-lab[parquet]'"
-            ) from error
+            raise DataError(f"reading parquet needs pyarrow; {EXTRA}") from error
         try:
-            return parquet.ParquetFile(path)
+            return parquet.ParquetFile(self.storage.open(posixpath.join(self.base, file)))
         except (ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({error})") from error
+            raise DataError(
+                f"{self._path(file)}: not a readable parquet file ({error}); fetch it again"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         return {
-            "source": self.origin,
+            "source": self.storage.address,
             "size": self.size,
             "resample": "lanczos",
             "column": self.column,
-            "splits": self.items,
-            "files": {name: _state(path) for name, path in self.files.items()},
+            "files": self.files,
         }
 
-    def read(self, split: str) -> Iterator[np.ndarray]:
-        wanted = set(self.items[split])
-        for name, path in self.files.items():
-            if not any(item.startswith(f"{name}:") for item in wanted):
-                continue
-            for row, image in enumerate(self._rows(path)):
-                if f"{name}:{row}" in wanted:
-                    data = image["bytes"] if isinstance(image, dict) else image
-                    yield decode(data or b"", self.size, f"{path} row {row}")
+    def read(self, group: int, places: Sequence[int] | None = None) -> Iterator[Item]:
+        rows = self._rows(group)
+        if places is not None:
+            everything = list(rows)
+            rows = (everything[place] for place in places)
+        return rows
 
-    def _rows(self, path: Path) -> Iterator[Any]:
-        batches = self._open(path).iter_batches(batch_size=64, columns=[self.column])
+    def _rows(self, group: int) -> Iterator[Item]:
+        from pyarrow import ArrowException
+
+        file, number = self.parts[group]
+        done = 0
         try:
+            batches = self._open(file).iter_batches(
+                self.BATCH, row_groups=[number], columns=[self.column]
+            )
             for batch in batches:
-                yield from batch.column(0).to_pylist()
-        except OSError as error:  # pyarrow's errors of damaged pages are OSErrors
-            raise DataError(f"{path}: damaged ({error}); fetch the file again") from error
+                for row in batch.column(0).to_pylist():
+                    yield (row["bytes"] if isinstance(row, dict) else row) or b""
+                    done += 1
+        except (ArrowException, OSError, DataError) as error:
+            failure = DataError(
+                f"{self._path(file)}: row group {number} cannot be read from row {done} on "
+                f"({error}); fetch the file again"
+            )
+            if self.storage.remote:
+                raise failure from error
+            for _ in range(done, len(self.groups[group])):  # the rows that nobody can get at
+                yield failure
+
+    def where(self, k: int) -> str:
+        file, row = self.names[k].rsplit(":", 1)
+        return f"{self._path(file)} row {row}"
 
 
 def open_source(
-    source: str, size: int, splits: Mapping[str, float], seed: int, column: str = "image"
+    source: str,
+    size: int,
+    counts: Mapping[str, float],
+    seed: int = 0,
+    column: str = "image",
+    download: bool = True,
 ) -> Source:
     """Opens the source that a string names.
 
     Arguments:
-        source: "faces", a folder of images, a parquet file or a folder of them, or
+        source: "faces"; a folder of images, or of parquet files, of this machine, S3
+            (s3://<bucket>/<folder>) or Google Cloud (gs://...); a parquet file; or
             "hf://datasets/<owner>/<name>[@<revision>]" for a set of the Hugging Face hub.
         size: Height and width in pixels.
-        splits: For faces the number of images of each split, otherwise shares.
-        seed: Seed of the drawings or of the division into splits.
+        counts: For faces the number of images of each split.
+        seed: For faces the seed of the drawings.
         column: The column of images in parquet files.
+        download: See `open_storage`.
 
     Raises:
         DataError: If there is nothing there, or it cannot be reached.
     """
     if source == "faces":
-        return FacesSource(size, {split: int(splits[split]) for split in SPLITS}, seed)
-    if source.startswith("hf://"):
-        files = _from_hub(source)
-        return ParquetSource(files, size, splits, seed, column, origin=source)
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise DataError(
-            f"data.source={source} does not exist; give a folder of images, a parquet file, "
-            "hf://datasets/<owner>/<name>, or faces"
-        )
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if files:
-        return ParquetSource(files, size, splits, seed, column, origin=str(path.resolve()))
-    return FolderSource(path, size, splits, seed)
+        return FacesSource(size, counts, seed)
+    storage = open_storage(source, download)
+    parquet = source.startswith("hf://") or any(k.endswith(".parquet") for k in storage.files())
+    if parquet:
+        return ParquetSource(storage, size, column)
+    return FolderSource(storage, size)
 
 
-def _from_hub(source: str) -> list[Path]:
-    """Downloads the parquet files of a hub data set, once; the hub's own cache keeps them."""
-    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@(.+))?", source)
-    if not match:
-        raise DataError(
-            f"data.source={source} is not understood; write hf://datasets/<owner>/<name>, "
-            "with @<revision> after it if you like"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise DataError(
-            "reading from the hub needs huggingface_hub; pip install 'diffusion-lab[parquet]'"
-        ) from error
-    try:
-        folder = snapshot_download(
-            match[1], repo_type="dataset", revision=match[2], allow_patterns="*.parquet"
-        )
-    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"data.source={source} cannot be downloaded ({reason}); check the network, or give "
-            "a folder of images on this machine: data.source=<folder>"
-        ) from error
-    files = sorted(Path(folder).rglob("*.parquet"))
-    if not files:
-        raise DataError(f"data.source={source} holds no parquet file")
-    return files
+def divide(
+    names: Sequence[str],
+    own: Sequence[str],
+    shares: Mapping[str, float],
+    seed: int,
+    split: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Divides images into train, val and test; returns their places, int64, in order.
+
+    The set's own splits are kept. Without a test split the validation images are shared out among
+    val and test, without a validation split the training images among train and val, and a set
+    of one split among all three, in proportion to `shares`. Who goes where is decided by a hash
+    of the image's name: adding or removing images moves no other image.
+
+    Arguments:
+        names: The images' names.
+        own: The set's own split of each image.
+        shares: The share of each split.
+        seed: Another seed gives another division.
+        split: Own splits, joined by "+", whose images are pooled and shared out among all three
+            instead; None takes the set's own.
+
+    Raises:
+        DataError: If `split` names a split that the set does not have.
+    """
+    place, own = np.arange(len(names)), np.asarray(own, dtype="U5")
+    kinds = set(own.tolist())
+    if split is not None:
+        chosen = [OWN.get(part, part) for part in split.split("+")]
+        if missing := [part for part in chosen if part not in kinds]:
+            raise DataError(
+                f"data.split={split}: the set has no split {missing[0]}; "
+                f"it has {', '.join(k for k in SPLITS if k in kinds)}"
+            )
+        pool = [(np.isin(own, chosen), SPLITS)]
+    elif len(kinds) == 1:
+        pool = [(np.ones(len(names), dtype=bool), SPLITS)]
+    elif kinds == {"train", "val"}:
+        pool = [(own == "train", ("train",)), (own == "val", ("val", "test"))]
+    elif kinds == {"train", "test"}:
+        pool = [(own == "train", ("train", "val")), (own == "test", ("test",))]
+    else:
+        pool = [(own == kind, (kind,)) for kind in SPLITS]
+    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    number = torch.from_numpy(np.frombuffer(b"".join(digests), dtype="<i8").copy())
+    u = (make_key(seed, "split", number) & (2**53 - 1)).numpy() / 2**53
+    result = {kind: place[:0] for kind in SPLITS}
+    for inside, kinds in pool:
+        total, first = sum(shares[kind] for kind in kinds), 0.0
+        for kind in kinds:
+            last = first + shares[kind] / total if total and kind != kinds[-1] else 1.0
+            result[kind] = place[inside & (first <= u) & (u < last)]
+            first = last
+    return result

@@ -71,7 +71,7 @@ class Denoise(Task):
         **task: Any,
     ) -> None:
         super().__init__(**task)
-        self.images = data.cache.images["test"]
+        self.images = data.images["test"]
         if num_images > len(self.images):
             raise ConfigError(
                 f"num_images={num_images} is more than the {len(self.images)} test images of "

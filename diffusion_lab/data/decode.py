@@ -1,0 +1,95 @@
+r"""From the bytes of a JPEG or PNG file to pixels.
+
+Pillow decodes; it checks PNG files but takes a JPEG with damage in the middle of its scan for a
+picture. With simplejpeg (an extra) JPEG files are decoded to the same pixels, twice as fast, and
+such damage is an error. torchvision's decoder is not used: one changed byte of a PNG ends it, and
+the process, with a segmentation fault.
+"""
+
+__all__ = ["DECODER", "decode"]
+
+import io
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from diffusion_lab.errors import DataError
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+DECODER = f"Pillow {PIL.__version__}"
+if simplejpeg:
+    from importlib.metadata import version
+
+    DECODER += f", simplejpeg {version('simplejpeg')}"
+
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")  # 8 bits or fewer: RGB without loss of range
+PNG_DEPTH = 24  # offset of the bit depth in a PNG file; Pillow cuts 16 bits to 8 without a word
+MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of memory for one image
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def decode(data: bytes, size: int, name: str) -> np.ndarray:
+    """Decodes a JPEG or PNG to uint8 RGB, of shape (size, size, 3).
+
+    A larger square image is resized with Pillow's Lanczos filter; anything else that does not fit
+    is refused: what an image looked like before it was cropped is not ours to guess. A camera's
+    orientation tag is obeyed.
+
+    Raises:
+        DataError: If the image is corrupt, not square, too small or too large, animated,
+            transparent, or of more than 8 bits.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            _check(image, data, size, name)
+            image = _pixels(image, data, name)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds; all mean that the file is no good
+        raise DataError(
+            f"{name}: not a readable JPEG or PNG ({error}); repair or remove the file"
+        ) from error
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
+    """Refuses what the header shows to be no good, before any memory is taken for pixels."""
+    deep = image.format == "PNG" and data[PNG_DEPTH] == 16
+    if image.mode not in MODES or deep:
+        mode = f"{image.mode} with 16 bits" if deep and image.mode in MODES else image.mode
+        raise DataError(f"{name}: mode {mode} is not supported; convert it to 8-bit RGB")
+    if getattr(image, "n_frames", 1) > 1:
+        raise DataError(f"{name}: {image.n_frames} frames; save one of them as an image")
+    width, height = image.size
+    if width != height or width < size:
+        raise DataError(
+            f"{name}: {width}x{height} pixels do not make {size}x{size}; "
+            f"crop it to a square of at least {size} pixels, or set data.size"
+        )
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: {width}x{height} pixels are too many; shrink the image")
+
+
+def _pixels(image: Image.Image, data: bytes, name: str) -> Image.Image:
+    orientation = 1
+    if image.format == "JPEG":
+        orientation = image.getexif().get(ORIENTATION, 1)
+        if simplejpeg and image.mode in ("RGB", "L"):
+            image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
+    else:
+        image.load()
+    if image.has_transparency_data:
+        if image.convert("RGBA").getextrema()[3][0] < 255:
+            raise DataError(f"{name}: has transparent pixels; put it on a background")
+    image = image.convert("RGB")
+    if orientation != 1:
+        image.getexif()[ORIENTATION] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image

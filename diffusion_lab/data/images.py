@@ -1,0 +1,182 @@
+r"""Images at hand: mapped from a packed cache, decoded from one, or read from their source.
+
+All three give the same uint8 pixels for the same positions, and may be read by several threads.
+"""
+
+__all__ = ["EncodedImages", "Images", "MappedImages", "SourceImages", "Split"]
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from concurrent.futures import Future
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from diffusion_lab.data.decode import decode
+from diffusion_lab.data.source import Item, Source, cut
+from diffusion_lab.errors import DataError
+
+
+class Images(ABC):
+    """An ordered set of images of one size.
+
+    Attributes:
+        size: Height and width in pixels.
+        names: What identifies each image to the user.
+        groups: The stretches of images that lie together where they are read from.
+    """
+
+    size: int
+    names: list[str]
+    groups: list[range]
+
+    @abstractmethod
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the images at some positions, uint8, of shape (B, size, size, 3)."""
+
+
+class MappedImages(Images):
+    """Pixels in a file, mapped: shared by all processes, and the system may drop their pages.
+
+    Arguments:
+        path: The array, uint8, of shape (N, size, size, 3).
+        names: The names.
+        block: How many images make a group.
+    """
+
+    def __init__(self, path: Path, names: list[str], block: int = 64) -> None:
+        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.names, self.size = names, self.array.shape[1]
+        self.groups = cut(len(names), block)
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        return self.array[positions]
+
+
+class EncodedImages(Images):
+    """Encoded images one after the other in a file, mapped, and decoded when asked for.
+
+    Arguments:
+        path: The bytes of all images.
+        offsets: Where each image begins, and where the last ends, int64, of shape (N + 1,).
+        names: The names.
+        size: Height and width in pixels.
+        block: How many images make a group.
+    """
+
+    def __init__(
+        self, path: Path, offsets: np.ndarray, names: list[str], size: int, block: int = 64
+    ) -> None:
+        self.data = np.memmap(path, mode="r") if len(names) else np.zeros(0, dtype=np.uint8)
+        self.offsets, self.names, self.size = offsets, names, size
+        self.groups = cut(len(names), block)
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
+        for k, position in enumerate(positions):
+            first, last = self.offsets[position : position + 2]
+            images[k] = decode(self.data[first:last].tobytes(), self.size, self.names[position])
+        return images
+
+
+class SourceImages(Images):
+    """Images read from their source whenever they are asked for.
+
+    Of a source that can only be read by whole groups, the encoded groups read last are kept, up
+    to a bound in bytes.
+
+    Arguments:
+        source: The source.
+        memory: The bound, in bytes.
+    """
+
+    def __init__(self, source: Source, memory: int) -> None:
+        self.source, self.memory = source, memory
+        self.size, self.names, self.groups = source.size, source.names, source.groups
+        self.reads = 0  # of whole groups
+        self._first = np.array([group.start for group in self.groups])
+        self._lock = Lock()
+        self._kept: OrderedDict[int, Future] = OrderedDict()
+        self._bytes: dict[int, int] = {}
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
+        number = np.searchsorted(self._first, positions, side="right") - 1
+        order = np.argsort(number, kind="stable")
+        for group, members in groupby(order, key=lambda k: int(number[k])):
+            members = list(members)
+            places = [int(positions[k] - self._first[group]) for k in members]
+            if self.source.whole:
+                items = self._group(group)
+                items = [items[place] for place in places]
+            else:
+                items = self.source.read(group, places)
+            for k, item in zip(members, items, strict=True):
+                images[k] = self._decode(item, int(positions[k]))
+        return images
+
+    def _decode(self, item: Item, position: int) -> np.ndarray:
+        if isinstance(item, DataError):
+            raise item
+        if isinstance(item, bytes):
+            return decode(item, self.size, self.source.where(position))
+        return item
+
+    def _group(self, group: int) -> list[Item]:
+        """A whole group, read by the first thread that asks for it while the others wait."""
+        with self._lock:
+            future = self._kept.get(group)
+            mine = future is None
+            if mine:
+                future = self._kept[group] = Future()
+                self.reads += 1
+            self._kept.move_to_end(group)
+        if mine:
+            try:
+                items = list(self.source.read(group))
+                size = sum(len(item) for item in items if isinstance(item, bytes))
+                with self._lock:
+                    self._bytes[group] = size
+                    while sum(self._bytes.values()) > self.memory and len(self._bytes) > 1:
+                        oldest = next(k for k in self._kept if k in self._bytes)
+                        del self._kept[oldest], self._bytes[oldest]
+                future.set_result(items)
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(group, None)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+
+class Split:
+    """Some of the images, in order.
+
+    Arguments:
+        images: The images.
+        positions: Which of them, int64, ascending, of shape (N,).
+    """
+
+    def __init__(self, images: Images, positions: np.ndarray) -> None:
+        self.images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        """Returns images by their places in the split, uint8, of shape (B, size, size, 3)."""
+        return self.images.gather(self.positions[index])
+
+    @property
+    def names(self) -> list[str]:
+        """The images' names."""
+        return [self.images.names[k] for k in self.positions]
+
+    @property
+    def groups(self) -> list[int]:
+        """How many images of each group are in the split, for groups that have any."""
+        first = np.array([group.start for group in self.images.groups])
+        number = np.searchsorted(first, self.positions, side="right") - 1
+        return np.unique(number, return_counts=True)[1].tolist()
