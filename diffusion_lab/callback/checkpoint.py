@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loops.training_epoch_loop import RestartStage
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diffusion_lab.errors import RunError
@@ -178,6 +178,7 @@ class ElasticResume(Callback):
             if loop.batch_progress.total.ready % trainer.val_check_batch == 0:
                 loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
                 loop.val_loop.restarting = False  # from its first batch
+                loop._batches_that_stepped -= 1  # which Lightning adds before and after it
         progress, loader = loop.batch_progress, trainer.train_dataloader
         done = len(loader) - (0 if progress.is_last_batch else loader.remaining)
         shift = done - progress.current.ready

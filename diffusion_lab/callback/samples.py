@@ -48,8 +48,12 @@ class SampleGrid(Callback):
         self.every_n_steps, self.seed = every_n_steps, seed
         self.drawn_step = 0
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        self.drawn_step = trainer.global_step
+    def state_dict(self) -> dict[str, int]:
+        """Returns when it was drawn last, so that a resumed run draws at the same steps."""
+        return {"drawn_step": self.drawn_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn_step = state["drawn_step"]
 
     def on_validation_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         step = trainer.global_step

@@ -28,6 +28,7 @@ class MetricsCSV(Logger):
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step", "epoch"]
         self.written = 0  # rows that are in the file, below the present header
+        self.resumed = 0  # rows that an interrupted run left
 
     @property
     def name(self) -> str:
@@ -53,6 +54,7 @@ class MetricsCSV(Logger):
             self.rows = [
                 row for row in reader if row["step"].isdigit() and int(row["step"]) < step
             ]
+        self.resumed = len(self.rows)
         self._rewrite()
 
     @rank_zero_only
@@ -63,8 +65,14 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds a row, or to the last row if it has the same step and no such column yet."""
+        """Adds a row, or to the last row if it has the same step and no such column yet.
+
+        A resumed run repeats the validation at its first step: what is there already stays.
+        """
         row = {"step": step, **metrics}
+        for logged in self.rows[max(0, self.resumed - 2) : self.resumed]:  # a training row and that one
+            if logged["step"] == str(step) and all(logged.get(name) for name in metrics):
+                return
         last = self.rows[-1] if self.written < len(self.rows) else None
         if (
             last is not None

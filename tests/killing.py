@@ -1,0 +1,137 @@
+"""A training in a process of its own that notes which images it sees and kills itself on cue.
+
+A cue is `<place>:<n>` or `<place>:<n>:<signal>`: the n-th time that the process comes to the place
+it sends itself the signal, SIGKILL if none is named. As a script it takes the cue from $CUE: so it
+can be what Lightning starts once a device.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+TEXT = "output.txt"  # what the last process printed
+
+
+def train(cue: str, directory: Path, *overrides: str) -> int:
+    """Runs train.py; returns its exit code, negative if it died by a signal."""
+    # A server that has imported everything and run nothing: a fork of it costs no five seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusion_lab.cli", "diffusion_lab.callback", "killing"])
+    process = context.Process(target=_run, args=(cue, directory, list(overrides)))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "the training hangs"
+    return process.exitcode
+
+
+def seen(directory: Path) -> dict[tuple[int, int, int], list[int]]:
+    """The images of each (rank, epoch, batch), however often it was computed."""
+    result = {}
+    for path in sorted(directory.glob("seen-*.jsonl")):
+        for line in path.read_text().splitlines():
+            place, ids = json.loads(line)
+            assert result.setdefault(tuple(place), ids) == ids, place
+    return result
+
+
+def _run(cue: str, directory: Path, overrides: list[str]) -> None:
+    import torch
+
+    from diffusion_lab import cli
+
+    directory.mkdir(exist_ok=True)
+    os.chdir(directory)
+    descriptor = os.open(TEXT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    os.environ["DIFFUSION_LAB_CACHE"] = str(directory.parent / "cache")
+    _arm(cue)
+    sys.argv = ["train.py", *overrides]
+    cli.train()
+
+
+def _arm(cue: str) -> None:
+    place, count, kind, *_ = [*cue.split(":"), "SIGKILL"] if cue else ("", 0, "SIGKILL")
+    count, number = int(count), signal.Signals[kind]
+    from diffusion_lab.callback import checkpoint
+    from diffusion_lab.data import cache
+    from diffusion_lab.module import DiffusionModule
+
+    passed = dict.fromkeys(
+        ["step", "stepped", "validation", "validated", "write", "replace", "written", "packed"], 0
+    )
+    assert place == "" or place in passed, place
+
+    def here(name: str) -> None:
+        passed[name] += 1
+        if name == place and passed[name] == count:
+            os.kill(os.getpid(), number)
+
+    def around(owner: type, method: str, before: str = "", after: str = "") -> None:
+        original = getattr(owner, method)
+
+        def wrapped(*args, **kwargs):
+            if before:
+                here(before)
+            result = original(*args, **kwargs)
+            if after:
+                here(after)
+            return result
+
+        setattr(owner, method, wrapped)
+
+    training_step = DiffusionModule.training_step
+
+    def noted(module: DiffusionModule, batch: dict, batch_idx: int):
+        here("step")
+        trainer = module.trainer
+        line = json.dumps(
+            [[trainer.global_rank, trainer.current_epoch, batch_idx], batch["index"].tolist()]
+        )
+        with open(f"seen-{trainer.global_rank}.jsonl", "a") as file:
+            file.write(line + "\n")
+        return training_step(module, batch, batch_idx)
+
+    DiffusionModule.training_step = noted
+    around(checkpoint.LastCheckpoint, "on_train_batch_end", before="stepped")
+    around(DiffusionModule, "validation_step", before="validation")
+    around(DiffusionModule, "on_validation_epoch_end", after="validated")
+    around(checkpoint.AtomicCheckpointIO, "save_checkpoint", after="written")
+    around(cache._Packer, "_write", before="packed")
+
+    class Os:  # of the module that writes checkpoints
+        def __getattr__(self, name: str):
+            return getattr(os, name)
+
+        def replace(self, *args):
+            here("replace")
+            os.replace(*args)
+
+    checkpoint.os = Os()
+    save = checkpoint.torch.save
+
+    class Torch:
+        def __getattr__(self, name: str):
+            return getattr(_torch, name)
+
+        def save(self, content: dict, file):
+            passed["write"] += 1
+            if place == "write" and passed["write"] == count:
+                file.write(b"half a checkpoint")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(content, file)
+
+    _torch = checkpoint.torch
+    checkpoint.torch = Torch()
+
+
+if __name__ == "__main__":
+    from diffusion_lab.cli import train as command
+
+    _arm(os.environ.get("CUE", ""))
+    command()

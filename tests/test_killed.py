@@ -1,0 +1,118 @@
+"""A run killed anywhere and resumed ends like one that never stopped, to the last bit."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from killing import TEXT, seen, train
+
+from diffusion_lab.runs import load_checkpoint
+
+# 8 batches an epoch and 21 in all, a validation in the middle of an epoch, every 5 batches.
+RUN = [
+    *TINY, "hydra.run.dir=run", "trainer.max_steps=21", "trainer.val_check_interval=5",
+    "checkpoint.every_n_steps=3", "samples.every_n_steps=5", "lr_schedule.warmup=2",
+]  # fmt: skip
+VARIANTS = {
+    "plain": [],
+    "threads": ["data.num_workers=2", "data.order=lanes", "data.lanes=2", "data.tail=spread"],
+    "accumulation": ["trainer.accumulate_grad_batches=2", "trainer.max_steps=11"],
+}
+# Each place is a call in the life of the process; with 4 images of a validation batch there are
+# 2 validation batches of 8 images.
+CUES = [
+    "step:1", "step:2", "step:4", "step:5", "step:8", "step:9", "step:12", "step:16", "step:17",
+    "step:20", "stepped:3", "stepped:8", "stepped:16", "validation:1", "validation:2",
+    "validation:4", "validated:1", "validated:3", "write:1", "write:2", "write:5", "replace:1",
+    "replace:3", "written:1", "written:4", "packed:1",
+]  # fmt: skip
+FEW = ["step:8", "step:17", "validation:4", "write:2", "replace:3", "packed:1"]
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, averaged weights, optimizer state, learning rate and counters."""
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    result = dict(checkpoint["state_dict"])
+    for k, each in checkpoint["optimizer_states"][0]["state"].items():
+        result |= {f"optimizer.{k}.{name}": value for name, value in each.items()}
+    for name in ("global_step", "epoch"):
+        result[name] = torch.tensor(checkpoint[name])
+    result["lr"] = torch.tensor(checkpoint["lr_schedulers"][0]["_last_lr"])
+    return result
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each variant without an interruption."""
+    root = tmp_path_factory.mktemp("whole")
+    result = {}
+    for name, overrides in VARIANTS.items():
+        result[name] = root / name
+        assert train("", root / name, *RUN, *overrides) == 0, (root / name / TEXT).read_text()
+    return result
+
+
+def check(cue: str, variant: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    directory, expected = tmp_path / "killed", whole[variant]
+    assert train(cue, directory, *RUN, *VARIANTS[variant]) == -9, (directory / TEXT).read_text()
+    run = directory / "run"
+    assert not (run / "finished.json").exists()
+    if (run / "checkpoints" / "last.ckpt").exists():
+        again = ["resume=run"]
+    else:
+        again = [*RUN, *VARIANTS[variant]]
+    code = train("", directory, *again)
+    assert code == 0, (directory / TEXT).read_text()
+    assert (run / "finished.json").exists()
+    actual, target = state(run), state(expected / "run")
+    assert actual.keys() == target.keys()
+    for name, value in target.items():
+        assert torch.equal(actual[name], value), name
+    assert seen(directory) == seen(expected)
+    assert metrics(run) == metrics(expected / "run")
+    pictures = {p.name: p.read_bytes() for p in (expected / "run" / "samples").iterdir()}
+    assert {p.name: p.read_bytes() for p in (run / "samples").iterdir()} == pictures
+
+
+def test_the_uninterrupted_runs_are_what_the_tests_take_them_for(whole: dict[str, Path]) -> None:
+    for name, directory in whole.items():
+        places = seen(directory)
+        for epoch in (0, 1):
+            ids = [k for (_, e, _), batch in places.items() if e == epoch for k in batch]
+            assert sorted(ids) == list(range(64)), name
+        assert len(places) == (21 if name != "accumulation" else 22)
+        assert sum("val/loss" in row for row in metrics(directory / "run")) == 5
+
+
+@pytest.mark.parametrize("cue", FEW)
+def test_killed_and_resumed(cue: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    check(cue, "plain", whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cue", CUES)
+def test_killed_anywhere(
+    cue: str, variant: str, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    check(cue, variant, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_three_times_in_one_epoch(whole: dict[str, Path], tmp_path: Path) -> None:
+    directory, expected = tmp_path / "killed", whole["threads"]
+    assert train("step:12", directory, *RUN, *VARIANTS["threads"]) == -9
+    for cue in ("step:3", "step:5"):
+        assert train(cue, directory, "resume=run") == -9
+    assert train("", directory, "resume=run") == 0
+    actual, target = state(directory / "run"), state(expected / "run")
+    assert all(torch.equal(actual[name], value) for name, value in target.items())
+    assert seen(directory) == seen(expected)
