@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from killing import seen
 
 from diffusion_lab.runs import load_checkpoint
 
@@ -25,6 +26,75 @@ def command(script: str, *overrides: str) -> str:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def elastic(tmp_path: Path, *overrides: str) -> None:
+    """One stretch of a run, noting the images of each rank."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / "killing.py"
+    result = subprocess.run(
+        [sys.executable, str(script), *overrides],
+        cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("tail", "order"), [("spread", "shuffle"), ("drop", "lanes")])
+def test_a_run_goes_on_with_other_numbers_of_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str, order: str
+) -> None:
+    """2 -> 1 -> 3 devices of 4 images each, all within the first epoch of 62 images."""
+    monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+    tiny = [text for text in TINY if not text.startswith(OWN)]
+    splits = "data.splits={train: 62, val: 16, test: 16}"
+    elastic(
+        tmp_path, *tiny, splits, "trainer=ddp_sim", "data.batch_size=4", f"data.tail={tail}",
+        f"data.order={order}", "data.lanes=2", "trainer.max_steps=3", "hydra.run.dir=run",
+        "trainer.val_check_interval=2",
+    )  # fmt: skip
+    elastic(tmp_path, "resume=run", "trainer.devices=1", "trainer.max_steps=6")
+    elastic(tmp_path, "resume=run", "trainer.devices=3", "trainer.max_steps=16")
+    places = seen(tmp_path)
+    epochs: dict[int, list[int]] = {}
+    for (_, epoch, _), ids in sorted(places.items()):
+        epochs.setdefault(epoch, []).extend(ids)
+    first, second = sorted(epochs[0]), sorted(epochs[1])
+    assert len(set(first)) == len(first) and len(set(second)) == len(second)
+    if tail == "spread":  # 3 x 8, 3 x 4, and 26 as 12 + 7 + 7; then 62 as 4 x 12 + 7 + 7
+        assert first == second == list(range(62))
+    else:  # 26 as 12 + 12, and 62 as 5 x 12
+        assert (len(first), len(second)) == (60, 60)
+    # Within a batch each rank has its share, and none is without an image.
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for (_, epoch, batch), ids in places.items():
+        sizes.setdefault((epoch, batch), []).append(len(ids))
+    assert all(max(each) - min(each) <= 1 and min(each) > 0 for each in sizes.values())
+    rows = [row for row in read_rows(tmp_path / "run/metrics.csv") if row["train/loss"]]
+    assert [int(row["step"]) for row in rows] == list(range(16))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fifty_losses_of_two_processes_are_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also over the ends of epochs whose last batch the devices share unequally."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+    tiny = [text for text in TINY if not text.startswith(OWN)]
+    splits = "data.splits={train: 61, val: 15, test: 15}"
+    common = [*tiny, splits, "data.tail=spread", "trainer.max_steps=50", "optimizer.lr=2e-4"]
+    command("train.py", *common, "trainer=cpu", "data.batch_size=8", "hydra.run.dir=one")
+    command("train.py", *common, "trainer=ddp_sim", "data.batch_size=4", "hydra.run.dir=two")
+    one, two = (
+        [float(row["train/loss"]) for row in read_rows(Path(d) / "metrics.csv") if row["train/loss"]]
+        for d in ("one", "two")
+    )
+    assert len(one) == 50 and len(set(one)) == 50
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def last_row(path: str) -> dict[str, float]:
