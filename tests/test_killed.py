@@ -77,7 +77,13 @@ def check(cue: str, variant: str, whole: dict[str, Path], tmp_path: Path) -> Non
     for name, value in target.items():
         assert torch.equal(actual[name], value), name
     assert seen(directory) == seen(expected)
-    assert metrics(run) == metrics(expected / "run")
+    rows, target = metrics(run), metrics(expected / "run")
+    if cue.startswith("written"):  # the checkpoint is there, what that step logged is not yet
+        missing = [row for row in target if row not in rows]
+        assert len({row["step"] for row in missing}) <= 1
+        assert not any("val/loss" in row for row in missing)
+        target = [row for row in target if row not in missing]
+    assert rows == target
     pictures = {p.name: p.read_bytes() for p in (expected / "run" / "samples").iterdir()}
     assert {p.name: p.read_bytes() for p in (run / "samples").iterdir()} == pictures
 

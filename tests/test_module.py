@@ -33,6 +33,32 @@ class Affine(nn.Module):
         return self.w * x_t + self.v * (index / 1000).reshape(-1, 1, 1, 1)
 
 
+class Devices:
+    """Stands for a trainer in the middle of a fit, and the other devices' losses.
+
+    Arguments:
+        micro: Micro-batches of a step.
+        every: Steps between two that are logged.
+        others: The losses of the other devices.
+    """
+
+    def __init__(self, micro: int = 1, every: int = 50, others: tuple[float, ...] = ()) -> None:
+        self.micro, self.global_step, self.log_every_n_steps = micro, 0, every
+        self.others, self.batches = others, 0
+        self.reduced: list[float] = []
+        self.fit_loop = SimpleNamespace(_should_accumulate=self.should_accumulate)
+        self.strategy = SimpleNamespace(reduce=self.reduce)
+
+    def should_accumulate(self) -> bool:
+        self.batches += 1
+        return self.batches % self.micro != 0
+
+    def reduce(self, loss: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "mean"
+        self.reduced.append(float(loss))
+        return (loss + sum(self.others)) / (1 + len(self.others))
+
+
 def make_module(network: nn.Module | None = None) -> DiffusionModule:
     return DiffusionModule(
         network or Affine(),
@@ -45,7 +71,19 @@ def make_module(network: nn.Module | None = None) -> DiffusionModule:
     )
 
 
-def make_batch(count: int, first: int = 0) -> dict:
+def fitting(devices: Devices | None = None) -> DiffusionModule:
+    """A module in the middle of a fit; what it logs is in `module.logged`."""
+    module = make_module()
+    module._trainer, module.logged = devices or Devices(), []
+
+    def log(name: str, value: Tensor, **_) -> None:
+        module.logged.append((name, float(value)))
+
+    module.log = log
+    return module
+
+
+def make_batch(count: int, first: int = 0, weight: float = 1.0) -> dict:
     index = torch.arange(first, first + count)
     x_0 = torch.stack(
         [
@@ -53,7 +91,8 @@ def make_batch(count: int, first: int = 0) -> dict:
             for k in index
         ]
     )
-    return {"x_0": x_0, "index": index, "key": make_key(0, "train", 2, index), "split": "train"}
+    key = make_key(0, "train", 2, index)
+    return {"x_0": x_0, "index": index, "key": key, "split": "train", "weight": weight}
 
 
 def by_hand(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
@@ -84,7 +123,7 @@ def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
 
 
 def test_the_training_loss_is_that_of_the_paper() -> None:
-    module, batch = make_module(), make_batch(6)
+    module, batch = fitting(), make_batch(6)
     generator = KeyedGenerator(batch["key"])
     t = module.loss.sample_t(generator, module.schedule)
     epsilon = generator.normal(3, 4, 4)
@@ -92,15 +131,16 @@ def test_the_training_loss_is_that_of_the_paper() -> None:
     expected = by_hand(batch["x_0"], t, epsilon, module.network).mean()
     loss = module.training_step(batch, 0)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    assert module.logged == [("train/loss", float(loss.detach()))]
 
 
 def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
-    module, batch = make_module(), make_batch(6)
+    module, batch = fitting(), make_batch(6)
     module.training_step(batch, 0).backward()
     gradient, step = float(module.network.w.grad), 1e-3
     losses = []
     for sign in (1, -1):
-        other = make_module()
+        other = fitting()
         with torch.no_grad():
             other.network.w += sign * step
             losses.append(float(other.training_step(batch, 0)))
@@ -109,15 +149,84 @@ def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
 
 
 def test_two_halves_are_the_whole() -> None:
-    module = make_module()
+    module = fitting()
     whole = module.training_step(make_batch(8), 0)
     halves = [module.training_step(make_batch(4, first), 0) for first in (0, 4)]
     assert float(halves[0].detach()) != pytest.approx(float(halves[1].detach()), rel=1e-3)
     torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-6, atol=0)
 
 
+def losses_by_hand(batch: dict, network: Affine) -> Tensor:
+    """The training loss of each image of a batch, float64."""
+    generator = KeyedGenerator(batch["key"])
+    t = Simple().sample_t(generator, Linear())
+    return by_hand(batch["x_0"], t, generator.normal(3, 4, 4), network)
+
+
+def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole() -> None:
+    """7 images on three devices as 3, 2 and 2: each weighs its part of 7/3."""
+    parts = [(3, 0), (2, 3), (2, 5)]
+    module, devices = fitting(), [fitting() for _ in parts]
+    whole = module.training_step(make_batch(7), 0)
+    whole.backward()
+    losses = []
+    for device, (count, first) in zip(devices, parts, strict=True):
+        losses.append(device.training_step(make_batch(count, first, count * 3 / 7), 0))
+        losses[-1].backward()
+        expected = losses_by_hand(make_batch(count, first), device.network).sum() * 3 / 7
+        assert float(losses[-1].detach()) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(sum(losses) / 3, whole, rtol=1e-6, atol=0)
+    expected = losses_by_hand(make_batch(7), module.network).mean()
+    assert float(whole.detach()) == pytest.approx(float(expected), rel=1e-5)
+    for name in ("w", "v"):
+        gradients = [getattr(device.network, name).grad for device in devices]
+        torch.testing.assert_close(
+            sum(gradients) / 3, getattr(module.network, name).grad, rtol=1e-5, atol=1e-7
+        )
+    # Without the weights it is another number.
+    means = [float(loss.detach()) * 7 / 3 / n for loss, (n, _) in zip(losses, parts, strict=True)]
+    assert sum(means) / 3 != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> None:
+    devices = Devices(micro=3)
+    module = fitting(devices)
+    means = []
+    for number in range(7):
+        weight = 1.0 + number % 2 / 4
+        batch = make_batch(4, 4 * number, weight)
+        means.append(float(losses_by_hand(batch, module.network).mean()) * weight)
+        module.training_step(batch, number)
+        assert len(module.logged) == (number + 1) // 3  # only with the step
+        devices.global_step = len(module.logged)
+    expected = [sum(means[:3]) / 3, sum(means[3:6]) / 3]
+    assert [name for name, _ in module.logged] == ["train/loss"] * 2
+    assert [value for _, value in module.logged] == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_devices_talk_only_in_steps_that_are_logged(every: int, micro: int) -> None:
+    """Once a step, about the mean over its micro-batches; other steps show the own loss."""
+    devices = Devices(micro=micro, every=every, others=(5.0, 10.0))
+    module = fitting(devices)
+    own = []
+    for step in range(8):
+        devices.global_step, losses = step, []
+        for _ in range(micro):
+            number = len(own) * micro + len(losses)
+            loss = module.training_step(make_batch(2, 2 * number), number)
+            losses.append(float(loss.detach()))
+        own.append(sum(losses) / micro)
+    logged = [step for step in range(8) if (step + 1) % every == 0]
+    assert devices.reduced == pytest.approx([own[step] for step in logged], rel=1e-6)
+    expected = [(x + 15) / 3 if step in logged else x for step, x in enumerate(own)]
+    assert [value for _, value in module.logged] == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_draws_follow_the_key_and_not_the_place_in_the_batch() -> None:
-    module, batch = make_module(), make_batch(8)
+    module, batch = fitting(), make_batch(8)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     moved = {k: v[order] if isinstance(v, Tensor) else v for k, v in batch.items()}
     one, two = (float(module.training_step(b, 0).detach()) for b in (batch, moved))
@@ -348,3 +457,28 @@ def test_a_trainer_averages_once_a_step_and_logs_both_losses() -> None:
         assert float(trainer.callback_metrics[name]) == pytest.approx(loss, rel=1e-5)
     raw, averaged = (float(trainer.callback_metrics[k]) for k in ("val/loss", "val/loss_ema"))
     assert raw != pytest.approx(averaged, rel=1e-3)
+
+
+class Losses(Callback):
+    """Keeps the training loss that is known after every batch."""
+
+    def __init__(self) -> None:
+        self.known: list[float | None] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        loss = trainer.callback_metrics.get("train/loss")
+        self.known.append(None if loss is None else float(loss))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_shows_the_mean_loss_of_each_step() -> None:
+    """8 batches, 3 a step, are steps of 3, 3 and 2: an epoch's last one takes what is left."""
+    module, losses = make_module(), Losses()
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    fit(module, losses, max_epochs=1, accumulate_grad_batches=3, log_every_n_steps=1)
+    means = [float(losses_by_hand(make_batch(4, 4 * k), module.network).mean()) for k in range(8)]
+    steps = [sum(means[:3]) / 3, sum(means[3:6]) / 3, sum(means[6:]) / 2]
+    assert losses.known[:2] == [None, None]
+    assert losses.known[2:] == pytest.approx(
+        [steps[0]] * 3 + [steps[1]] * 2 + [steps[2]], rel=1e-5
+    )

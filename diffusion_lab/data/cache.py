@@ -334,7 +334,7 @@ class _Packer:
             if not own or own[-1][0] != self.source.own[k]:
                 own.append([self.source.own[k], 0])
             own[-1][1] += 1
-        files = [p for p in self.partial.iterdir() if p.suffix in (".npy", ".bin")]
+        files = [p for p in sorted(self.partial.iterdir()) if p.suffix in (".npy", ".bin")]
         manifest = {
             "format": FORMAT,
             "kind": self.kind,

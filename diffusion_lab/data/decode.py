@@ -1,14 +1,17 @@
 r"""From the bytes of a JPEG or PNG file to pixels.
 
-Pillow decodes; it checks PNG files but takes a JPEG with damage in the middle of its scan for a
-picture. With simplejpeg (an extra) JPEG files are decoded to the same pixels, twice as fast, and
-such damage is an error. torchvision's decoder is not used: one changed byte of a PNG ends it, and
-the process, with a segmentation fault.
+Pillow decodes. It does not check the sums of a PNG file's pixels; that is done here, so that no
+changed byte goes unseen. A JPEG file has no such sums, and one with damage in the middle of its
+scan is a picture to Pillow. With simplejpeg (an extra) JPEG files are decoded to the same pixels,
+twice as fast, and most such damage is an error. torchvision's decoder is not used: one changed
+byte of a PNG ends it, and the process, with a segmentation fault.
 """
 
 __all__ = ["DECODER", "decode"]
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL
@@ -50,6 +53,10 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
             image = _pixels(image, data, name)
     except DataError:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise DataError(
+            f"{name}: not a readable JPEG or PNG; repair or remove the file"
+        ) from error
     except Exception as error:  # Pillow raises many kinds; all mean that the file is no good
         raise DataError(
             f"{name}: not a readable JPEG or PNG ({error}); repair or remove the file"
@@ -77,14 +84,25 @@ def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
         raise DataError(f"{name}: {width}x{height} pixels are too many; shrink the image")
 
 
+def _check_sums(data: bytes) -> None:
+    """Refuses a PNG file that is cut off or has a changed byte; Pillow sees some of both."""
+    first, kind = 8, b""
+    while kind != b"IEND":
+        if first + 8 > len(data):
+            raise ValueError("the end is missing")
+        length, kind = struct.unpack_from(">I4s", data, first)
+        last = first + 8 + length
+        if zlib.crc32(data[first + 4 : last]) != int.from_bytes(data[last : last + 4]):
+            raise ValueError("a checksum is wrong")
+        first = last + 4
+
+
 def _pixels(image: Image.Image, data: bytes, name: str) -> Image.Image:
-    orientation = 1
-    if image.format == "JPEG":
-        orientation = image.getexif().get(ORIENTATION, 1)
-        if simplejpeg and image.mode in ("RGB", "L"):
-            image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
-    else:
-        image.load()
+    if image.format == "PNG":
+        _check_sums(data)
+    orientation = image.getexif().get(ORIENTATION, 1)
+    if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):
+        image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
     if image.has_transparency_data:
         if image.convert("RGBA").getextrema()[3][0] < 255:
             raise DataError(f"{name}: has transparent pixels; put it on a background")

@@ -104,7 +104,10 @@ class SourceImages(Images):
     def gather(self, positions: np.ndarray) -> np.ndarray:
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
         number = np.searchsorted(self._first, positions, side="right") - 1
-        order = np.argsort(number, kind="stable")
+        # In the order in which they come, so that the last images of old groups are read before
+        # new groups take their places.
+        _, first, inverse = np.unique(number, return_index=True, return_inverse=True)
+        order = np.argsort(first[inverse], kind="stable")
         for group, members in groupby(order, key=lambda k: int(number[k])):
             members = list(members)
             places = [int(positions[k] - self._first[group]) for k in members]

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ class Loader:
     """Iterates over the images of one split.
 
     A batch is a dictionary: `image` uint8 (B, H, W, 3), `index` int64 (B,), the images' places in
-    the split, `key` int64 (B,), which names every random draw made for them, `split`, and `weight`,
-    with which the mean over this device's images enters the mean over the devices, so that it is
-    the mean over all images: 1, except where devices get unequal numbers of them.
+    the split, `key` int64 (B,), which names every random draw made for them, `split`, and
+    `weight`, with which the mean over this device's images enters the mean over the devices, so
+    that it is the mean over all images: 1, except where devices get unequal numbers of them.
 
     Arguments:
         images: The images, N of them.
@@ -55,7 +56,9 @@ class Loader:
         order: Makes an epoch's permutation of N from its key. None takes the images in their own
             order, all of them, and the last batch may be smaller.
         tail: Of an epoch's images that make no whole batch, "drop" leaves them out, others in each
-            epoch, and "spread" shares them out among the devices, at least one each.
+            epoch, and "spread" shares them out among the devices, at least one each: if they are
+            too few, with the batch before, which only for B = 1 gets larger than B. Where there is
+            none, as after a resume on more devices than images are left, they are left out.
         epoch: Returns the current epoch.
         workers: How many threads fetch batches ahead.
         pin: Whether batches are put into page-locked memory, from which GPUs copy meanwhile.
@@ -119,7 +122,7 @@ class Loader:
 
     def _plan(self, epoch: int, consumed: int) -> Iterator[_Batch]:
         order, cuts = self.order(epoch), self._cuts(consumed)
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             index = order[first:last][self.rank :: self.world]
             yield _Batch(index, len(index) * self.world / (last - first), last)
 

@@ -63,9 +63,7 @@ class LocalStorage(Storage):
 
     remote = False
 
-    def __init__(
-        self, path: Path, address: str | None = None, version: str | None = None
-    ) -> None:
+    def __init__(self, path: Path, address: str | None = None, version: str | None = None) -> None:
         self.root = path.parent if path.is_file() else path
         self.only = path.name if path.is_file() else None
         self.address, self.version = address or str(self.root), version
@@ -103,21 +101,26 @@ class ArrowStorage(Storage):
         root: The folder's path in it.
         address: The folder as the user wrote it.
         version: As in `LocalStorage`.
+        only: The name of the file in the folder that is meant, if not all are.
     """
 
     remote = True
 
     def __init__(
-        self, filesystem: Any, root: str, address: str, version: str | None = None
-    ) -> None:
+        self, filesystem: Any, root: str, address: str, version: str | None = None,
+        only: str | None = None,
+    ) -> None:  # fmt: skip
         self.filesystem, self.root, self.version = filesystem, root.rstrip("/"), version
-        self.address = address.split("?")[0]
+        self.address, self.only = address.split("?")[0], only
 
     def files(self) -> dict[str, list[Any]]:
         from pyarrow.fs import FileSelector, FileType
 
         try:
-            infos = self.filesystem.get_file_info(FileSelector(self.root, recursive=True))
+            what = FileSelector(self.root, recursive=True)
+            infos = self.filesystem.get_file_info(
+                [f"{self.root}/{self.only}"] if self.only else what
+            )
             if not infos and self.filesystem.get_file_info(self.root).type == FileType.NotFound:
                 raise FileNotFoundError("there is nothing")
         except FileNotFoundError as error:
@@ -161,14 +164,20 @@ def open_storage(source: str, download: bool = True) -> Storage:
         return _open_hub(source, download)
     if source.startswith(REMOTE):
         try:
-            from pyarrow.fs import FileSystem
+            from pyarrow.fs import FileSystem, FileType
         except ImportError as error:
             raise DataError(f"data.source={source} needs pyarrow; {EXTRA}") from error
         try:
             filesystem, root = FileSystem.from_uri(source)
+            if not root.strip("/"):
+                raise ValueError("it names no bucket")
+            file = filesystem.get_file_info(root).type == FileType.File
         except (OSError, ValueError) as error:
             raise DataError(f"data.source={source} cannot be opened ({error})") from error
-        return ArrowStorage(filesystem, root, source)
+        if not file:
+            return ArrowStorage(filesystem, root, source)
+        folder, _, name = root.rpartition("/")
+        return ArrowStorage(filesystem, folder, source.split("?")[0].rpartition("/")[0], only=name)
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(

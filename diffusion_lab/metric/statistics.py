@@ -17,8 +17,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Adds features, of shape (B, d)."""
         part = Moments(len(self.mean))
-        features = features.double().cpu()
+        features = features.cpu().double()  # not all devices have float64
         part.n, part.mean = len(features), features.mean(0)
         centred = features - part.mean
         part.scatter = centred.T @ centred
@@ -133,7 +135,7 @@ def reference(
                 moments.mean, moments.scatter = map(
                     torch.from_numpy, (file["mean"], file["scatter"])
                 )
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error}); remove it to make it again") from error
         return moments, path
     for first in progress(range(0, len(images), batch_size)):
@@ -152,7 +154,8 @@ def reference(
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise DataError(
             f"cannot write {path}: {error.strerror or error}; free space there, or set "
             "data.cache_dir to another disk"

@@ -1,13 +1,19 @@
 """The order of images: a function of (seed, epoch, N), shared out over any number of devices."""
 
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from diffusion_lab.data.images import Images, Split
 from diffusion_lab.data.loader import Loader
+from diffusion_lab.data.order import lanes, shuffled
+from diffusion_lab.data.source import cut
+from diffusion_lab.errors import DataError, RunError
 from diffusion_lab.noise import make_key
 
 
@@ -17,6 +23,22 @@ def make_images(count: int) -> np.ndarray:
     images[..., 0] = np.arange(count)[:, None, None]
     images[..., 2] = 255 - np.arange(count)[:, None, None]
     return images
+
+
+class Memory(Images):
+    """Images at hand, of which one may be bad; notes what is asked for."""
+
+    def __init__(self, array: np.ndarray, bad: int | None = None) -> None:
+        self.array, self.bad, self.size = array, bad, array.shape[1]
+        self.names = [f"image {k}" for k in range(len(array))]
+        self.groups = cut(len(array), 10)
+        self.asked: list[list[int]] = []
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        self.asked.append(positions.tolist())
+        if self.bad in positions:
+            raise DataError(f"{self.names[self.bad]}: not a readable JPEG or PNG")
+        return self.array[positions]
 
 
 class Clock:
@@ -29,9 +51,12 @@ class Clock:
         return self.epoch
 
 
-def make_loader(count: int, batch_size: int, **kwargs) -> Loader:
-    kwargs = {"seed": 0, "shuffle": True, **kwargs}
-    return Loader(make_images(count), kwargs.pop("split", "train"), batch_size, **kwargs)
+def make_loader(count: int, batch_size: int, *, shuffle: bool = True, **kwargs) -> Loader:
+    images = kwargs.pop("images", None) or Memory(make_images(count))
+    order = partial(shuffled, count=count) if shuffle else None
+    kwargs = {"seed": 0, "order": order, **kwargs}
+    split = Split(images, np.arange(count))
+    return Loader(split, kwargs.pop("split", "train"), batch_size, **kwargs)
 
 
 def indices(loader: Loader | Iterator) -> list[list[int]]:
@@ -68,6 +93,7 @@ def test_a_shuffled_epoch_drops_only_the_tail() -> None:
     ranks = [indices(make_loader(45, 4, rank=r, world=3)) for r in range(3)]
     assert [[len(b) for b in rank] for rank in ranks] == [[4] * 3] * 3
     assert len(set(flat([flat(rank) for rank in ranks]))) == 36
+    assert all(batch["weight"] == 1 for batch in make_loader(45, 4, rank=1, world=3))
 
 
 def test_every_image_is_dropped_in_some_epoch_and_kept_in_another() -> None:
@@ -102,10 +128,201 @@ def test_the_rows_are_those_of_the_index() -> None:
         assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
 
 
-def test_a_batch_is_a_copy() -> None:
-    loader = make_loader(8, 8, shuffle=False)
-    next(iter(loader))["image"].fill_(7)
-    assert np.array_equal(loader.images, make_images(8))
+def test_the_index_counts_the_images_of_the_split() -> None:
+    """Image k of a split of every third image is image 3 k + 1 of all."""
+    split = Split(Memory(make_images(45)), np.arange(1, 45, 3))
+    for batch in Loader(split, "val", 4, seed=0, order=partial(shuffled, count=15)):
+        assert batch["image"][:, 0, 0, 0].tolist() == (3 * batch["index"] + 1).tolist()
+        assert batch["split"] == "val"
+        assert torch.equal(batch["key"], make_key(0, "val", 0, batch["index"]))
+
+
+# --- images that make no whole batch ------------------------------------------------------------
+
+ODD = [  # N, B, W: every remainder of some, B = 1, N = W, and fewer images than a batch
+    *((count, 4, 3) for count in range(12, 25)),
+    *((count, 2, 4) for count in range(8, 17)),
+    *((count, 1, 5) for count in range(5, 16)),
+    *((count, 3, 2) for count in (2, 3, 5, 6, 7, 13)),
+    *((count, 8, 1) for count in (1, 7, 8, 9, 45)),
+    *((count, 16, 7) for count in (7, 111, 113, 118, 119, 223, 230)),
+]
+
+
+@pytest.mark.parametrize("count, batch_size, world", ODD)
+def test_spread_shares_out_every_image(count: int, batch_size: int, world: int) -> None:
+    """Exactly once, in equally many batches, and so that the weighted mean of means is the mean.
+
+    Batches of more than B images a rank are only made where B = 1: fewer images than devices
+    are left over, and the batch before cannot be halved.
+    """
+    value = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ranks = [
+        list(make_loader(count, batch_size, rank=r, world=world, tail="spread", epoch=Clock(3)))
+        for r in range(world)
+    ]
+    lengths = {len(make_loader(count, batch_size, rank=r, world=world, tail="spread"))
+               for r in range(world)}  # fmt: skip
+    assert {len(rank) for rank in ranks} == lengths and len(lengths) == 1
+    largest = batch_size + (1 if batch_size == 1 else 0)
+    seen = []
+    for number, parts in enumerate(zip(*ranks, strict=True)):
+        sizes = [len(part["index"]) for part in parts]
+        assert 1 <= min(sizes) and max(sizes) <= largest and max(sizes) - min(sizes) <= 1
+        if number < len(ranks[0]) - 2:  # only the last two may differ
+            assert sizes == [batch_size] * world
+            assert [part["weight"] for part in parts] == [1] * world
+        index = torch.cat([part["index"] for part in parts])
+        means = torch.stack([value[part["index"]].mean() * part["weight"] for part in parts])
+        assert float(means.mean()) == pytest.approx(float(value[index].mean()), rel=1e-12)
+        assert len(torch.cat([part["image"] for part in parts])) == len(index)
+        seen += index.tolist()
+    assert sorted(seen) == list(range(count))
+
+
+def test_the_unweighted_mean_of_unequal_parts_is_another() -> None:
+    """So the weights of the test above are needed: 5 images as 3 and 2 have 6/5 and 4/5."""
+    last = [list(make_loader(45, 4, rank=r, world=2, tail="spread"))[-1] for r in (0, 1)]
+    assert [len(part["index"]) for part in last] == [3, 2]
+    assert [part["weight"] for part in last] == pytest.approx([6 / 5, 4 / 5], rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, world, sizes",
+    [
+        (29, 4, 3, [12, 12, 5]),  # 5 are enough for 3 devices
+        (26, 4, 3, [12, 7, 7]),  # 2 are not: shared with the batch before
+        (25, 4, 3, [12, 7, 6]),
+        (24, 4, 3, [12, 12]),
+        (11, 1, 5, [5, 6]),  # nor can 6 be halved
+        (3, 4, 3, [3]),
+        (7, 4, 3, [7]),
+    ],
+)
+def test_how_spread_cuts_an_epoch(
+    count: int, batch_size: int, world: int, sizes: list[int]
+) -> None:
+    ranks = [
+        indices(make_loader(count, batch_size, rank=r, world=world, tail="spread"))
+        for r in range(world)
+    ]
+    assert [sum(map(len, parts)) for parts in zip(*ranks, strict=True)] == sizes
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+class Slow(Memory):
+    """The earlier a batch of a few is asked for, the longer it takes."""
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        time.sleep(0.004 * (3 - len(self.asked) % 4))
+        return super().gather(positions)
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(
+        torch.equal(v, two[k]) if isinstance(v, torch.Tensor) else v == two[k]
+        for k, v in one.items()
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("tail", ["drop", "spread"])
+def test_threads_change_nothing(workers: int, tail: str) -> None:
+    alone = list(make_loader(45, 4, rank=1, world=2, tail=tail, epoch=Clock(2)))
+    images = Slow(make_images(45))
+    loader = make_loader(
+        45, 4, rank=1, world=2, tail=tail, epoch=Clock(2), images=images, workers=workers
+    )
+    for _ in range(2):
+        batches = list(loader)
+        assert len(batches) == (6 if tail == "spread" else 5)
+        assert all(same(a, b) for a, b in zip(alone, batches, strict=True))
+    assert len(images.asked) == 2 * len(alone)  # and nothing is fetched twice
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_an_error_reaches_whoever_iterates_and_names_the_image(workers: int) -> None:
+    order = make_loader(45, 8).order(0)
+    bad = int(order[19])
+    loader = make_loader(45, 8, images=Memory(make_images(45), bad), workers=workers)
+    seen = []
+    with pytest.raises(DataError, match=f"^image {bad}: not a readable"):
+        for batch in loader:
+            seen.append(batch["index"].tolist())
+    assert flat(seen) == order[:16].tolist()  # the two batches before it came
+    assert loader.state_dict()["consumed"] == 16
+
+
+def fetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("end", ["close", "error", "finish", "forget"])
+def test_no_thread_outlives_the_iteration(workers: int, end: str) -> None:
+    bad = int(make_loader(45, 8).order(0)[30]) if end == "error" else None
+    before = set(fetching())
+    iterator = iter(make_loader(45, 8, images=Memory(make_images(45), bad), workers=workers))
+    next(iterator)
+    threads = set(fetching()) - before
+    assert 1 <= len(threads) <= workers
+    if end == "close":
+        iterator.close()
+    elif end == "error":
+        with pytest.raises(DataError):
+            list(iterator)
+    elif end == "finish":
+        assert len(list(iterator)) == 4
+    else:
+        del iterator
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_closing_drops_what_is_not_begun() -> None:
+    """Of the two batches fetched ahead by one thread, the second has not begun."""
+    go = threading.Event()
+
+    class Gated(Memory):
+        def gather(self, positions: np.ndarray) -> np.ndarray:
+            image = super().gather(positions)
+            if len(self.asked) > 1:
+                go.wait(20)
+            return image
+
+    images, before = Gated(make_images(45)), set(fetching())
+    iterator = iter(make_loader(45, 8, images=images, workers=1))
+    next(iterator)
+    (thread,) = set(fetching()) - before
+    iterator.close()
+    go.set()
+    thread.join(20)
+    assert not thread.is_alive() and len(images.asked) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_state_counts_what_was_handed_out(workers: int) -> None:
+    """And not what was fetched ahead, of which there is a bounded number."""
+    images = Memory(make_images(97))
+    loader = make_loader(97, 4, images=images, workers=workers)
+    before, iterator = set(fetching()), iter(loader)
+    seen = []
+    for number in range(1, 6):
+        seen.append(next(iterator)["index"].tolist())
+        assert loader.state_dict()["consumed"] == 4 * number
+        assert number <= len(images.asked) <= number + (workers and workers + 1)
+    state = loader.state_dict()
+    threads = set(fetching()) - before
+    iterator.close()
+    for thread in threads:
+        thread.join(20)
+    assert workers == 0 or len(images.asked) > 5  # some were fetched ahead
+    resumed = make_loader(97, 4, workers=workers)
+    resumed.load_state_dict(state)
+    assert seen + indices(resumed) == indices(make_loader(97, 4))
 
 
 # --- orders and keys ----------------------------------------------------------------------------
@@ -162,7 +379,7 @@ def test_the_epoch_is_asked_for_only_when_iteration_begins() -> None:
 # --- resume -------------------------------------------------------------------------------------
 
 
-def interrupted(steps: int, epoch: int = 2, **kwargs) -> tuple[list[Tensor], dict]:
+def interrupted(steps: int, epoch: int = 2, **kwargs) -> tuple[list[list[int]], dict]:
     """The first steps of an epoch, and the state after them."""
     loader = make_loader(45, 8, epoch=Clock(epoch), **kwargs)
     iterator = iter(loader)
@@ -178,6 +395,7 @@ def test_a_resumed_epoch_goes_on_exactly(steps: int, shuffle: bool) -> None:
     resumed = make_loader(45, 8, shuffle=shuffle, epoch=Clock(2))
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
+    assert resumed.remaining == len(whole) - steps and len(resumed) == len(whole)
     assert seen + indices(resumed) == whole
 
 
@@ -195,6 +413,77 @@ def test_a_resumed_epoch_goes_on_on_two_devices() -> None:
     assert seen + rest == whole
 
 
+def stretch(
+    count: int, batch_size: int, world: int, tail: str, state: dict | None, steps: int | None
+) -> tuple[list[list[int]], dict]:
+    """What `world` devices do of epoch 2 from a state on: global batches, and the state then.
+
+    Also holds `len` and `remaining` against what comes, and the devices against each other.
+    """
+    parts, states = [], []
+    for rank in range(world):
+        loader = make_loader(count, batch_size, rank=rank, world=world, tail=tail, epoch=Clock(2))
+        whole = indices(loader)
+        assert len(loader) == loader.remaining == len(whole)
+        if state:
+            loader.load_state_dict(state)
+        remaining, iterator = loader.remaining, iter(loader)
+        assert len(loader) == len(whole)
+        batches = []
+        while steps is None or len(batches) < steps:
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            batches.append(batch["index"].tolist())
+        states.append(loader.state_dict())
+        assert remaining == len(batches) + len(list(iterator))
+        assert loader.remaining == len(whole)  # of the next pass
+        assert all(batches)
+        parts.append(batches)
+    assert all(other == states[0] for other in states)
+    merged = [flat(list(each)) for each in zip(*parts, strict=True)]
+    return merged, states[0]
+
+
+@pytest.mark.parametrize("tail", ["drop", "spread"])
+@pytest.mark.parametrize("count", [13, 24, 25, 29, 46, 61])
+def test_an_epoch_on_two_then_one_then_three_devices(count: int, tail: str) -> None:
+    """With "drop" no image comes twice, and what is left makes no batch; with "spread" all come.
+
+    The exception: fewer images left than devices are left out, for no batch of this stretch is
+    there to share with.
+    """
+    order, left = make_loader(count, 1).order(2).tolist(), set()
+    for first in (1, 3):
+        for second in (0, 1, 5):
+            seen, state = [], None
+            for batch_size, world, steps in ((4, 2, first), (3, 1, second), (4, 3, None)):
+                batches, state = stretch(count, batch_size, world, tail, state, steps)
+                seen += flat(batches)
+                assert sorted(seen) == sorted(order[: len(seen)])  # a beginning of the order
+                assert state["consumed"] == len(seen)
+            assert len(set(seen)) == len(seen)
+            rest = count - len(seen)
+            assert rest < (12 if tail == "drop" else 3)
+            left.add(rest)
+            again, _ = stretch(count, 4, 3, tail, state, None)
+            assert again == []
+    if tail == "spread":
+        assert min(left) == 0
+    else:
+        assert max(left) > 3
+
+
+def test_fewer_images_than_devices_are_left_out_of_a_resumed_epoch() -> None:
+    """22 of 24 images are consumed on one device: two do for two devices, and not for three."""
+    _, state = stretch(24, 11, 1, "spread", None, 2)
+    assert state["consumed"] == 22
+    assert stretch(24, 4, 3, "spread", state, None)[0] == []
+    (rest,), after = stretch(24, 4, 2, "spread", state, None)
+    assert sorted(rest) == sorted(make_loader(24, 1).order(2)[22:].tolist())
+    assert after["consumed"] == 24
+
+
 def test_the_state_is_the_same_on_every_rank_and_plain() -> None:
     states = []
     for rank in (0, 1):
@@ -204,8 +493,10 @@ def test_the_state_is_the_same_on_every_rank_and_plain() -> None:
             next(iterator)
         states.append(loader.state_dict())
     assert states[0] == states[1] == interrupted(3)[1]
+    checksum = states[0].pop("order")
     assert states[0] == {"epoch": 2, "consumed": 24, "seed": 0, "size": 45}
-    assert all(type(v) is int for v in states[0].values())
+    assert all(type(v) is int for v in (checksum, *states[0].values()))
+    assert 0 < checksum < 2**63  # fits wherever an integer does
 
 
 def test_the_state_of_a_finished_epoch_leaves_the_next_one_whole() -> None:
@@ -215,6 +506,7 @@ def test_the_state_of_a_finished_epoch_leaves_the_next_one_whole() -> None:
     clock = Clock(3)
     resumed = make_loader(45, 8, epoch=clock)
     resumed.load_state_dict(state)
+    assert resumed.remaining == 5
     assert flat(indices(resumed)) == make_loader(45, 8).order(3)[:40].tolist()
 
 
@@ -238,21 +530,49 @@ def test_a_second_pass_starts_from_the_beginning() -> None:
     assert indices(loader) == whole
 
 
-@pytest.mark.parametrize(
-    "count, seed, text", [(45, 1, "seed 0, these have 1"), (44, 0, "size 45, these have 44")]
-)
-def test_a_state_of_other_data_is_refused(count: int, seed: int, text: str) -> None:
-    _, state = interrupted(1)
-    loader = make_loader(count, 8, seed=seed, epoch=Clock(2))
-    with pytest.raises(ValueError, match=text):
-        loader.load_state_dict(state)
-    assert len(indices(loader)) == 5  # and nothing was taken over
-
-
 def test_a_resumed_epoch_has_whole_batches_of_the_new_size() -> None:
-    images = np.zeros((100, 1, 1, 3), dtype=np.uint8)
-    old = Loader(images, "train", 8, seed=0, shuffle=True)
+    old = make_loader(100, 8)
     next(iter(old))
-    new = Loader(images, "train", 16, seed=0, shuffle=True)
+    new = make_loader(100, 16)
     new.load_state_dict(old.state_dict())
     assert [len(batch["index"]) for batch in new] == [16] * 5  # 92 are left
+
+
+by_lanes = partial(lanes, groups=[9] * 5, count=2, window=2)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [({"seed": 1}, "seed"), ({"count": 44}, "size"), ({"order": by_lanes}, "order")],
+)
+def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
+    _, state = interrupted(1)
+    change = {"count": 45, **change}
+    loader = make_loader(change.pop("count"), 8, epoch=Clock(2), **change)
+    next(iter(loader))
+    before = loader.state_dict()
+    theirs, mine = state[name], before[name]
+    assert theirs != mine
+    with pytest.raises(RunError, match=f"train data have {name} {theirs}, these have {mine};"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == before  # nothing was taken over
+    assert loader.remaining == len(indices(loader)) == 5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        partial(lanes, groups=[9] * 5, count=4, window=2),
+        partial(lanes, groups=[9] * 5, count=2, window=1),
+        partial(lanes, groups=[5] * 9, count=2, window=2),
+        partial(shuffled, count=45),
+    ],
+)
+def test_a_state_of_other_lanes_is_refused(other: partial) -> None:
+    _, state = interrupted(1, order=by_lanes)
+    loader = make_loader(45, 8, epoch=Clock(2), order=other)
+    with pytest.raises(RunError, match=f"order {state['order']}, these have"):
+        loader.load_state_dict(state)
+    same = make_loader(45, 8, epoch=Clock(2), order=partial(by_lanes))
+    same.load_state_dict(state)
+    assert same.remaining == 4

@@ -1,263 +1,284 @@
-"""Sources, the packed cache and the data module, on files made here."""
+"""Sources: which images they list, in which splits, and what they give for each."""
 
-import io
-import os
+import hashlib
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from pictures import SHARES, encoded, fill, pixels, write_parquet
 
-from diffusion_lab.data.cache import pack
+from diffusion_lab.data.decode import decode
 from diffusion_lab.data.faces import draw_faces
-from diffusion_lab.data.module import ImageDataModule, to_model
 from diffusion_lab.data.source import (
     SPLITS,
     FacesSource,
     FolderSource,
     ParquetSource,
     Source,
+    divide,
     open_source,
-    split_by_name,
 )
-from diffusion_lab.errors import ConfigError, DataError
-from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.tracking.grid import to_uint8
-
-SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
-ALL_TRAIN = {"train": 1.0, "val": 0.0, "test": 0.0}
+from diffusion_lab.data.storage import LocalStorage
+from diffusion_lab.errors import DataError
+from diffusion_lab.noise import make_key
 
 
-def pixels(seed: int, size: int = 8, channels: int = 3) -> np.ndarray:
-    shape = (size, size, channels) if channels > 1 else (size, size)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def fill(folder: Path, names: list[str], size: int = 8) -> dict[str, np.ndarray]:
-    """Writes one image a name, PNG or JPEG by its suffix; returns what Pillow reads from each."""
-    result = {}
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-        path.write_bytes(encoded(pixels(sum(name.encode()), size), kind))
-        result[name] = np.asarray(Image.open(path).convert("RGB"))
-    return result
-
-
-def read(source: Source) -> dict[str, np.ndarray]:
+def read(source: Source) -> dict[str, np.ndarray | DataError]:
     """Every image by its name."""
+    items = [item for number in range(len(source.groups)) for item in source.read(number)]
+    assert len(items) == len(source.names) == len(set(source.names)) == len(source.own)
     return {
-        name: image
-        for split in SPLITS
-        for name, image in zip(source.items[split], source.read(split), strict=True)
+        name: decode(item, source.size, name) if isinstance(item, bytes) else item
+        for name, item in zip(source.names, items, strict=True)
     }
 
 
-def only(tmp_path: Path, data: bytes, name: str = "a.png", size: int = 8) -> np.ndarray:
-    """What a folder with one file gives."""
-    folder = tmp_path / "one"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(data)
-    (image,) = FolderSource(folder, size, ALL_TRAIN, 0).read("train")
-    return image
+def check_groups(source: Source, length: int | None = None) -> None:
+    """Groups share out the images in order; some places of one are what the whole has there."""
+    edges = [0] + [group.stop for group in source.groups]
+    assert source.groups == [range(a, b) for a, b in pairwise(edges)]
+    assert edges[-1] == len(source.names)
+    if length:
+        assert {len(group) for group in source.groups[:-1]} <= {length}
+    for number in range(len(source.groups)):
+        whole = list(source.read(number))
+        places = [len(whole) - 1, 0, len(whole) // 2]
+        for place, item in zip(places, source.read(number, places), strict=True):
+            assert np.array_equal(item, whole[place])
+        assert list(source.read(number, [])) == []
+
+
+def opened(path: Path | str, size: int = 8, **options) -> Source:
+    return open_source(str(path), size, SHARES, **options)
 
 
 # --- folders ------------------------------------------------------------------------------------
 
 
 def test_a_folder_gives_the_files_pixels(tmp_path: Path) -> None:
-    names = ["a.png", "b.jpg", "c.JPEG", "deep/er/d.png", "deep/a.png"]
+    names = ["a.png", "b.jpg", "c.JPEG", "deep/er/d.PNG", "deep/a.png", "ä b.png"]
     expected = fill(tmp_path, names)
     (tmp_path / "notes.txt").write_text("no image")
-    actual = read(open_source(str(tmp_path), 8, SHARES, 0))
-    assert set(actual) == set(names)
-    for name in names:
-        assert actual[name].dtype == np.uint8 and np.array_equal(actual[name], expected[name])
+    (tmp_path / "folder.png").mkdir()
+    source = opened(tmp_path)
+    assert source.names == sorted(names)
+    for name, image in read(source).items():
+        assert np.array_equal(image, expected[name]), name
+        assert source.where(source.names.index(name)) == f"{tmp_path}/{name}"
 
 
-def test_more_files_move_no_other_file(tmp_path: Path) -> None:
-    fill(tmp_path, [f"{k}.png" for k in range(30)])
-    before = FolderSource(tmp_path, 8, SHARES, 0).items
-    fill(tmp_path, [f"new/{k}.png" for k in range(30)] + ["00.png"])
-    after = FolderSource(tmp_path, 8, SHARES, 0).items
-    assert all(len(before[split]) > 0 for split in SPLITS)
-    for split in SPLITS:
-        assert set(before[split]) <= set(after[split])
-    assert sum(len(after[split]) for split in SPLITS) == 61
-    (tmp_path / "3.png").unlink()
-    fewer = FolderSource(tmp_path, 8, SHARES, 0).items
-    for split in SPLITS:
-        assert fewer[split] == [name for name in after[split] if name != "3.png"]
+def test_a_folder_is_read_in_groups(tmp_path: Path, monkeypatch) -> None:
+    fill(tmp_path, [f"{k}.png" for k in range(10)])
+    monkeypatch.setattr(FolderSource, "CHUNK", 4)
+    source = opened(tmp_path)
+    assert [len(group) for group in source.groups] == [4, 4, 2] and not source.whole
+    check_groups(source, 4)
 
 
-def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
-    names = [str(k) for k in range(2000)]
-    one = split_by_name(names, {"train": 6, "val": 2, "test": 2}, 0)
-    assert one == split_by_name(names, SHARES, 0)  # normalised
-    assert sorted((name for split in SPLITS for name in one[split]), key=int) == names
-    for split in SPLITS:
-        deviation = (2000 * SHARES[split] * (1 - SHARES[split])) ** 0.5
-        assert abs(len(one[split]) - 2000 * SHARES[split]) < 4 * deviation
-    both = set(one["test"]) & set(split_by_name(names, SHARES, 1)["test"])
-    assert 45 < len(both) < 115  # 80 by chance
-    assert split_by_name(names, ALL_TRAIN, 0)["train"] == names
+def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
+    splits = {
+        "train/a.png": "train",
+        "train/val/b.png": "train",
+        "val/c.png": "val",
+        "validation/d.png": "val",
+        "test/e.png": "test",
+        "testing/f.png": "train",
+        "other/test/g.png": "train",
+        "test.png": "train",
+    }
+    fill(tmp_path, list(splits))
+    source = opened(tmp_path)
+    assert dict(zip(source.names, source.own, strict=True)) == splits
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_other_modes_are_converted(tmp_path: Path, mode: str) -> None:
-    image = Image.fromarray(pixels(1)).convert(mode)
-    if mode == "RGBA":
-        image.putalpha(Image.fromarray(pixels(2, channels=1)))
-    buffer, kind = io.BytesIO(), "JPEG" if mode == "CMYK" else "PNG"
-    image.save(buffer, format=kind)
-    expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
-    actual = only(tmp_path, buffer.getvalue(), "a.jpg" if kind == "JPEG" else "a.png")
-    assert np.array_equal(actual, expected)
-    if mode == "L":
-        assert np.array_equal(actual, np.repeat(np.asarray(image)[..., None], 3, axis=2))
-    if mode == "RGBA":  # the colours are as they are written, whatever the transparency
-        assert np.array_equal(actual, pixels(1))
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.jpg", "b/c.png", "._a.jpg", "b/._c.png", ".cache/d.png", ".e/f/g.png"])
+    assert opened(tmp_path).names == ["a.jpg", "b/c.png"]
+    fill(tmp_path / ".hidden", ["x.png"])
+    assert opened(tmp_path / ".hidden").names == ["x.png"]  # the user named it
 
 
-def test_a_larger_square_is_resized_with_lanczos(tmp_path: Path) -> None:
-    large = pixels(5, 21)
-    actual = only(tmp_path, encoded(large))
-    image = Image.fromarray(large)
-    assert np.array_equal(actual, np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS)))
-    other = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC))
-    assert not np.array_equal(actual, other)
+def test_a_file_that_vanished_is_an_error_of_its_own(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.png", "b.png", "c.png"])
+    source = opened(tmp_path)
+    (tmp_path / "b.png").unlink()
+    first, second, third = source.read(0)
+    assert (first, third) == tuple((tmp_path / f"{k}.png").read_bytes() for k in "ac")
+    assert isinstance(second, DataError)
+    assert str(second) == f"{tmp_path}/b.png: cannot be read (No such file or directory)"
 
 
-GOOD = encoded(pixels(0, 64))
-BAD = {
-    "corrupt": (b"\x89PNG\r\n\x1a\n" + bytes(range(200)), "not a readable"),
-    "changed": (GOOD[:3000] + bytes(100) + GOOD[3100:], "not a readable"),
-    "empty": (b"", "not a readable"),
-    "truncated": (GOOD[: len(GOOD) // 2], "not a readable"),
-    "truncated_jpeg": (encoded(pixels(0, 64), "JPEG")[:1500], "not a readable"),
-    "html": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not a readable"),
-    "gif": (encoded(pixels(0), "GIF"), "not a readable"),
-    "small": (encoded(pixels(0, 7)), r"7x7 pixels do not make 8x8"),
-    "wide": (encoded(pixels(0, 16)[:9]), r"16x9 pixels do not make 8x8"),
-    "16-bit": (encoded(np.full((8, 8), 40000, dtype=np.uint16)), r"mode I;16 is not supported"),
-}
+def test_one_file_is_a_source(tmp_path: Path) -> None:
+    expected = fill(tmp_path, ["a.png", "b.png"])
+    source = opened(tmp_path / "b.png")
+    assert source.names == ["b.png"]
+    assert np.array_equal(read(source)["b.png"], expected["b.png"])
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_named(tmp_path: Path, kind: str) -> None:
-    data, text = BAD[kind]
-    with pytest.raises(DataError, match=text) as caught:
-        only(tmp_path, data, f"bad-{kind}.png")
-    assert str(tmp_path / "one" / f"bad-{kind}.png") in str(caught.value)
+def test_what_describes_a_folder_changes_with_its_files(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.png", "b.png"])
+    stat = (tmp_path / "a.png").stat()
+    description = opened(tmp_path).describe()
+    assert description["source"] == str(tmp_path) and description["size"] == 8
+    assert description["files"]["a.png"] == [stat.st_size, stat.st_mtime_ns]
+    assert list(description["files"]) == ["a.png", "b.png"]
 
 
 # --- parquet ------------------------------------------------------------------------------------
 
 
-def write_parquet(path: Path, seeds: range, column: str = "image") -> None:
-    rows = [{"bytes": encoded(pixels(k)), "path": f"{k}.png"} for k in seeds]
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    table = pyarrow.table({column: pyarrow.array(rows, kind), "label": pyarrow.array(list(seeds))})
-    pyarrow.parquet.write_table(table, path)
+def rows(seeds: range) -> list[bytes]:
+    return [encoded(pixels(k)) for k in seeds]
+
+
+FIRST = {"train-00000-of-00002": 0, "train-00001-of-00002": 70, "validation-00000-of-00001": 75}
 
 
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
     """A set as the hub stores it; row k of all files in order shows pixels(k)."""
     folder = tmp_path / "set" / "data"
-    folder.mkdir(parents=True)
-    write_parquet(folder / "train-00000-of-00002.parquet", range(70))  # more than one batch
-    write_parquet(folder / "train-00001-of-00002.parquet", range(70, 75))
-    write_parquet(folder / "validation-00000-of-00001.parquet", range(75, 95))
+    write_parquet(folder / "train-00000-of-00002.parquet", rows(range(70)), group=66)
+    write_parquet(folder / "train-00001-of-00002.parquet", rows(range(70, 75)))
+    write_parquet(folder / "validation-00000-of-00001.parquet", rows(range(75, 95)), group=8)
     return folder.parent
 
 
-def test_parquet_splits_are_the_sets_own(parquet: Path) -> None:
-    source = open_source(str(parquet), 8, SHARES, 0)
-    train = [f"train-00000-of-00002.parquet:{k}" for k in range(70)]
-    train += [f"train-00001-of-00002.parquet:{k}" for k in range(5)]
-    assert source.items["train"] == train
-    validation = {f"validation-00000-of-00001.parquet:{k}" for k in range(20)}
-    val, test = set(source.items["val"]), set(source.items["test"])
-    assert val | test == validation and not val & test
-    assert len(val) > 3 and len(test) > 3
-
-
-def test_parquet_pixels_are_those_of_the_rows(parquet: Path) -> None:
-    actual = read(open_source(str(parquet), 8, SHARES, 0))
-    first = {"train-00000": 0, "train-00001": 70, "validation-00000": 75}
-    assert len(actual) == 95
-    for name, image in actual.items():
+def test_parquet_rows_are_images_named_by_file_and_row(parquet: Path) -> None:
+    source = opened(parquet)
+    images = read(source)
+    for k, name in enumerate(source.names):
         file, row = name.split(":")
-        seed = first[file.split("-of-")[0]] + int(row)
-        assert np.array_equal(image, pixels(seed)), name
+        assert k == FIRST[file.removesuffix(".parquet")] + int(row)
+        assert np.array_equal(images[name], pixels(k)), name
+        assert source.where(k) == f"{parquet}/data/{file} row {row}"
+    assert len(images) == 95
+    assert source.own == ["train"] * 75 + ["val"] * 20
 
 
-def test_one_parquet_file_is_divided_by_shares(parquet: Path) -> None:
-    path = parquet / "data" / "train-00000-of-00002.parquet"
-    source = open_source(str(path), 8, SHARES, 0)
-    names = [name for split in SPLITS for name in source.items[split]]
-    assert len(names) == len(set(names)) == 70
-    assert all(len(source.items[split]) > 4 for split in SPLITS)
-    for name, image in read(source).items():
-        assert np.array_equal(image, pixels(int(name.split(":")[1])))
+def test_parquet_groups_are_row_groups(parquet: Path) -> None:
+    source = opened(parquet)
+    assert [len(group) for group in source.groups] == [66, 4, 5, 8, 8, 4] and source.whole
+    check_groups(source)
+    sizes = [sum(map(len, source.read(number))) for number in range(6)]
+    for known, images in zip(source.bytes, sizes, strict=True):
+        assert images < known < 1.5 * images + 1000  # and the paths and labels
 
 
-def test_a_test_split_of_the_sets_own_is_kept(parquet: Path) -> None:
-    write_parquet(parquet / "data" / "test-00000-of-00001.parquet", range(95, 98))
-    items = open_source(str(parquet), 8, SHARES, 0).items
-    assert {split: len(items[split]) for split in SPLITS} == {"train": 75, "val": 20, "test": 3}
+def test_a_set_is_named_alike_wherever_it_lies(parquet: Path) -> None:
+    assert opened(parquet).names == opened(parquet / "data").names
+    single = opened(parquet / "data" / "train-00001-of-00002.parquet")
+    assert single.names == [f"train-00001-of-00002.parquet:{row}" for row in range(5)]
+    assert np.array_equal(read(single)[single.names[3]], pixels(73))
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("data/test-00000-of-00001.parquet", "test"),
+        ("val.parquet", "val"),
+        ("validation_1.parquet", "val"),
+        ("test/0000.parquet", "test"),
+        ("default/validation/0000.parquet", "val"),
+        ("trainer.parquet", "train"),
+        ("tests/0.parquet", "train"),
+        ("latest/0.parquet", "train"),
+        ("my-test.parquet", "train"),
+    ],
+)
+def test_names_of_parquet_files_tell_the_split(tmp_path: Path, file: str, own: str) -> None:
+    write_parquet(tmp_path / "x" / file, rows(range(2)))
+    write_parquet(tmp_path / "x" / "0.parquet", rows(range(1)))
+    source = opened(tmp_path / "x")
+    assert dict(zip(source.names, source.own, strict=True)) == {
+        "0.parquet:0": "train",
+        f"{file}:0": own,
+        f"{file}:1": own,
+    }
+
+
+def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
+    for k, folder in enumerate("ab"):
+        write_parquet(tmp_path / folder / "train-0.parquet", rows(range(4 * k, 4 * k + 4)))
+    images = read(opened(tmp_path))
+    assert list(images) == [
+        f"{folder}/train-0.parquet:{row}" for folder in "ab" for row in range(4)
+    ]
+    for k, image in enumerate(images.values()):
+        assert np.array_equal(image, pixels(k))
 
 
 def test_plain_bytes_and_another_column(tmp_path: Path) -> None:
-    data = pyarrow.array([encoded(pixels(k)) for k in range(3)], pyarrow.binary())
     path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"picture": data}), path)
-    source = open_source(str(path), 8, ALL_TRAIN, 0, column="picture")
-    for k, image in enumerate(source.read("train")):
-        assert np.array_equal(image, pixels(k))
-    with pytest.raises(DataError, match=r"x.parquet has no column 'image'; it has picture"):
-        open_source(str(path), 8, ALL_TRAIN, 0)
+    write_parquet(path, rows(range(3)), plain=True, column="picture")
+    source = opened(path, column="picture")
+    assert list(source.read(0)) == rows(range(3))
+    with pytest.raises(DataError, match=r"has no column 'image'; it has picture, label; set data"):
+        opened(path)
+    with pytest.raises(DataError, match=f"^{path} has no column"):
+        opened(path)
 
 
-def test_a_bad_row_or_file_is_named(tmp_path: Path) -> None:
+def test_a_bad_row_is_an_image_like_others(tmp_path: Path) -> None:
     path = tmp_path / "train-0.parquet"
-    rows = [encoded(pixels(0)), b"<html>", None]
-    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(rows)}), path)
-    images = ParquetSource([path], 8, ALL_TRAIN, 0).read("train")
-    assert np.array_equal(next(images), pixels(0))
-    with pytest.raises(DataError, match=r"train-0.parquet row 1: not a readable"):
-        next(images)
-    path.write_bytes(b"PAR1 cut off")
-    with pytest.raises(DataError, match=r"train-0.parquet: not a readable parquet file"):
-        open_source(str(path), 8, ALL_TRAIN, 0)
+    write_parquet(path, [rows(range(1))[0], b"<html>", None], plain=True)
+    source = opened(path)
+    assert list(source.read(0)) == [rows(range(1))[0], b"<html>", b""]
+    assert source.where(2) == f"{path} row 2"
+    write_parquet(path, [None, b"<html>"])
+    assert list(opened(path).read(0)) == [b"", b"<html>"]
+
+
+def test_a_damaged_row_group_costs_only_the_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    """Row groups of 100; rows are handed on by 64, and the damage is in the last of the second."""
+    path, data = tmp_path / "train-0.parquet", rows(range(300))
+    write_parquet(path, data, group=100)
+    content = bytearray(path.read_bytes())
+    place = content.index(data[190])  # a row begins with its length
+    content[place - 4 : place] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+    source = opened(path)
+    assert list(source.read(0)) == data[:100] and list(source.read(2)) == data[200:]
+    items = list(source.read(1))
+    assert items[:64] == data[100:164] and len(items) == 100
+    for error in items[64:]:
+        assert isinstance(error, DataError)
+        start = f"{path}: row group 1 cannot be read from row 64 on ("
+        assert str(error).startswith(start) and str(error).endswith("); fetch the file again")
+    (good, bad) = source.read(1, [63, 64])
+    assert good == data[163] and isinstance(bad, DataError)
+
+
+def test_a_parquet_file_without_its_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.parquet"
+    write_parquet(path, rows(range(5)))
+    whole = path.read_bytes()
+    for content in (whole[:-10], b"PAR1 cut off", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"^{path}: not a readable parquet file .*fetch it ag"):
+            opened(path)
+    path.write_bytes(whole)
+    source = opened(path)
+    path.unlink()
+    errors = list(source.read(0))
+    assert len(errors) == 5
+    assert all(str(e).startswith(f"{path}: row group 0 cannot be read from row 0") for e in errors)
 
 
 def test_parquet_without_pyarrow_names_the_extra(parquet: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # its import then raises ImportError
     with pytest.raises(DataError, match=r"needs pyarrow; pip install 'diffusion-lab\[parquet\]'"):
-        open_source(str(parquet), 8, SHARES, 0)
-
-
-def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
-    for k, folder in enumerate("ab"):
-        (tmp_path / folder).mkdir()
-        write_parquet(tmp_path / folder / "train-0.parquet", range(4 * k, 4 * k + 4))
-    images = open_source(str(tmp_path), 8, ALL_TRAIN, 0).read("train")
-    assert [int(i.astype(int).sum()) for i in images] == [
-        int(pixels(k).astype(int).sum()) for k in range(8)
-    ]
+        opened(parquet)
+    monkeypatch.setitem(sys.modules, "pyarrow.fs", None)
+    with pytest.raises(DataError, match=r"data.source=s3://a/b needs pyarrow; pip install 'diff"):
+        opened("s3://a/b")
 
 
 # --- what is not there --------------------------------------------------------------------------
@@ -265,43 +286,114 @@ def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
 
 def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.source=\S*nowhere does not exist; .*faces"):
-        open_source(str(tmp_path / "nowhere"), 8, SHARES, 0)
+        opened(tmp_path / "nowhere")
     (tmp_path / "text.txt").write_text("no image")
     with pytest.raises(DataError, match=r"holds no image \(.jpg, .jpeg or .png\)") as caught:
-        open_source(str(tmp_path), 8, SHARES, 0)
-    assert f"data.source={tmp_path}" in str(caught.value)
+        opened(tmp_path)
+    assert str(caught.value).startswith(f"data.source={tmp_path} ")
+    with pytest.raises(DataError, match=r"holds no parquet file") as caught:
+        ParquetSource(LocalStorage(tmp_path), 8)
+    assert str(caught.value).startswith(f"data.source={tmp_path} ")
 
 
-@pytest.mark.parametrize("text", ["hf://owner/name", "hf://datasets/name", "hf://datasets/a/b/c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://owner/name",
+        "hf://datasets/name",
+        "hf://datasets/a/b/c",
+        "hf://datasets/a/b@",
+        "hf://",
+    ],
+)
 def test_a_misspelt_hub_address_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"write hf://datasets/<owner>/<name>") as caught:
-        open_source(text, 8, SHARES, 0)
-    assert f"data.source={text} is not understood" in str(caught.value)
+        opened(text)
+    assert str(caught.value).startswith(f"data.source={text} is not understood")
 
 
-def test_an_unreachable_hub_names_the_way_around() -> None:
+@pytest.mark.parametrize("text", ["s3://", "s3:///a", "s3://bucket/a?colour=red"])
+def test_a_misspelt_bucket_is_refused(text: str) -> None:
+    with pytest.raises(DataError) as caught:
+        opened(text)
+    assert str(caught.value).startswith(f"data.source={text} cannot be opened (")
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_an_unreachable_hub_names_the_way_around(download: bool) -> None:
     from huggingface_hub import constants
 
     assert constants.HF_HUB_OFFLINE  # no test goes to the network
     address = "hf://datasets/diffusion-lab-tests/no-such-set@main"
-    with pytest.raises(DataError, match=r"cannot be downloaded .*data.source=<folder>") as caught:
-        open_source(address, 8, SHARES, 0)
-    assert f"data.source={address}" in str(caught.value)
+    with pytest.raises(DataError, match=r"cannot be downloaded \(.+\).*=<folder>") as caught:
+        opened(address, download=download)
+    assert str(caught.value).startswith(f"data.source={address} ")
+    assert "\n" not in str(caught.value)
 
 
-def test_hub_files_are_read_like_others(parquet: Path, monkeypatch) -> None:
-    asked = {}
+def test_the_hub_without_its_package_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DataError, match=r"needs huggingface_hub; pip install 'diffusion-lab\[par"):
+        opened("hf://datasets/owner/name")
 
-    def snapshot_download(name: str, **kwargs) -> str:
-        asked.update(kwargs, name=name)
-        return str(parquet)
+
+# --- the hub ------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(parquet: Path, tmp_path: Path, monkeypatch) -> list[tuple]:
+    """A hub that holds the set; returns what it is asked for."""
+    asked = []
+    remote = tmp_path / "hub"
+    root = remote / "datasets" / f"owner/name@{COMMIT}"
+    root.parent.mkdir(parents=True)
+    parquet.rename(root)
+    snapshot = tmp_path / "snapshots" / COMMIT
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(root)
+
+    def snapshot_download(name: str, *, repo_type: str, revision: str, allow_patterns: str) -> str:
+        asked.append((repo_type, name, revision, allow_patterns))
+        return str(snapshot)
+
+    class Api:
+        def dataset_info(self, name: str, revision: str) -> SimpleNamespace:
+            asked.append((name, revision))
+            return SimpleNamespace(sha=COMMIT)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    source = open_source("hf://datasets/owner/name@v1.2", 8, SHARES, 0)
-    assert asked["name"] == "owner/name" and asked["revision"] == "v1.2"
-    assert asked["repo_type"] == "dataset"
-    assert source.items == open_source(str(parquet), 8, SHARES, 0).items
-    assert source.describe()["source"] == "hf://datasets/owner/name@v1.2"
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    files = DirFileSystem(path=str(remote), fs=LocalFileSystem())
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: files)
+    return asked
+
+
+def test_the_hubs_sets_are_read_downloaded_or_not(hub: list[tuple]) -> None:
+    address = "hf://datasets/owner/name@v1.2"
+    downloaded, streamed = (opened(address, download=download) for download in (True, False))
+    assert hub == [("dataset", "owner/name", "v1.2", "*.parquet"), ("owner/name", "v1.2")]
+    for source in (downloaded, streamed):
+        images = list(read(source).values())
+        assert len(images) == 95
+        assert all(np.array_equal(image, pixels(k)) for k, image in enumerate(images))
+        assert source.own == ["train"] * 75 + ["val"] * 20
+    assert downloaded.names == streamed.names and downloaded.groups == streamed.groups
+    file = "data/validation-00000-of-00001.parquet row 2"
+    assert streamed.where(77) == downloaded.where(77) == f"{address}/{file}"
+
+
+def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) -> None:
+    """Downloading again, which changes the files' times, does not change the set."""
+    before = opened("hf://datasets/owner/name").describe()
+    assert hub == [("dataset", "owner/name", None, "*.parquet")]
+    assert before["source"] == "hf://datasets/owner/name" and len(before["files"]) == 3
+    assert {version for _, version in before["files"].values()} == {COMMIT}
+    for path in (tmp_path / "hub").rglob("*.parquet"):
+        path.touch()
+    assert opened("hf://datasets/owner/name").describe() == before
+    assert opened("hf://datasets/owner/name", download=False).describe() == before
 
 
 # --- faces --------------------------------------------------------------------------------------
@@ -309,14 +401,9 @@ def test_hub_files_are_read_like_others(parquet: Path, monkeypatch) -> None:
 
 def test_the_splits_of_the_faces_are_disjoint() -> None:
     source = open_source("faces", 8, {"train": 20, "val": 6, "test": 4}, 3)
-    assert {split: len(source.items[split]) for split in SPLITS} == {
-        "train": 20,
-        "val": 6,
-        "test": 4,
-    }
-    images = read(source)
-    assert len(images) == 30  # 30 different names
-    everything = np.stack(list(images.values()))
+    assert source.own == ["train"] * 20 + ["val"] * 6 + ["test"] * 4
+    assert source.names == [f"face {k}" for k in range(30)]
+    everything = np.stack(list(read(source).values()))
     assert np.array_equal(everything, draw_faces(torch.arange(30), seed=3, size=8).numpy())
     assert len({image.tobytes() for image in everything}) == 30
 
@@ -324,199 +411,145 @@ def test_the_splits_of_the_faces_are_disjoint() -> None:
 def test_faces_are_drawn_in_chunks(monkeypatch) -> None:
     monkeypatch.setattr(FacesSource, "CHUNK", 7)
     source = FacesSource(8, {"train": 20, "val": 0, "test": 1}, 0)
-    images = np.stack(list(source.read("train")))
-    assert np.array_equal(images, draw_faces(torch.arange(20), size=8).numpy())
-    assert list(source.read("val")) == []
+    assert [len(group) for group in source.groups] == [7, 7, 7]
+    check_groups(source, 7)
+    everything = np.stack(list(read(source).values()))
+    assert np.array_equal(everything, draw_faces(torch.arange(21), size=8).numpy())
 
 
-# --- the packed cache ---------------------------------------------------------------------------
+# --- splits -------------------------------------------------------------------------------------
+
+ALL_TRAIN = {"train": 1.0, "val": 0.0, "test": 0.0}
+NAMES = [f"{k}.png" for k in range(300)]
 
 
-def test_the_cache_holds_the_sources_images(tmp_path: Path) -> None:
-    expected = fill(tmp_path / "in", [f"{k}.png" for k in range(12)])
-    source = FolderSource(tmp_path / "in", 8, SHARES, 0)
-    first = pack(source, tmp_path / "cache", progress=False)
-    assert first.names == source.items
-    for split in SPLITS:
-        assert len(first.images[split]) == len(first.names[split])
-        for name, image in zip(first.names[split], first.images[split], strict=True):
-            assert np.array_equal(image, expected[name])
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.fingerprint]
+def fractions(names: list[str], seed: int) -> list[float]:
+    """A number in [0, 1) for each name, by one key after the other."""
+    return [int(make_key(seed, "split", name)) % 2**53 / 2**53 for name in names]
 
 
-def test_a_reopened_cache_is_the_first_and_reads_no_image(tmp_path: Path, monkeypatch) -> None:
-    fill(tmp_path / "in", [f"{k}.png" for k in range(12)])
-    first = pack(FolderSource(tmp_path / "in", 8, SHARES, 0), tmp_path / "cache", progress=False)
-    monkeypatch.setattr(FolderSource, "read", None)
-    second = pack(FolderSource(tmp_path / "in", 8, SHARES, 0), tmp_path / "cache", progress=False)
-    assert second.fingerprint == first.fingerprint and second.names == first.names
-    for split in SPLITS:
-        assert np.array_equal(first.images[split], second.images[split])
-
-
-@pytest.mark.parametrize("kind", ["truncated", "html", "small"])
-def test_nothing_is_left_of_a_cache_that_failed(tmp_path: Path, kind: str) -> None:
-    fill(tmp_path / "in", [f"{k}.png" for k in range(6)])
-    bad = tmp_path / "in" / "4.png"
-    bad.write_bytes(BAD[kind][0])
-    source = FolderSource(tmp_path / "in", 8, ALL_TRAIN, 0)
-    with pytest.raises(DataError, match=r"in/4\.png"):
-        pack(source, tmp_path / "cache", progress=False)
-    assert list((tmp_path / "cache").iterdir()) == []
-    fill(tmp_path / "in", ["4.png"])  # mended, it works
-    source = FolderSource(tmp_path / "in", 8, ALL_TRAIN, 0)
-    assert len(pack(source, tmp_path / "cache", progress=False).images["train"]) == 6
-
-
-def test_a_file_that_vanished_is_not_called_a_full_disk(tmp_path: Path) -> None:
-    fill(tmp_path / "in", [f"{k}.png" for k in range(6)])
-    source = FolderSource(tmp_path / "in", 8, ALL_TRAIN, 0)
-    description = source.describe()
-    source.describe = lambda: description
-    (tmp_path / "in" / "4.png").unlink()
-    with pytest.raises(DataError, match=r"in/4\.png"):
-        pack(source, tmp_path / "cache", progress=False)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-DAMAGE = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "garbage": lambda path: path.write_bytes(b"garbage" * 100),
-    "empty": lambda path: path.write_bytes(b""),
-    "missing": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["images.npy", "meta.json"])
-def test_a_damaged_cache_is_named(tmp_path: Path, kind: str, name: str) -> None:
-    source = FacesSource(8, {"train": 4, "val": 2, "test": 2}, 0)
-    cache = pack(source, tmp_path, progress=False)
-    del cache.images["train"]
-    DAMAGE[kind](tmp_path / cache.fingerprint / name)
-    with pytest.raises(DataError, match=r"is damaged .*remove that directory") as caught:
-        pack(source, tmp_path, progress=False)
-    assert str(tmp_path / cache.fingerprint) in str(caught.value)
-
-
-def test_what_decides_the_pixels_decides_the_fingerprint(tmp_path: Path) -> None:
-    fill(tmp_path / "in", [f"{k}.png" for k in range(6)], size=16)
-
-    def fingerprint(size: int = 8, seed: int = 0) -> str:
-        source = FolderSource(tmp_path / "in", size, SHARES, seed)
-        return pack(source, tmp_path / "cache", progress=False).fingerprint
-
-    first = fingerprint()
-    assert fingerprint() == first
-    prints = {first, fingerprint(size=16), fingerprint(seed=1)}
-    path = tmp_path / "in" / "2.png"
-    path.write_bytes(encoded(pixels(99, 16)))
-    stat = path.stat()
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
-    prints.add(fingerprint())
-    fill(tmp_path / "in", ["7.png"], size=16)
-    prints.add(fingerprint())
-    assert len(prints) == 5
-    assert len(list((tmp_path / "cache").iterdir())) == 5
-
-
-def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    source = FacesSource(8, {"train": 4, "val": 2, "test": 2}, 0)
-    with pytest.raises(DataError, match=r"data.cache_dir=\S*file/cache cannot be written"):
-        pack(source, tmp_path / "file" / "cache", progress=False)
-
-
-# --- the data module ----------------------------------------------------------------------------
-
-
-def test_to_model_is_exact_and_comes_back() -> None:
-    levels = torch.arange(256, dtype=torch.uint8)
-    images = levels.reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
-    x_0 = to_model(images)
-    assert x_0.dtype == torch.float32 and x_0.shape == (1, 3, 16, 16)
-    exact = np.arange(256, dtype=np.float64) / 127.5 - 1
-    for channel in x_0[0]:
-        assert np.abs(channel.flatten().double().numpy() - exact).max() < 1.2e-7
-        assert torch.equal(to_uint8(channel).flatten(), levels)
-    assert float(x_0.min()) == -1 and float(x_0.max()) == 1
-    assert float(x_0[0, 0, 0, 0]) == -1 and float(x_0[0, 2, 15, 15]) == 1
-
-
-def test_to_model_puts_height_width_and_channels_in_their_places() -> None:
-    images = torch.from_numpy(np.stack([pixels(1), pixels(2)]))
-    x_0 = to_model(images)
-    for b, c, i, j in ((0, 0, 1, 5), (1, 2, 7, 0), (1, 1, 3, 4)):
-        assert int(to_uint8(x_0[b, c])[i, j]) == int(images[b, i, j, c])
-
-
-def make_data(tmp_path: Path, **kwargs) -> ImageDataModule:
-    kwargs = {
-        "source": "faces",
-        "size": 8,
-        "batch_size": 16,
-        "splits": {"train": 64, "val": 16, "test": 16},
-        "cache_dir": str(tmp_path / "cache"),
-        **kwargs,
+def by_hand(names: list[str], splits: tuple[str, ...], shares: dict, seed: int) -> dict:
+    """Which of the names go where."""
+    total = sum(shares[split] for split in splits)
+    edges = np.cumsum([0.0] + [shares[split] / total for split in splits])
+    edges[-1] = 1
+    return {
+        split: [n for n, u in zip(names, fractions(names, seed), strict=True) if a <= u < b]
+        for split, a, b in zip(splits, edges, edges[1:], strict=False)
     }
-    data = ImageDataModule(**kwargs)
-    data.prepare_data()
-    return data
 
 
-def test_flips_are_decided_by_the_key_and_mirror_left_to_right(tmp_path: Path) -> None:
-    data = make_data(tmp_path)
-    data.setup("fit")
-    decisions = []
-    for batch in data.train_dataloader():
-        mirrored = KeyedGenerator(make_key(batch["key"], "flip")).uniform() < 0.5
-        plain = batch["image"].clone()
-        assert not torch.equal(plain, plain.flip(2))
-        x_0 = data.on_after_batch_transfer(batch, 0)["x_0"]
-        assert "image" not in batch
-        for k in range(len(x_0)):
-            expected = plain[k].permute(2, 0, 1)
-            expected = expected.flip(-1) if mirrored[k] else expected
-            assert torch.equal(to_uint8(x_0[k]), expected)
-        decisions += mirrored.tolist()
-    assert len(decisions) == 64 and 16 < sum(decisions) < 48
+def named(own: list[str], split: str | None = None, shares: dict = SHARES, seed: int = 0) -> dict:
+    """The names in each split by `divide`; every place appears once at most, and in order."""
+    names = NAMES[: len(own)]
+    places = divide(names, own, shares, seed, split)
+    assert tuple(places) == SPLITS
+    for each in places.values():
+        assert each.dtype == np.int64 and each.tolist() == sorted(set(each.tolist()))
+    return {k: [names[place] for place in each] for k, each in places.items()}
 
 
-def test_nothing_is_flipped_in_validation_and_test_or_when_told(tmp_path: Path) -> None:
-    data = make_data(tmp_path)
-    data.setup("fit")
-    still = make_data(tmp_path, flip=False)
-    still.setup("fit")
-    loaders = [data.val_dataloader(), data.test_dataloader(), still.train_dataloader()]
-    for module, loader in zip((data, data, still), loaders, strict=True):
-        for batch in loader:
-            expected = batch["image"].permute(0, 3, 1, 2)
-            assert torch.equal(to_uint8(module.on_after_batch_transfer(batch, 0)["x_0"]), expected)
+def test_one_split_is_divided_by_a_hash_of_the_names() -> None:
+    for seed in (0, 7):
+        for shares in (SHARES, {"train": 90, "val": 5, "test": 5}):
+            expected = by_hand(NAMES, SPLITS, shares, seed)
+            for own in SPLITS:  # however it is called
+                assert named([own] * 300, None, shares, seed) == expected
+    assert {k: len(v) for k, v in named(["train"] * 300).items()} == {
+        "train": 182, "val": 59, "test": 59,
+    }  # fmt: skip
+    assert named(["train"] * 300)["val"][:3] == ["0.png", "1.png", "2.png"]
 
 
-def test_the_loaders_are_of_their_splits(tmp_path: Path) -> None:
-    data = make_data(tmp_path, split_seed=5)
-    data.setup("fit")
-    faces = draw_faces(torch.arange(96), seed=5, size=8)
-    for loader, split, first in (
-        (data.train_dataloader(), "train", 0),
-        (data.val_dataloader(), "val", 64),
-        (data.test_dataloader(), "test", 80),
+OWN = ["train"] * 200 + ["val"] * 60 + ["test"] * 40
+
+
+def test_three_splits_are_kept() -> None:
+    assert named(OWN) == {"train": NAMES[:200], "val": NAMES[200:260], "test": NAMES[260:]}
+    mixed = [SPLITS[k % 3] for k in range(300)]
+    assert named(mixed) == {"train": NAMES[::3], "val": NAMES[1::3], "test": NAMES[2::3]}
+
+
+def test_without_a_test_split_validation_is_shared_out() -> None:
+    own = ["train"] * 200 + ["val"] * 100
+    expected = by_hand(NAMES[200:], ("val", "test"), SHARES, 0)
+    assert named(own) == {"train": NAMES[:200], **expected}
+    assert 30 < len(expected["val"]) < 70
+
+
+def test_without_a_validation_split_training_is_shared_out() -> None:
+    own = ["train"] * 200 + ["test"] * 100
+    expected = by_hand(NAMES[:200], ("train", "val"), SHARES, 0)
+    assert named(own) == {**expected, "test": NAMES[200:]}
+    assert 30 < len(expected["val"]) < 70  # 50 by 0.2 / 0.8
+
+
+def test_without_a_training_split_there_is_none() -> None:
+    own = ["val"] * 200 + ["test"] * 100
+    assert named(own) == {"train": [], "val": NAMES[:200], "test": NAMES[200:]}
+    assert named([]) == {"train": [], "val": [], "test": []}
+
+
+def test_own_splits_are_pooled_when_asked_for() -> None:
+    pool = by_hand(NAMES[:260], SPLITS, SHARES, 0)
+    assert named(OWN, "train+validation") == named(OWN, "train+val") == pool
+    assert named(OWN, "test") == by_hand(NAMES[260:], SPLITS, SHARES, 0)
+    assert named(OWN, "train+val+test") == named(["train"] * 300)
+
+
+def test_a_split_that_is_not_there_is_refused() -> None:
+    own = ["train"] * 200 + ["test"] * 100
+    with pytest.raises(DataError) as caught:
+        named(own, "train+validation")
+    assert str(caught.value) == (
+        "data.split=train+validation: the set has no split val; it has train, test"
+    )
+    with pytest.raises(
+        DataError, match=r"data.split=Train: .* no split Train; it has train, val,"
     ):
-        batches = list(loader)
-        index = torch.cat([batch["index"] for batch in batches])
-        images = torch.cat([batch["image"] for batch in batches])
-        assert all(batch["split"] == split for batch in batches)
-        assert torch.equal(images, faces[first + index])
-        assert sorted(index.tolist()) == list(range(64 if split == "train" else 16))
-        assert (index.tolist() != sorted(index.tolist())) == (split == "train")
+        named(OWN, "Train")
 
 
-def test_too_few_images_are_named(tmp_path: Path) -> None:
-    data = make_data(tmp_path, batch_size=65)
-    with pytest.raises(ConfigError, match=r"data.batch_size=65 .*64 training images .*faces"):
-        data.setup("fit")
-    data = make_data(tmp_path, splits={"train": 64, "val": 0, "test": 16})
-    data.setup("test")
-    with pytest.raises(DataError, match=r"data.source=faces leaves no image for the val split"):
-        data.setup("fit")
+def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
+    names = [str(k) for k in range(2000)]
+    one = divide(names, ["train"] * 2000, {"train": 6, "val": 2, "test": 2}, 0)
+    assert sorted(np.concatenate(list(one.values())).tolist()) == list(range(2000))
+    for split in SPLITS:
+        deviation = (2000 * SHARES[split] * (1 - SHARES[split])) ** 0.5
+        assert abs(len(one[split]) - 2000 * SHARES[split]) < 4 * deviation
+    other = divide(names, ["train"] * 2000, SHARES, 1)
+    assert 45 < len(set(one["test"].tolist()) & set(other["test"].tolist())) < 115  # 80 by chance
+    everything = divide(names, ["train"] * 2000, ALL_TRAIN, 0)
+    assert everything["train"].tolist() == list(range(2000))
+
+
+@pytest.mark.parametrize("kinds", [("train",), ("train", "val"), ("train", "test"), SPLITS])
+def test_more_and_fewer_images_move_no_other(kinds: tuple[str, ...]) -> None:
+    def where(names: list[str]) -> dict[str, str]:
+        own = [kinds[int(re.sub(r"\D", "", name)) % len(kinds)] for name in names]
+        places = divide(names, own, SHARES, 0)
+        return {names[k]: split for split, each in places.items() for k in each}
+
+    before, more = where(NAMES), where(sorted(NAMES + [f"new/{k}.png" for k in range(200)]))
+    assert set(before.values()) == set(SPLITS) and len(more) == 500
+    assert {name: more[name] for name in NAMES} == before
+    fewer = where(NAMES[::-2])
+    assert len(fewer) == 150 and all(before[name] == split for name, split in fewer.items())
+
+
+def test_the_hash_is_that_of_make_key() -> None:
+    """Written out: BLAKE2b of the name, then the rounds of SplitMix64, modulo 2⁶⁴."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def number(text: str) -> int:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    for name, u in zip(NAMES[:20], fractions(NAMES[:20], 5), strict=True):
+        key = 0
+        for part in (5, number("split"), number(name)):
+            key = mix(mix((key + 0x9E3779B97F4A7C15) % 2**64) ^ part)
+        assert u == key % 2**53 / 2**53

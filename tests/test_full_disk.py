@@ -1,0 +1,97 @@
+"""A disk that is full: a clear error, and what was there before is intact."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from killing import TEXT, seen, train
+from test_killed import RUN, metrics, state
+
+from diffusion_lab.runs import load_checkpoint
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, whose size a test sets."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs more rights")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def resize(path: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
+
+
+def fill(path: Path, leave: int) -> Path:
+    """Fills the disk but for some bytes; returns the file that does it."""
+    ballast = path / "ballast"
+    with open(ballast, "wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass
+    with open(ballast, "r+b") as file:
+        file.truncate(max(0, ballast.stat().st_size - leave))
+    return ballast
+
+
+# What fails first: the first checkpoint that is due, or, if none is, a row of metrics.csv.
+CASES = {
+    "at a checkpoint": (150_000, [], "cannot write the checkpoint"),
+    "at logging": (
+        24_000,
+        ["trainer.max_steps=400", "trainer.val_check_interval=500", "checkpoint.every_n_steps=500"],
+        "training stopped",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_survives_a_full_disk(case: str, small: Path, tmp_path: Path) -> None:
+    """The run's directory is on the small disk; it is filled after the first checkpoint."""
+    leave, more, what = CASES[case]
+    directory, run = tmp_path / "work", small / "run"
+    overrides = [f"hydra.run.dir={run}" if t.startswith("hydra.run") else t for t in RUN]
+    overrides += ["samples.every_n_steps=1000", "lr_schedule=constant", "lr_schedule.warmup=0"]
+    assert train("step:4", directory, *overrides) == -9
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    assert load_checkpoint(checkpoint)["global_step"] == 3
+    ballast = fill(small, leave)
+    code, text = train("", directory, f"resume={run}", *more), (directory / TEXT).read_text()
+    assert code == 1, text
+    assert what in text and "No space left" in text and f"resume={run}" in text
+    assert "Traceback" not in text
+    assert checkpoint.read_bytes() == before
+    assert not list(run.rglob("*.partial"))
+    ballast.unlink()
+    for path in directory.glob("seen-*"):  # of the run that stopped, if it went further
+        path.unlink()
+    assert train("", directory, f"resume={run}") == 0, (directory / TEXT).read_text()
+    whole = tmp_path / "whole"
+    assert train("", whole, *[t for t in overrides if str(run) not in t], "hydra.run.dir=run") == 0
+    actual, target = state(run), state(whole / "run")
+    assert all(torch.equal(actual[name], value) for name, value in target.items())
+    assert seen(directory).items() <= seen(whole).items()
+    assert metrics(run) == metrics(whole / "run")
+
+
+def test_a_full_disk_at_the_packing_is_named(small: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "work"
+    overrides = [*TINY, f"data.cache_dir={small}/cache", "trainer.max_steps=1", "hydra.run.dir=a"]
+    ballast = fill(small, 40_000)  # 96 images of 768 bytes do not fit
+    code, text = train("", directory, *overrides), (directory / TEXT).read_text()
+    assert code == 1, text
+    assert f"data.cache_dir={small}/cache" in text and "No space left" in text
+    assert "Traceback" not in text and not (directory / "a" / "checkpoints").exists()
+    ballast.unlink()
+    assert train("", directory, *overrides) == 0, (directory / TEXT).read_text()
