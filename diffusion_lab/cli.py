@@ -62,8 +62,11 @@ def train(config: DictConfig) -> None:
         step = runs.load_checkpoint(last)["global_step"]
         if step == config.trainer.max_steps and not (directory / runs.MARKER).exists():
             runs.finish(directory, step=step, metrics={})
-            log.warning("finished: %s; it had taken all its steps, but was cut off in the last "
-                        "validation, whose figures are missing", directory)
+            log.warning(
+                "finished: %s; it had taken all its steps, but was cut off in the last "
+                "validation, whose figures are missing",
+                directory,
+            )
             return
         if 0 <= config.trainer.max_steps <= step:
             raise ConfigError(

@@ -31,10 +31,10 @@ FORMAT = 1
 # A resumed run must be the same model on the same images; the rest may change.
 FIXED = ("network", "schedule", "parameterization", "data", "seed")
 # The data's own hashes tell whether images that come from elsewhere are the same.
-FREE = tuple(
-    f"data.{key}"
-    for key in ("batch_size", "source", "cache", "cache_dir", "column", "memory", "num_workers")
-) + ("data.on_error", "data.max_bad")
+FREE = (
+    "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.column",
+    "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
+)  # fmt: skip
 
 
 def finish(directory: Path, **facts: Any) -> None:

@@ -217,12 +217,36 @@ def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> N
     common = [f"data.source={tmp_path / 'photos'}", shares, "hydra.run.dir=a"]
     assert tiny(*common, "trainer.max_steps=2").code == 0
     saved = load_checkpoint(Path("a/checkpoints/last.ckpt"))["ImageDataModule"]["splits"]
-    assert len({*saved.values()}) == 3
+    hashes = {each[kind] for each in saved.values() for kind in ("names", "content")}
+    assert len(hashes) == 6
     (tmp_path / "photos" / "new.png").write_bytes((tmp_path / "photos" / "000.png").read_bytes())
     result = tiny("resume=a", "trainer.max_steps=4")
     assert result.code == 1
-    assert any(value in result.text for value in saved.values())
-    assert "added, removed or renamed" in result.text and "Traceback" not in result.text
+    assert any(value in result.text for value in hashes)
+    assert "added, removed, renamed" in result.text and "Traceback" not in result.text
+
+
+def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command) -> None:
+    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    for override, shown in (("seed=1", "seed: 0 -> 1"), ("data.order=lanes", "shuffle -> lanes")):
+        result = tiny("resume=a", override, "trainer.max_steps=4")
+        assert result.code == 1
+        assert shown in result.text and "Traceback" not in result.text
+
+
+def test_a_resume_on_the_same_images_from_elsewhere_is_welcome(
+    tiny: Command, tmp_path: Path
+) -> None:
+    make_photos(tmp_path / "photos", 40, 16)
+    shares = "data.splits={train: 0.6, val: 0.2, test: 0.2}"
+    common = [f"data.source={tmp_path / 'photos'}", shares, "lr_schedule=constant"]
+    common += ["lr_schedule.warmup=0"]
+    assert tiny(*common, "trainer.max_steps=4", "hydra.run.dir=a").code == 0
+    assert tiny(*common, "trainer.max_steps=2", "hydra.run.dir=b").code == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    result = tiny("resume=b", f"data.source={tmp_path / 'moved'}", "trainer.max_steps=4")
+    assert result.code == 0, result.text
+    assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
 
 
 def test_a_finished_run_says_how_to_go_on(tiny: Command) -> None:
@@ -249,7 +273,11 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
     result = tiny(*source)
     assert result.code == 1
     assert str(folder / "7.png") in result.text
-    assert not list((tmp_path / "cache").glob("*/*")), "a half-made cache was left"
+    assert "data.on_error=skip" in result.text
+    assert not list((tmp_path / "cache").glob("*/manifest.json")), "a half-made cache is taken"
+    result = tiny(*source, "data.on_error=skip", "data.batch_size=2", "trainer.max_steps=1")
+    assert result.code == 0, result.text
+    assert f"left out: {folder / '7.png'}" in result.text
 
 
 @pytest.mark.slow

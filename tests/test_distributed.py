@@ -90,7 +90,11 @@ def test_fifty_losses_of_two_processes_are_those_of_one(
     command("train.py", *common, "trainer=cpu", "data.batch_size=8", "hydra.run.dir=one")
     command("train.py", *common, "trainer=ddp_sim", "data.batch_size=4", "hydra.run.dir=two")
     one, two = (
-        [float(row["train/loss"]) for row in read_rows(Path(d) / "metrics.csv") if row["train/loss"]]
+        [
+            float(row["train/loss"])
+            for row in read_rows(Path(d) / "metrics.csv")
+            if row["train/loss"]
+        ]
         for d in ("one", "two")
     )
     assert len(one) == 50 and len(set(one)) == 50

@@ -49,7 +49,11 @@ CASES = {
     "at a checkpoint": (150_000, [], "cannot write the checkpoint"),
     "at logging": (
         24_000,
-        ["trainer.max_steps=400", "trainer.val_check_interval=500", "checkpoint.every_n_steps=500"],
+        [
+            "trainer.max_steps=400",
+            "trainer.val_check_interval=500",
+            "checkpoint.every_n_steps=500",
+        ],
         "training stopped",
     ),
 }

@@ -106,9 +106,7 @@ def test_killed_and_resumed(cue: str, whole: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cue", CUES)
-def test_killed_anywhere(
-    cue: str, variant: str, whole: dict[str, Path], tmp_path: Path
-) -> None:
+def test_killed_anywhere(cue: str, variant: str, whole: dict[str, Path], tmp_path: Path) -> None:
     check(cue, variant, whole, tmp_path)
 
 

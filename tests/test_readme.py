@@ -9,6 +9,8 @@ from conftest import TINY, Command, Result
 from test_conf import make_photos
 
 from diffusion_lab.data import source
+from diffusion_lab.data.__main__ import main as data_command
+from diffusion_lab.data.storage import LocalStorage
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,7 +71,13 @@ def test_a_command_of_the_readme_runs(
         if "/data/" in command:
             command = command.replace("/data/celeba_hq_256", str(folder))
         else:
-            monkeypatch.setattr(source, "_from_hub", lambda name: [as_parquet(folder)])
+            storage = LocalStorage(as_parquet(folder))
+            monkeypatch.setattr(source, "open_storage", lambda name, download: storage)
+    if "-m diffusion_lab.data" in command:
+        words = shlex.split(command)[3:]
+        shares = "data.splits={train: 0.5, val: 0.3, test: 0.2}"
+        assert data_command([*words, shares, "data.batch_size=1"]) == 0
+        return
     result = run(lab, command)
     assert result.code == 0, result.text
 
@@ -79,10 +87,13 @@ def as_parquet(folder: Path) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
+    hub = folder.parent / "hub"
+    hub.mkdir()
     images = [{"bytes": p.read_bytes(), "path": p.name} for p in sorted(folder.iterdir())]
-    path = folder.parent / "images-00000-of-00001.parquet"
-    parquet.write_table(pa.table({"image": images, "label": [0] * len(images)}), path)
-    return path
+    for name, rows in (("train", images[:6]), ("validation", images[6:])):
+        table = pa.table({"image": rows, "label": [0] * len(rows)})
+        parquet.write_table(table, hub / f"{name}-00000-of-00001.parquet")
+    return hub
 
 
 def test_the_python_example_runs(tiny: Command) -> None:

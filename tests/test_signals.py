@@ -85,9 +85,7 @@ def test_two_devices_stop_at_the_same_step(tmp_path: Path) -> None:
         **os.environ, "OMP_NUM_THREADS": "1", "DIFFUSION_LAB_CACHE": str(tmp_path / "cache"),
     }  # fmt: skip
     with open(tmp_path / TEXT, "w") as out:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=out, stderr=out
-        )
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
         deadline = time.monotonic() + 120
         while not (tmp_path / "seen-1.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

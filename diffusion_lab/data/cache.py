@@ -204,7 +204,7 @@ class _Packer:
         path = self.partial / DATA[self.kind]
         with (
             open(path, "r+b" if path.exists() else "w+b") as file,
-            open(self.partial / "journal.jsonl", "a+") as journal,
+            open(self.partial / "journal.jsonl", "a+", encoding="latin-1") as journal,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             tqdm(
                 total=len(self.source.names), desc="packing images", unit="img",
@@ -219,9 +219,9 @@ class _Packer:
                 self._write(file, journal, list(pool.map(self._pack, places, chunk)))
                 bar.update(len(chunk))
             self._finish(file)
-        (self.partial / "journal.jsonl").unlink()
         shutil.rmtree(self.directory, ignore_errors=True)  # one without a manifest
         os.replace(self.partial, self.directory)
+        (self.directory / "journal.jsonl").unlink()
 
     def _remove_outdated(self) -> None:
         """Removes what is left of an ingest of this source that can never go on: it changed."""
@@ -249,12 +249,13 @@ class _Packer:
         for line in journal:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                length = sum(entry["lengths"])
+            except (ValueError, TypeError, KeyError):
                 break  # it was being written
-            if not line.endswith("\n") or end + sum(entry["lengths"]) > size:
+            if not line.endswith("\n") or end + length > size:
                 break
-            end += sum(entry["lengths"])
-            good += len(line.encode())
+            end += length
+            good += len(line)
             self.done += entry["items"]
             self.sha256 += entry["sha256"]
             self.lengths += entry["lengths"]

@@ -235,9 +235,7 @@ class ImageDataModule(LightningDataModule):
         trainer, images = self.trainer, self.images[split]
         order = None
         if train and self.order == "lanes":
-            order = partial(
-                lanes, groups=images.groups, count=self.lanes, window=self.window
-            )
+            order = partial(lanes, groups=images.groups, count=self.lanes, window=self.window)
         elif train:
             order = partial(shuffled, count=len(images))
         return Loader(

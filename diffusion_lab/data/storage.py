@@ -111,7 +111,7 @@ class ArrowStorage(Storage):
         only: str | None = None,
     ) -> None:  # fmt: skip
         self.filesystem, self.root, self.version = filesystem, root.rstrip("/"), version
-        self.address, self.only = address.split("?")[0], only
+        self.address, self.only = address.split("?")[0].rstrip("/"), only
 
     def files(self) -> dict[str, list[Any]]:
         from pyarrow.fs import FileSelector, FileType

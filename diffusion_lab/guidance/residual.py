@@ -27,8 +27,8 @@ class Residual(Guidance):
     """Adds λ (y - x_t) to every step of the sampler.
 
     With `Ancestral` as the sampler this is the rule above; a step from t to any earlier s takes
-    √a = α_t / α_s. If the sampler clips x̂, ε̂ is that of the clipped one: on a schedule that ends in
-    pure noise the rule diverges without, since the first step divides ε̂'s error by a tiny √a.
+    √a = α_t / α_s. If the sampler clips x̂, ε̂ is that of the clipped one: on a schedule that ends
+    in pure noise the rule diverges without, since the first step divides ε̂'s error by a tiny √a.
 
     Arguments:
         strength: The strength λ of the pull, at least 0.

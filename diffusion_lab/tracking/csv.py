@@ -70,7 +70,9 @@ class MetricsCSV(Logger):
         A resumed run repeats the validation at its first step: what is there already stays.
         """
         row = {"step": step, **metrics}
-        for logged in self.rows[max(0, self.resumed - 2) : self.resumed]:  # a training row and that one
+        for logged in self.rows[
+            max(0, self.resumed - 2) : self.resumed
+        ]:  # a training row and that one
             if logged["step"] == str(step) and all(logged.get(name) for name in metrics):
                 return
         last = self.rows[-1] if self.written < len(self.rows) else None
