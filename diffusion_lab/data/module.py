@@ -111,14 +111,22 @@ class ImageDataModule(LightningDataModule):
             self.source, self.size, self.splits, self.split_seed, self.column, download
         )
 
+    @property
+    def packed(self) -> Path | None:
+        """The packed cache that `source` names, if it is the directory of one."""
+        path = Path(self.source).expanduser()
+        # A folder of images may well hold a manifest of its own.
+        found = all((path / name).is_file() for name in (MANIFEST, "sha256.npy"))
+        return path if found else None
+
     def open_cache(self) -> PackedCache:
         """Opens the packed cache, and makes it first if it is not there.
 
         Raises:
             DataError: If that fails, or `source` is a packed cache of images of another size.
         """
-        packed = Path(self.source).expanduser()
-        if not (packed / MANIFEST).is_file():
+        packed = self.packed
+        if packed is None:
             return ingest(
                 self.open_source(),
                 self.cache_dir,
@@ -170,7 +178,7 @@ class ImageDataModule(LightningDataModule):
         if self.images:
             return
         images: Images
-        if self.kind == "none":
+        if self.kind == "none" and self.packed is None:
             source = self.open_source()
             images = SourceImages(source, int(self.memory * 2**30))
             names, own, sha256 = source.names, source.own, None

@@ -1,0 +1,244 @@
+"""`python -m diffusion_lab.data`: what it prints, and its exit codes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import SIZE, encoded, fill, pixels, smooth, write_parquet
+
+from diffusion_lab.data.__main__ import main
+from diffusion_lab.data.module import ImageDataModule
+
+NAMES = [f"{split}/{k:02}.png" for split in ("test", "train", "val") for k in range(12)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    fill(tmp_path / "in", NAMES, SIZE)
+    return tmp_path / "in"
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error; what a progress bar wrote over are lines."""
+    capsys.readouterr()
+    command, *rest = arguments
+    code = main([
+        command, f"data.source={tmp_path}/in", f"data.size={SIZE}", "network=unet_tiny",
+        f"data.cache_dir={tmp_path}/cache", *rest,
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err.replace("\r", "\n")
+
+
+def the_cache(tmp_path: Path) -> Path:
+    (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
+    return manifest.parent
+
+
+def spoil(tmp_path: Path, *places: int) -> None:
+    """Changes a byte of some images in the cache."""
+    path = the_cache(tmp_path) / "images.npy"
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[128 + place * SIZE * SIZE * 3 + 5] ^= 1
+    path.write_bytes(data)
+
+
+# --- ingest -------------------------------------------------------------------------------------
+
+
+def test_ingest_says_what_is_packed(source: Path, tmp_path: Path, capsys) -> None:
+    code, out, _ = run(tmp_path, capsys, "ingest")
+    data = ImageDataModule(
+        str(source), SIZE, 1, {"train": 1, "val": 1, "test": 1}, cache_dir=str(tmp_path / "cache")
+    )
+    manifest = data.open_cache().manifest
+    assert code == 0
+    assert out == (
+        f"cache      {the_cache(tmp_path)}\n"
+        f"source     {source}\n"
+        "images     36 of 16x16, uint8\n"
+        "splits     train 12, val 12, test 12\n"
+        f"content    {manifest['content'][:16]}\n"
+        f"decoder    {manifest['decoder']}\n"
+        "left out   0\n"
+    )
+    again = run(tmp_path, capsys, "ingest")
+    assert again[:2] == (0, out)
+    code, other, _ = run(tmp_path, capsys, "ingest", "data.cache=bytes")
+    assert code == 0 and "images     36 of 16x16, bytes\n" in other
+    assert f"content    {manifest['content'][:16]}\n" in other
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
+
+
+def test_ingest_finds_what_a_training_packs(source: Path, tmp_path: Path, capsys) -> None:
+    _, out, _ = run(tmp_path, capsys, "ingest", "experiment=ddpm_celeba", "data.split=train+val")
+    splits = re.search(r"splits     train (\d+), val (\d+), test (\d+)", out)
+    assert sum(map(int, splits.groups())) == 24
+    cache = the_cache(tmp_path)
+    run(tmp_path, capsys, "ingest", "data.batch_size=3", "seed=5", "data.order=lanes")
+    assert the_cache(tmp_path) == cache
+
+
+def test_ingest_names_what_is_left_out(source: Path, tmp_path: Path, capsys) -> None:
+    (source / "val" / "03.png").write_bytes(b"")
+    (source / "train" / "05.png").write_bytes(encoded(pixels(1, 7)))
+    code, out, err = run(tmp_path, capsys, "ingest")
+    text = f"{source}/train/05.png: 7x7 pixels do not make 16x16; "
+    assert code == 1 and out == "" and err.strip().split("\n")[-1].startswith(text)
+    code, out, _ = run(tmp_path, capsys, "ingest", "data.on_error=skip")
+    assert code == 0
+    assert "images     34 of 16x16" in out and "splits     train 11, val 11, test 12\n" in out
+    last = out.split("left out   ")[1].split("\n")
+    assert last[0] == "2" and last[1].strip().startswith(text)
+    assert last[2].strip().startswith(f"{source}/val/03.png: not a readable JPEG or PNG")
+    assert last[3:] == [""]
+
+
+def test_too_many_bad_images_are_an_error(source: Path, tmp_path: Path, capsys) -> None:
+    for k in range(3):
+        (source / "val" / f"0{k}.png").write_bytes(b"")
+    code, _, err = run(tmp_path, capsys, "ingest", "data.on_error=skip", "data.max_bad=2")
+    assert code == 1 and "more than data.max_bad=2 images are bad; the last is " in err
+    assert run(tmp_path, capsys, "ingest", "data.on_error=skip", "data.max_bad=3")[0] == 0
+
+
+def test_ingest_reads_parquet(tmp_path: Path, capsys) -> None:
+    rows = [encoded(pixels(k, SIZE)) for k in range(30)]
+    write_parquet(tmp_path / "in" / "train-0.parquet", rows[:20], column="picture")
+    write_parquet(tmp_path / "in" / "validation-0.parquet", rows[20:], column="picture")
+    code, _, err = run(tmp_path, capsys, "ingest")
+    assert code == 1 and "has no column 'image'; it has picture, label; set data.column" in err
+    code, out, _ = run(tmp_path, capsys, "ingest", "data.column=picture")
+    splits = re.search(r"splits     train 20, val (\d+), test (\d+)\n", out)
+    assert code == 0 and sum(map(int, splits.groups())) == 10
+
+
+def test_an_interrupted_ingest_says_how_to_go_on(
+    source: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def interrupted(*args) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_lab.data.storage.LocalStorage.read", interrupted)
+        code, out, err = run(tmp_path, capsys, "ingest")
+    assert (code, out) == (130, "")
+    assert err.endswith("interrupted; the same command goes on where it stopped\n")
+    assert run(tmp_path, capsys, "ingest")[0] == 0
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def test_verify_names_exactly_the_changed_images(source: Path, tmp_path: Path, capsys) -> None:
+    run(tmp_path, capsys, "ingest")
+    cache = the_cache(tmp_path)
+    code, out, _ = run(tmp_path, capsys, "verify")
+    assert (code, out) == (0, f"36 images in {cache} are as they were packed\n")
+    spoil(tmp_path, 3, 17)
+    code, out, err = run(tmp_path, capsys, "verify")
+    assert (code, out) == (1, "")
+    assert err.endswith(
+        f"2 of 36 images in {cache} are damaged: {NAMES[3]}, {NAMES[17]}. "
+        "Remove that directory to make it again\n"
+    )
+    spoil(tmp_path, *range(20, 30))
+    code, _, err = run(tmp_path, capsys, "verify")
+    first = ", ".join(NAMES[k] for k in (3, 17, *range(20, 28)))
+    assert code == 1 and f"12 of 36 images in {cache} are damaged: {first}, .... Remove" in err
+
+
+def test_verify_takes_the_directory_of_a_cache(source: Path, tmp_path: Path, capsys) -> None:
+    run(tmp_path, capsys, "ingest")
+    cache = the_cache(tmp_path)
+    moved = cache.rename(tmp_path / "moved")
+    code, out, _ = run(tmp_path, capsys, "verify", f"data.source={moved}")
+    assert (code, out) == (0, f"36 images in {moved} are as they were packed\n")
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+
+
+def test_verify_names_a_cache_that_does_not_open(source: Path, tmp_path: Path, capsys) -> None:
+    run(tmp_path, capsys, "ingest")
+    cache = the_cache(tmp_path)
+    (cache / "sha256.npy").write_bytes(b"")
+    code, _, err = run(tmp_path, capsys, "verify")
+    assert code == 1
+    assert f"the cache {cache} is damaged (sha256.npy has 0 bytes, not 1280); remove that" in err
+
+
+# --- stats --------------------------------------------------------------------------------------
+
+
+def test_stats_are_those_of_numpy(tmp_path: Path, capsys) -> None:
+    expected, rng = {}, np.random.default_rng(0)
+    for split, count in (("train", 7), ("val", 5), ("test", 3)):
+        images = np.stack([smooth(SIZE)] * count)
+        images[..., 1] = rng.integers(0, 1 + 20 * count, images.shape[:3])
+        images[..., 2] //= 2
+        for k, image in enumerate(images):
+            path = tmp_path / "in" / split / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(image))
+        expected[split] = images / 127.5 - 1
+    code, out, _ = run(tmp_path, capsys, "stats")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 6
+    number = r"[+-]?\d\.\d{4}"
+    for split, first, second in zip(expected, lines[::2], lines[1::2], strict=True):
+        x = expected[split]
+        assert re.match(rf"{split} +{len(x)} images, x_0 in \[-1, 1\]: mean ", first)
+        assert "(R G B), over all " in first
+        actual = [float(text) for text in re.findall(number, first)]
+        values = [*x.mean((0, 1, 2)), *x.std((0, 1, 2)), x.std()]
+        assert np.abs(np.array(actual) - values).max() < 0.6e-4
+        found = re.fullmatch(r" +reference statistics of pixels8, n = (\d+): (\S+)", second)
+        assert int(found[1]) == len(x)
+        with np.load(found[2]) as file:
+            mean = x.transpose(0, 3, 1, 2).reshape(len(x), 3, 8, 2, 8, 2).mean((3, 5))
+            assert np.abs(file["mean"][:192] - mean.reshape(len(x), -1).mean(0)).max() < 1e-6
+            assert int(file["n"]) == len(x)
+    assert run(tmp_path, capsys, "stats")[:2] == (0, out)
+
+
+def test_stats_leave_out_an_empty_split(tmp_path: Path, capsys) -> None:
+    names = [f"{split}/{k}.png" for split in ("val", "test") for k in range(3)]
+    fill(tmp_path / "in", names, SIZE)
+    code, out, _ = run(tmp_path, capsys, "stats")
+    assert code == 0 and [line[:5] for line in out.splitlines()[::2]] == ["val  ", "test "]
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["pack"], ["data.size=16"], ["--help"]])
+def test_an_unknown_command_is_refused(arguments: list[str], capsys) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "python -m diffusion_lab.data ingest" in err
+    assert err.endswith("choose one of ingest, verify, stats\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("data.colour=red", "colour"),
+        ("data.cache=none", "data.cache=none packs nothing; choose data.cache=uint8 or bytes"),
+        ("data.cache=int8", "data.cache=int8 is not allowed; it is "),
+        ("data.max_bad=-1", "data.max_bad=-1 is not allowed; it is "),
+        ("data.on_error=ignore", "data.on_error=ignore is not allowed; it is "),
+        ("data.size=17", "data.size=17 does not fit network.multipliers="),
+        ("data.split=extra", "data.split=extra: the set has no split extra; it has train, val, "),
+        ("data.source=/no/such", "data.source=/no/such does not exist; give a folder of images"),
+        ("data=nothing", "nothing"),
+    ],
+)
+def test_what_is_not_allowed_is_named(
+    override: str, text: str, source: Path, tmp_path: Path, capsys
+) -> None:
+    for command in ("ingest", "verify", "stats"):
+        code, out, err = run(tmp_path, capsys, command, override)
+        assert (code, out) == (1, "") and text in err
