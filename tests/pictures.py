@@ -8,6 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,11 @@ def write_corpus(folder: Path, good: int = 5) -> tuple[dict[str, np.ndarray], di
 # --- a source that can be stopped anywhere ------------------------------------------------------
 
 
+@cache
+def _drawing(k: int, size: int) -> bytes:
+    return encoded(pixels(k, size))
+
+
 class Drawn(Source):
     """Image k is pixels(k), as a PNG file; some are no images. Notes what it reads.
 
@@ -233,7 +239,7 @@ class Drawn(Source):
             if self.log:
                 with open(self.log, "a") as file:
                     file.write(f"{k}\n")
-            yield b"no image" if k in self.bad else encoded(pixels(k, self.size))
+            yield b"no image" if k in self.bad else _drawing(k, self.size)
 
 
 def interrupt() -> None:

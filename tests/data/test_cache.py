@@ -252,6 +252,34 @@ def test_what_a_crash_leaves_is_taken_over_as_far_as_it_is_sound(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_dropped_after_a_crash_does_no_harm_later(
+    tmp_path: Path, kind: str, whole: dict
+) -> None:
+    for at in (300, 550):
+        with pytest.raises(KeyboardInterrupt):
+            pack(Drawn(COUNT, at=at, fail=interrupt), tmp_path, kind)
+        (partial,) = tmp_path.glob("*.partial")
+        with open(partial / "journal.jsonl", "a") as journal:
+            journal.write('{"items": 256, "sha2')
+    again = Drawn(COUNT)
+    assert files(pack(again, tmp_path, kind)) == whole[kind]
+    assert again.given == list(range(512, COUNT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_need_not_fit_the_journal(
+    tmp_path: Path, kind: str, whole: dict, monkeypatch
+) -> None:
+    """The group in which the packing goes on is read from its start."""
+    monkeypatch.setattr(Drawn, "CHUNK", 100)
+    with pytest.raises(KeyboardInterrupt):
+        pack(Drawn(COUNT, at=270, fail=interrupt), tmp_path, kind)
+    again = Drawn(COUNT)
+    assert files(pack(again, tmp_path, kind)) == whole[kind]
+    assert again.given == list(range(200, COUNT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing", ["data", "journal", "both"])
 def test_a_partial_that_lacks_a_file_begins_anew(
     tmp_path: Path, missing: str, kind: str, whole: dict
