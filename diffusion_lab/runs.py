@@ -23,6 +23,7 @@ from torch import nn
 from diffusion_lab.config import CONFIG_PATH, register_resolvers
 from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.errors import ConfigError, RunError
+from diffusion_lab.files import write_atomic
 from diffusion_lab.instantiate import instantiate
 
 MARKER = "finished.json"
@@ -39,9 +40,7 @@ FREE = (
 
 def finish(directory: Path, **facts: Any) -> None:
     """Marks a run as finished; `newest_run` looks for the mark."""
-    partial = directory / f"{MARKER}.partial"
-    partial.write_text(json.dumps(facts, indent=2) + "\n")
-    partial.replace(directory / MARKER)
+    write_atomic(directory / MARKER, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def newest_run(root: Path = ROOT) -> Path:

@@ -4,8 +4,9 @@ Its place also makes the helpers beside it (`gaussian`) importable.
 """
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         return Result(code, out + err)
 
     return run
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size, disk("64m"), or gives it another; returns its folder."""
+    path = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        again = path.exists()
+        path.mkdir(exist_ok=True)
+        options = f"remount,size={size}" if again else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        if subprocess.run(command, capture_output=True).returncode:
+            path.rmdir()
+            pytest.skip("mounting a small file system needs more rights")
+        return path
+
+    yield mount
+    if path.exists():
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.fixture

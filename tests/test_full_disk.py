@@ -1,7 +1,6 @@
 """A disk that is full: a clear error, and what was there before is intact."""
 
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,6 @@ from killing import TEXT, seen, train
 from test_killed import RUN, metrics, state
 
 from diffusion_lab.runs import load_checkpoint
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, whose size a test sets."""
-    path = tmp_path / "small"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs more rights")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def resize(path: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(path)], check=True)
 
 
 def fill(path: Path, leave: int) -> Path:
@@ -60,9 +43,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_survives_a_full_disk(case: str, small: Path, tmp_path: Path) -> None:
+def test_a_run_survives_a_full_disk(
+    case: str, disk: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The run's directory is on the small disk; it is filled after the first checkpoint."""
     leave, more, what = CASES[case]
+    small = disk("64m")
     directory, run = tmp_path / "work", small / "run"
     overrides = [f"hydra.run.dir={run}" if t.startswith("hydra.run") else t for t in RUN]
     overrides += ["samples.every_n_steps=1000", "lr_schedule=constant", "lr_schedule.warmup=0"]
@@ -89,8 +75,8 @@ def test_a_run_survives_a_full_disk(case: str, small: Path, tmp_path: Path) -> N
     assert metrics(run) == metrics(whole / "run")
 
 
-def test_a_full_disk_at_the_packing_is_named(small: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "work"
+def test_a_full_disk_at_the_packing_is_named(disk: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, small = tmp_path / "work", disk("64m")
     overrides = [*TINY, f"data.cache_dir={small}/cache", "trainer.max_steps=1", "hydra.run.dir=a"]
     ballast = fill(small, 40_000)  # 96 images of 768 bytes do not fit
     code, text = train("", directory, *overrides), (directory / TEXT).read_text()

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -192,11 +192,12 @@ class _Packer:
         self.source, self.directory, self.kind = source, directory, kind
         self.on_error, self.max_bad = on_error, max_bad
         self.description = source.describe()
+        self.what = [self.description["source"], self.description["size"], kind]
         self.partial = directory.with_name(directory.name + ".partial")
         self.done = 0  # images of the source that are dealt with
         self.sha256: list[str] = []
         self.lengths: list[int] = []  # bytes of each packed image
-        self.skipped: list[list[Any]] = []  # place, name, reason
+        self.skipped: list[list[Any]] = []  # name, reason
 
     def run(self, progress: bool) -> None:
         self._remove_outdated()
@@ -230,8 +231,7 @@ class _Packer:
                 left = json.loads((other / "source.json").read_text())
             except (OSError, ValueError):
                 left = {}
-            mine = [self.description["source"], self.description["size"], self.kind]
-            if other != self.partial and left.get("what") == mine:
+            if other != self.partial and left.get("what") == self.what:
                 try:
                     with FileLock(other.with_suffix(".lock"), timeout=0):
                         shutil.rmtree(other, ignore_errors=True)
@@ -240,8 +240,7 @@ class _Packer:
 
     def _recover(self, file: BinaryIO, journal: Any) -> None:
         """Takes over what the journal vouches for; what was written after it is dropped."""
-        what = [self.description["source"], self.description["size"], self.kind]
-        (self.partial / "source.json").write_text(json.dumps({"what": what}))
+        (self.partial / "source.json").write_text(json.dumps({"what": self.what}))
         size = file.seek(0, os.SEEK_END)
         end = HEADER if self.kind == "uint8" else 0
         good = 0
@@ -309,8 +308,7 @@ class _Packer:
                 file.write(result[0])
                 entry["lengths"].append(len(result[0]))
                 entry["sha256"].append(result[1])
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
         journal.write(json.dumps(entry) + "\n")
         journal.flush()
         self.done += entry["items"]
@@ -322,8 +320,7 @@ class _Packer:
         if self.kind == "uint8":
             file.seek(0)
             file.write(_header((count, size, size, 3)))
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         else:
             _save(self.partial / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
         digests = np.frombuffer(bytes.fromhex("".join(self.sha256)), dtype=np.uint8)
@@ -351,8 +348,7 @@ class _Packer:
         (self.partial / "source.json").unlink()
         with open(self.partial / MANIFEST, "w") as out:
             json.dump(manifest, out)
-            out.flush()
-            os.fsync(out.fileno())
+            _sync(out)
 
 
 def _width(data: bytes) -> int:
@@ -373,5 +369,10 @@ def _header(shape: tuple[int, ...]) -> bytes:
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
+
+
+def _sync(file: IO) -> None:
+    """Forces what is written to the disk."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -53,13 +53,11 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
             image = _pixels(image, data, name)
     except DataError:
         raise
-    except PIL.UnidentifiedImageError as error:
-        raise DataError(
-            f"{name}: not a readable JPEG or PNG; repair or remove the file"
-        ) from error
     except Exception as error:  # Pillow raises many kinds; all mean that the file is no good
+        # It names an unidentified file by the address of a buffer.
+        reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
         raise DataError(
-            f"{name}: not a readable JPEG or PNG ({error}); repair or remove the file"
+            f"{name}: not a readable JPEG or PNG{reason}; repair or remove the file"
         ) from error
     if image.width != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)

@@ -8,6 +8,7 @@ __all__ = ["EncodedImages", "Images", "MappedImages", "SourceImages", "Split"]
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from concurrent.futures import Future
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -31,6 +32,14 @@ class Images(ABC):
     size: int
     names: list[str]
     groups: list[range]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([group.start for group in self.groups])
+
+    def group_of(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the number of the group that each image is in."""
+        return np.searchsorted(self._starts, positions, side="right") - 1
 
     @abstractmethod
     def gather(self, positions: np.ndarray) -> np.ndarray:
@@ -96,21 +105,20 @@ class SourceImages(Images):
         self.source, self.memory = source, memory
         self.size, self.names, self.groups = source.size, source.names, source.groups
         self.reads = 0  # of whole groups
-        self._first = np.array([group.start for group in self.groups])
         self._lock = Lock()
         self._kept: OrderedDict[int, Future] = OrderedDict()
         self._bytes: dict[int, int] = {}
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        number = np.searchsorted(self._first, positions, side="right") - 1
+        number = self.group_of(positions)
         # In the order in which they come, so that the last images of old groups are read before
         # new groups take their places.
         _, first, inverse = np.unique(number, return_index=True, return_inverse=True)
         order = np.argsort(first[inverse], kind="stable")
         for group, members in groupby(order, key=lambda k: int(number[k])):
             members = list(members)
-            places = [int(positions[k] - self._first[group]) for k in members]
+            places = [int(positions[k] - self.groups[group].start) for k in members]
             if self.source.whole:
                 items = self._group(group)
                 items = [items[place] for place in places]
@@ -180,6 +188,5 @@ class Split:
     @property
     def groups(self) -> list[int]:
         """How many images of each group are in the split, for groups that have any."""
-        first = np.array([group.start for group in self.images.groups])
-        number = np.searchsorted(first, self.positions, side="right") - 1
+        number = self.images.group_of(self.positions)
         return np.unique(number, return_counts=True)[1].tolist()

@@ -102,6 +102,7 @@ class ImageDataModule(LightningDataModule):
         self.tail, self.num_workers = tail, num_workers
         self.on_error, self.max_bad = on_error, max_bad
         self.images: dict[str, Split] = {}
+        self._cache: PackedCache | None = None
         self._hashes: dict[str, dict[str, str | None]] = {}
 
     def open_source(self) -> Source:
@@ -125,21 +126,25 @@ class ImageDataModule(LightningDataModule):
         Raises:
             DataError: If that fails, or `source` is a packed cache of images of another size.
         """
+        if self._cache is not None:  # prepare_data and setup ask for it
+            return self._cache
         packed = self.packed
         if packed is None:
-            return ingest(
+            cache = ingest(
                 self.open_source(),
                 self.cache_dir,
                 self.kind,
                 on_error=self.on_error,
                 max_bad=self.max_bad,
             )
-        cache = PackedCache(packed)
-        if cache.images.size != self.size:
-            raise DataError(
-                f"data.source={packed} holds images of size {cache.images.size}; set "
-                f"data.size={cache.images.size} (now {self.size})"
-            )
+        else:
+            cache = PackedCache(packed)
+            if cache.images.size != self.size:
+                raise DataError(
+                    f"data.source={packed} holds images of size {cache.images.size}; set "
+                    f"data.size={cache.images.size} (now {self.size})"
+                )
+        self._cache = cache
         return cache
 
     def prepare_data(self) -> None:

@@ -126,7 +126,7 @@ class FolderSource(Source):
 
     def __init__(self, storage: Storage, size: int) -> None:
         self.storage, self.size = storage, size
-        files = storage.files().items()
+        files = storage.files.items()
         self.files = {k: state for k, state in files if k.lower().endswith(SUFFIXES)}
         if not self.files:
             raise DataError(
@@ -179,7 +179,7 @@ class ParquetSource(Source):
 
     def __init__(self, storage: Storage, size: int, column: str = "image") -> None:
         self.storage, self.size, self.column = storage, size, column
-        files = {k: v for k, v in storage.files().items() if k.endswith(".parquet")}
+        files = {k: v for k, v in storage.files.items() if k.endswith(".parquet")}
         if not files:
             raise DataError(f"data.source={storage.address} holds no parquet file")
         # Names without the folders that all files share, so that a set is named alike anywhere.
@@ -292,7 +292,7 @@ def open_source(
     if source == "faces":
         return FacesSource(size, counts, seed)
     storage = open_storage(source, download)
-    parquet = source.startswith("hf://") or any(k.endswith(".parquet") for k in storage.files())
+    parquet = source.startswith("hf://") or any(k.endswith(".parquet") for k in storage.files)
     if parquet:
         return ParquetSource(storage, size, column)
     return FolderSource(storage, size)

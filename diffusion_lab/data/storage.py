@@ -4,6 +4,8 @@ __all__ = ["ArrowStorage", "LocalStorage", "Storage", "open_storage"]
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,19 @@ class Storage(ABC):
     address: str
     remote: bool
 
-    @abstractmethod
+    @cached_property
     def files(self) -> dict[str, list[Any]]:
-        """Returns the name of every file under the root, and what changes when the file does.
+        """The name of every file under the root, and what changes when the file does.
 
-        Hidden ones are left out: archives made on a Mac hold a `._x.jpg` beside each `x.jpg`.
+        Listed once. Hidden ones are left out: archives made on a Mac hold a `._x.jpg` beside each
+        `x.jpg`.
         """
+        hidden = re.compile(r"(^|/)\.")
+        return {name: state for name, state in sorted(self._list()) if not hidden.search(name)}
+
+    @abstractmethod
+    def _list(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yields the files, in any order."""
 
     @abstractmethod
     def open(self, name: str) -> Any:
@@ -48,10 +57,6 @@ class Storage(ABC):
         return f"{self.address.rstrip('/')}/{name}" if name else self.address
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
 class LocalStorage(Storage):
     """A folder, or a single file, of this machine.
 
@@ -65,17 +70,16 @@ class LocalStorage(Storage):
 
     def __init__(self, path: Path, address: str | None = None, version: str | None = None) -> None:
         self.root = path.parent if path.is_file() else path
+        self.inside = self.root.resolve()  # where the files must really lie
         self.only = path.name if path.is_file() else None
         self.address, self.version = address or str(self.root), version
 
-    def files(self) -> dict[str, list[Any]]:
-        paths = [self.root / self.only] if self.only else self.root.rglob("*")
-        result = {}
-        for path in sorted(p for p in paths if p.is_file()):
-            name, stat = path.relative_to(self.root).as_posix(), path.stat()
-            if not _hidden(name):
-                result[name] = [stat.st_size, self.version or stat.st_mtime_ns]
-        return result
+    def _list(self) -> Iterator[tuple[str, list[Any]]]:
+        for path in [self.root / self.only] if self.only else self.root.rglob("*"):
+            if path.is_file():
+                stat = path.stat()
+                state = [stat.st_size, self.version or stat.st_mtime_ns]
+                yield path.relative_to(self.root).as_posix(), state
 
     def open(self, name: str) -> Any:
         return str(self.root / name)
@@ -83,7 +87,7 @@ class LocalStorage(Storage):
     def read(self, name: str) -> bytes:
         path = self.root / name
         try:
-            if not path.resolve().is_relative_to(self.root.resolve()):
+            if not path.resolve().is_relative_to(self.inside):
                 raise DataError(
                     f"{path}: a symbolic link to {path.resolve()}, outside data.source="
                     f"{self.root}; put the file itself there, or point data.source at its folder"
@@ -113,7 +117,7 @@ class ArrowStorage(Storage):
         self.filesystem, self.root, self.version = filesystem, root.rstrip("/"), version
         self.address, self.only = address.split("?")[0].rstrip("/"), only
 
-    def files(self) -> dict[str, list[Any]]:
+    def _list(self) -> Iterator[tuple[str, list[Any]]]:
         from pyarrow.fs import FileSelector, FileType
 
         try:
@@ -127,13 +131,10 @@ class ArrowStorage(Storage):
             raise DataError(f"data.source={self.address} does not exist ({error})") from error
         except OSError as error:
             raise DataError(f"data.source={self.address} cannot be listed ({error})") from error
-        found = {}
         for info in infos:
             if info.type == FileType.File:
                 name = info.path.removeprefix(self.root).lstrip("/")
-                if not _hidden(name):
-                    found[name] = [info.size, self.version or info.mtime_ns]
-        return dict(sorted(found.items()))
+                yield name, [info.size, self.version or info.mtime_ns]
 
     def open(self, name: str) -> Any:
         return self.filesystem.open_input_file(f"{self.root}/{name}")

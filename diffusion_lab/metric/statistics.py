@@ -14,10 +14,9 @@ Source:
 __all__ = ["Moments", "PooledPixels", "reference"]
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -30,6 +29,7 @@ from torch import Tensor
 from diffusion_lab.data.images import Split
 from diffusion_lab.data.module import to_model
 from diffusion_lab.errors import DataError
+from diffusion_lab.files import write_atomic
 
 VERSION = 1  # of what the file holds and how it is computed
 
@@ -142,20 +142,14 @@ def reference(
         batch = torch.from_numpy(images[first : first + batch_size])
         with torch.no_grad():
             moments.update(extractor(batch.to(device)))
-    partial = path.with_suffix(".partial")
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, key=np.array(json.dumps(key)), n=np.array(moments.n),
+        mean=moments.mean.numpy(), scatter=moments.scatter.numpy(), allow_pickle=False,
+    )  # fmt: skip
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            np.savez(
-                file, key=np.array(json.dumps(key)), n=np.array(moments.n),
-                mean=moments.mean.numpy(), scatter=moments.scatter.numpy(), allow_pickle=False,
-            )  # fmt: skip
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_atomic(path, buffer.getvalue())
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise DataError(
             f"cannot write {path}: {error.strerror or error}; free space there, or set "
             "data.cache_dir to another disk"

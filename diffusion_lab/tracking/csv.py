@@ -3,13 +3,15 @@
 __all__ = ["MetricsCSV"]
 
 import csv
-import os
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from diffusion_lab.files import write_atomic
 
 
 class MetricsCSV(Logger):
@@ -70,9 +72,8 @@ class MetricsCSV(Logger):
         A resumed run repeats the validation at its first step: what is there already stays.
         """
         row = {"step": step, **metrics}
-        for logged in self.rows[
-            max(0, self.resumed - 2) : self.resumed
-        ]:  # a training row and that one
+        first = max(0, self.resumed - 2)  # the last training row, and that of the validation
+        for logged in self.rows[first : self.resumed]:
             if logged["step"] == str(step) and all(logged.get(name) for name in metrics):
                 return
         last = self.rows[-1] if self.written < len(self.rows) else None
@@ -104,11 +105,9 @@ class MetricsCSV(Logger):
             self.save()
 
     def _rewrite(self) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue().encode())
         self.written = len(self.rows)

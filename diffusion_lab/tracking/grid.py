@@ -5,13 +5,10 @@ leave as 8-bit pictures. What cannot be shown truthfully (a value that is not fi
 instead of being painted in some colour.
 """
 
-__all__ = ["image_grid", "labelled_grid", "save_png", "std_map", "to_uint8", "write_atomic"]
+__all__ = ["image_grid", "labelled_grid", "save_png", "std_map", "to_uint8"]
 
-import contextlib
 import io
 import math
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
+
+from diffusion_lab.files import write_atomic
 
 WHITE = (255, 255, 255)
 INK = (40, 42, 48)
@@ -217,33 +216,6 @@ def save_png(picture: Tensor | Image.Image, path: Path) -> Path:
     image = picture if isinstance(picture, Image.Image) else _image(picture)
     image.save(buffer, format="PNG", optimize=True)
     return write_atomic(path, buffer.getvalue())
-
-
-def write_atomic(path: Path, data: bytes) -> Path:
-    """Writes a file by way of a temporary one beside it, so that no reader sees half of it.
-
-    Arguments:
-        path: The file, whose folder is made if it is missing; an old one is replaced.
-        data: What it shall hold.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by hand and not by `tempfile`, whose files nobody but their owner may read.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    return path
 
 
 def _checked(images: Tensor, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from diffusion_lab.tracking.grid import write_atomic
+from diffusion_lab.files import write_atomic
 
 Cell = str | float | int
 Point = tuple[float, float]

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +53,14 @@ def everything(cache: PackedCache) -> np.ndarray:
 
 def partials(root: Path) -> list[str]:
     return [path.name for path in root.glob("*.partial")]
+
+
+def stopped(root: Path, kind: str, at: int) -> Path:
+    """Interrupts a packing at an image; returns what is left of it."""
+    with pytest.raises(KeyboardInterrupt):
+        pack(Drawn(COUNT, at=at, fail=interrupt), root, kind)
+    (partial,) = root.glob("*.partial")
+    return partial
 
 
 def folder(path: Path, size: int = 8) -> FolderSource:
@@ -165,8 +172,7 @@ def test_an_interrupted_packing_goes_on(
 
 def test_a_packing_interrupted_all_the_time_ends(tmp_path: Path, whole: dict) -> None:
     for at in (100, 256, 300, 511, 513, 599):
-        with pytest.raises(KeyboardInterrupt):
-            pack(Drawn(COUNT, at=at, fail=interrupt), tmp_path)
+        stopped(tmp_path, "uint8", at)
     assert files(pack(Drawn(COUNT), tmp_path)) == whole["uint8"]
 
 
@@ -236,9 +242,7 @@ TORN = {  # what happens to the data and the journal, both of 512 images; where 
 def test_what_a_crash_leaves_is_taken_over_as_far_as_it_is_sound(
     tmp_path: Path, what: str, kind: str, whole: dict
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        pack(Drawn(COUNT, at=550, fail=interrupt), tmp_path, kind)
-    (partial,) = tmp_path.glob("*.partial")
+    partial = stopped(tmp_path, kind, at=550)
     data, journal = partial / module.DATA[kind], partial / "journal.jsonl"
     assert journal.read_bytes().count(b"\n") == 2
     tear, first = TORN[what]
@@ -256,9 +260,7 @@ def test_what_is_dropped_after_a_crash_does_no_harm_later(
     tmp_path: Path, kind: str, whole: dict
 ) -> None:
     for at in (300, 550):
-        with pytest.raises(KeyboardInterrupt):
-            pack(Drawn(COUNT, at=at, fail=interrupt), tmp_path, kind)
-        (partial,) = tmp_path.glob("*.partial")
+        partial = stopped(tmp_path, kind, at)
         with open(partial / "journal.jsonl", "a") as journal:
             journal.write('{"items": 256, "sha2')
     again = Drawn(COUNT)
@@ -272,8 +274,7 @@ def test_groups_need_not_fit_the_journal(
 ) -> None:
     """The group in which the packing goes on is read from its start."""
     monkeypatch.setattr(Drawn, "CHUNK", 100)
-    with pytest.raises(KeyboardInterrupt):
-        pack(Drawn(COUNT, at=270, fail=interrupt), tmp_path, kind)
+    stopped(tmp_path, kind, at=270)
     again = Drawn(COUNT)
     assert files(pack(again, tmp_path, kind)) == whole[kind]
     assert again.given == list(range(200, COUNT))
@@ -284,9 +285,7 @@ def test_groups_need_not_fit_the_journal(
 def test_a_partial_that_lacks_a_file_begins_anew(
     tmp_path: Path, missing: str, kind: str, whole: dict
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        pack(Drawn(COUNT, at=550, fail=interrupt), tmp_path, kind)
-    (partial,) = tmp_path.glob("*.partial")
+    partial = stopped(tmp_path, kind, at=550)
     for name, path in (("data", module.DATA[kind]), ("journal", "journal.jsonl")):
         if missing in (name, "both"):
             (partial / path).unlink()
@@ -619,23 +618,13 @@ def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path: Path) -> No
     assert str(caught.value).startswith(text)
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs more rights")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_is_named_and_its_work_goes_on(tmp_path: Path, small: Path, kind: str) -> None:
+def test_a_full_disk_is_named_and_its_work_goes_on(
+    tmp_path: Path, disk: Callable[[str], Path], kind: str
+) -> None:
     """1500 images of 768 bytes, or a little more as PNG, on a disk of a MiB."""
     expected = files(pack(Drawn(1500, size=16), tmp_path / "large", kind))
-    root = small / "cache"
+    root = disk("1m") / "cache"
     with pytest.raises(DataError) as caught:
         pack(Drawn(1500, size=16), root, kind)
     assert str(caught.value) == (
@@ -643,7 +632,7 @@ def test_a_full_disk_is_named_and_its_work_goes_on(tmp_path: Path, small: Path, 
         "is kept; free space there and start again, or set data.cache_dir to another disk"
     )
     assert len(partials(root)) == 1
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+    disk("64m")
     again = Drawn(1500, size=16)
     assert files(pack(again, root, kind)) == expected
     first = again.given[0]

@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -300,30 +301,31 @@ def test_a_file_of_other_images_is_not_taken(tmp_path: Path) -> None:
     assert make(tmp_path)[0].n == 30
 
 
-@pytest.fixture
+@contextmanager
 def full() -> Iterator[None]:
-    """Lets no file grow above 1000 bytes; that too is an error of the system."""
+    """Lets no file grow above 1000 bytes; that too is an error of the system.
+
+    Only for the call in question: pytest's own output may be a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, full: None) -> None:
-    with pytest.raises(DataError, match=rf"cannot write {tmp_path}/pixels2-\w+.npz: File too"):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
+    text = rf"cannot write {tmp_path}/pixels2-\w+.npz: File too"
+    with pytest.raises(DataError, match=text), full():
         make(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_file_survives_a_full_disk(tmp_path: Path) -> None:
     one, _, _ = make(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(DataError):
-            make(tmp_path, "abd")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(DataError), full():
+        make(tmp_path, "abd")
     two, _, asked = make(tmp_path)
     assert equal(one, two) and asked == [] and len(list(tmp_path.iterdir())) == 1
     assert make(tmp_path, "abd")[0].n == 30
