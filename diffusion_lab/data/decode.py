@@ -2,9 +2,9 @@ r"""From the bytes of a JPEG or PNG file to pixels.
 
 Pillow decodes. It does not check the sums of a PNG file's pixels; that is done here, so that no
 changed byte goes unseen. A JPEG file has no such sums, and one with damage in the middle of its
-scan is a picture to Pillow. With simplejpeg (an extra) JPEG files are decoded to the same pixels, a
-little faster, and much of such damage is an error. torchvision's decoder is not used: one changed
-byte of a PNG ends it, and the process, with a segmentation fault.
+scan is a picture to Pillow. With simplejpeg (an extra) JPEG files are decoded to the same pixels,
+a little faster, and much of such damage is an error. torchvision's decoder is not used: one
+changed byte of a PNG ends it, and the process, with a segmentation fault.
 """
 
 __all__ = ["DECODER", "decode"]
