@@ -93,8 +93,16 @@ class PackedCache:
 
     @cached_property
     def sha256(self) -> np.ndarray:
-        """The hash of each image's pixels, uint8, of shape (N, 32)."""
-        return self._load("sha256.npy", (len(self.names), 32))
+        """The hash of each image's pixels, uint8, of shape (N, 32).
+
+        Raises:
+            DataError: If they are not those that the manifest was written with.
+        """
+        digests = self._load("sha256.npy", (len(self.names), 32))
+        content = hashlib.sha256(digests.tobytes()).hexdigest()
+        if content != self.manifest["content"]:
+            raise self._damaged(ValueError("sha256.npy is not what was packed"))
+        return digests
 
     @cached_property
     def images(self) -> Images:
@@ -130,12 +138,12 @@ class PackedCache:
 
 def verify(cache: PackedCache, progress: bool = True) -> list[str]:
     """Returns the names of the images whose pixels are not those that were packed."""
-    bad = []
+    bad, sha256 = [], cache.sha256
     places = range(len(cache.names))
     for k in tqdm(places, desc="verifying", disable=not progress, leave=False):
         try:
             (image,) = cache.images.gather(np.array([k]))
-            if hashlib.sha256(image.tobytes()).digest() != cache.sha256[k].tobytes():
+            if hashlib.sha256(image.tobytes()).digest() != sha256[k].tobytes():
                 bad.append(cache.names[k])
         except DataError:
             bad.append(cache.names[k])
@@ -168,7 +176,7 @@ def ingest(
     """
     cache = PackedCache(root / fingerprint(source, kind))
     if (cache.directory / MANIFEST).exists():
-        return cache
+        return _accepted(cache, on_error)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{cache.directory.name}.lock"):
@@ -180,6 +188,18 @@ def ingest(
             "so far is kept; free space there and start again, or set data.cache_dir to another "
             "disk"
         ) from error
+    return _accepted(cache, on_error)
+
+
+def _accepted(cache: PackedCache, on_error: str) -> PackedCache:
+    """Holds what was once left out against what may be left out now."""
+    skipped = cache.manifest["skipped"]
+    if skipped and on_error == "raise":
+        raise DataError(
+            f"the cache {cache.directory} was packed without {len(skipped)} bad image(s): "
+            f"{skipped[0]['reason']}. Set data.on_error=skip to go on without, or repair the "
+            "images"
+        )
     return cache
 
 

@@ -7,9 +7,11 @@ __all__ = ["EncodedImages", "Images", "MappedImages", "SourceImages", "Split"]
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import cached_property
 from itertools import groupby
+from mmap import mmap
 from pathlib import Path
 from threading import Lock
 
@@ -94,7 +96,7 @@ class SourceImages(Images):
     """Images read from their source whenever they are asked for.
 
     Of a source that can only be read by whole groups, the encoded groups read last are kept, up
-    to a bound in bytes.
+    to a bound in bytes, which the group that is being read counts towards.
 
     Arguments:
         source: The source.
@@ -107,7 +109,6 @@ class SourceImages(Images):
         self.reads = 0  # of whole groups
         self._lock = Lock()
         self._kept: OrderedDict[int, Future] = OrderedDict()
-        self._bytes: dict[int, int] = {}
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
@@ -128,14 +129,14 @@ class SourceImages(Images):
                 images[k] = self._decode(item, int(positions[k]))
         return images
 
-    def _decode(self, item: Item, position: int) -> np.ndarray:
+    def _decode(self, item: Item | memoryview, position: int) -> np.ndarray:
         if isinstance(item, DataError):
             raise item
-        if isinstance(item, bytes):
-            return decode(item, self.size, self.source.where(position))
+        if isinstance(item, bytes | memoryview):
+            return decode(bytes(item), self.size, self.source.where(position))
         return item
 
-    def _group(self, group: int) -> list[Item]:
+    def _group(self, group: int) -> list[Item | memoryview]:
         """A whole group, read by the first thread that asks for it while the others wait."""
         with self._lock:
             future = self._kept.get(group)
@@ -144,22 +145,36 @@ class SourceImages(Images):
                 future = self._kept[group] = Future()
                 self.reads += 1
             self._kept.move_to_end(group)
+            held = sum(self.source.bytes[k] for k in self._kept)
+            for other in [k for k, read in self._kept.items() if read.done() and k != group]:
+                if held > self.memory:  # what is about to be read counts, too
+                    held -= self.source.bytes[other]
+                    del self._kept[other]
         if mine:
             try:
-                items = list(self.source.read(group))
-                size = sum(len(item) for item in items if isinstance(item, bytes))
-                with self._lock:
-                    self._bytes[group] = size
-                    while sum(self._bytes.values()) > self.memory and len(self._bytes) > 1:
-                        oldest = next(k for k in self._kept if k in self._bytes)
-                        del self._kept[oldest], self._bytes[oldest]
-                future.set_result(items)
+                future.set_result(_together(self.source.read(group)))
             except BaseException as error:
                 with self._lock:
                     self._kept.pop(group, None)
                 future.set_exception(error)
                 raise
         return future.result()
+
+
+def _together(items: Iterator[Item]) -> list[Item | memoryview]:
+    """Moves encoded images into one block, which goes back to the system with the group.
+
+    Thousands of small pieces would leave holes between what stays, and the process would grow.
+    """
+    images = list(items)
+    lengths = [len(item) if isinstance(item, bytes) else 0 for item in images]
+    block, first = memoryview(mmap(-1, max(1, sum(lengths)))), 0
+    for k, length in enumerate(lengths):
+        if isinstance(images[k], bytes):
+            block[first : first + length] = images[k]
+            images[k] = block[first : first + length]
+            first += length
+    return images
 
 
 class Split:

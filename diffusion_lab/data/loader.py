@@ -163,6 +163,11 @@ class Loader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    @staticmethod
+    def batches_held(workers: int) -> int:
+        """Returns how many batches there are at once at most, the user's and the next included."""
+        return workers + 3 if workers else 2
+
     def _fetch(self, batch: _Batch) -> Tensor:
         image = torch.from_numpy(self.images[batch.index.numpy()])
         return image.pin_memory() if self.pin else image

@@ -8,8 +8,10 @@ and leaves the memory layout that convolutions like.
 __all__ = ["ImageDataModule", "to_model"]
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from diffusion_lab.data.order import lanes, live_groups, shuffled
 from diffusion_lab.data.source import Source, divide, open_source
 from diffusion_lab.errors import ConfigError, DataError
 from diffusion_lab.noise import KeyedGenerator, make_key
+
+log = logging.getLogger(__name__)
 
 CACHES = ("uint8", "bytes", "none")
 ORDERS = ("shuffle", "lanes")
@@ -51,7 +55,8 @@ class ImageDataModule(LightningDataModule):
         order: "shuffle" or "lanes"; see `order.py`.
         lanes: The number L of lanes.
         window: The number k of groups that a lane mixes.
-        memory: Bound on the encoded groups that a device holds with cache="none", in GiB.
+        memory: Bound on what a device holds to stream with cache="none", in GiB: groups of encoded
+            images, what is being read, and the batches fetched ahead.
         tail: "drop" or "spread"; see `Loader`.
         num_workers: How many threads fetch batches ahead.
         on_error: "raise" or "skip"; see `ingest`.
@@ -176,7 +181,7 @@ class ImageDataModule(LightningDataModule):
                 f"{count} training images of data.source={self.source}; lower data.batch_size"
             )
         if stage == "fit":
-            self._check_memory(world)
+            self._check_streaming(world)
 
     def open(self) -> None:
         """Opens the images and divides them into splits."""
@@ -185,7 +190,7 @@ class ImageDataModule(LightningDataModule):
         images: Images
         if self.kind == "none" and self.packed is None:
             source = self.open_source()
-            images = SourceImages(source, int(self.memory * 2**30))
+            images = SourceImages(source, self._room - self._under_way(source))
             names, own, sha256 = source.names, source.own, None
         else:
             cache = self.open_cache()
@@ -201,7 +206,18 @@ class ImageDataModule(LightningDataModule):
                 else hashlib.sha256(sha256[positions].tobytes()).hexdigest()[:16],
             }
 
-    def _check_memory(self, world: int) -> None:
+    @property
+    def _room(self) -> int:
+        """Bytes that may be held; a tenth is left for what lies unused between them."""
+        return int(0.9 * self.memory * 2**30)
+
+    def _under_way(self, source: Source) -> int:
+        """Bytes of the batches that are held, and of groups while they are read, in pieces."""
+        batches = Loader.batches_held(self.num_workers) * self.batch_size * self.size**2 * 3
+        reading = 3 * max(1, self.num_workers) * max(source.bytes) if source.whole else 0
+        return batches + reading
+
+    def _check_streaming(self, world: int) -> None:
         images = self.images["train"].images
         if not isinstance(images, SourceImages) or not images.source.whole:
             return
@@ -211,14 +227,23 @@ class ImageDataModule(LightningDataModule):
                 f"data.source={self.source} for almost every image; set data.order=lanes, or "
                 "data.cache=uint8"
             )
+        if self.lanes % world:
+            log.warning(
+                "data.lanes=%d is no multiple of the %d devices: a row group is read by %d of "
+                "them; set data.lanes=%d",
+                self.lanes, world, world // gcd(self.lanes, world),
+                -(-self.lanes // world) * world,
+            )  # fmt: skip
         groups = live_groups(self.lanes, self.window, world)
-        needed = min(groups, len(images.groups)) * max(images.source.bytes) / 2**30
-        if needed > self.memory:
+        kept = min(groups, len(images.groups)) * max(images.source.bytes)
+        other = self._under_way(images.source)
+        if kept + other > self._room:
             raise ConfigError(
                 f"data.lanes={self.lanes} and data.window={self.window} on {world} device(s) hold "
-                f"{groups} row groups at once, {needed:.3g} GiB, which is above "
-                f"data.memory={self.memory}; lower data.window or data.lanes, raise data.memory, "
-                "or set data.cache=bytes"
+                f"{groups} row groups at once, {kept / 2**30:.3g} GiB, and reading and batches "
+                f"take {other / 2**30:.3g} GiB, which is above 90% of data.memory={self.memory}; "
+                "lower data.window, data.lanes or data.num_workers, raise data.memory, or set "
+                "data.cache=bytes"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Source(ABC):
         own: The split that the set itself puts each image in: train, val or test.
         groups: The stretches of images that are read together.
         whole: Whether a group can only be read as a whole, so that a random access costs one.
+        bytes: Then the size of each group as it is read.
     """
 
     size: int
@@ -48,6 +49,7 @@ class Source(ABC):
     own: list[str]
     groups: list[range]
     whole: bool = False
+    bytes: list[int]
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

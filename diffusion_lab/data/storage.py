@@ -169,7 +169,7 @@ def open_storage(source: str, download: bool = True) -> Storage:
         except ImportError as error:
             raise DataError(f"data.source={source} needs pyarrow; {EXTRA}") from error
         try:
-            filesystem, root = FileSystem.from_uri(source)
+            filesystem, root = FileSystem.from_uri(_impatient(source))
             if not root.strip("/"):
                 raise ValueError("it names no bucket")
             file = filesystem.get_file_info(root).type == FileType.File
@@ -186,6 +186,13 @@ def open_storage(source: str, download: bool = True) -> Storage:
             "s3://<bucket>/<folder>, hf://datasets/<owner>/<name>, or faces"
         )
     return LocalStorage(path.resolve())
+
+
+def _impatient(source: str) -> str:
+    """Without a network Google's client would try for a quarter of an hour, and say nothing."""
+    if not source.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in source:
+        return source
+    return f"{source}{'&' if '?' in source else '?'}retry_limit_seconds=30"
 
 
 def _open_hub(source: str, download: bool) -> Storage:

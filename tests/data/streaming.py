@@ -7,18 +7,14 @@ A process of its own: what others leave behind would hide it.
 
 import json
 import sys
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffusion_lab.data.images import SourceImages, Split
-from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.order import lanes
-from diffusion_lab.data.source import ParquetSource
-from diffusion_lab.data.storage import LocalStorage
+from diffusion_lab.data import ImageDataModule
+from diffusion_lab.data.images import SourceImages
 
 
 def resident() -> int:
@@ -28,13 +24,19 @@ def resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def stream(images: SourceImages, batches: int | None = None) -> tuple[int, int]:
+def open_data(path: Path, size: int, bound: int) -> ImageDataModule:
+    data = ImageDataModule(
+        str(path), size, 4, {"train": 1, "val": 0, "test": 0}, cache="none", order="lanes",
+        lanes=3, window=1, memory=bound / 2**30, tail="spread", num_workers=1,
+    )  # fmt: skip
+    data.open()
+    return data
+
+
+def stream(data: ImageDataModule, batches: int | None = None) -> tuple[int, int]:
     """Reads an epoch, or its first batches; returns the most memory after a batch, and a sum."""
-    split = Split(images, np.arange(len(images.names)))
-    order = partial(lanes, groups=split.groups, count=4, window=1)
-    loader = Loader(split, "train", 8, seed=0, order=order, tail="spread", workers=2)
     most = total = 0
-    for batch in islice(loader, batches):
+    for batch in islice(data.train_dataloader(), batches):
         total += int(batch["image"][:, 0, 0, 0].sum())
         most = max(most, resident())
     return most, total
@@ -43,16 +45,17 @@ def stream(images: SourceImages, batches: int | None = None) -> tuple[int, int]:
 def main() -> None:
     path, size, bound = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    source = ParquetSource(LocalStorage(path), size)
-    stream(SourceImages(source, 0), 4)  # loads what is loaded at first use
+    stream(open_data(path, size, 0), 4)  # loads what is loaded at first use
     before = resident()
-    images = SourceImages(source, bound)
-    bounded, total = stream(images)
-    everything = SourceImages(source, 1 << 40)
-    everything.gather(np.array([group.start for group in source.groups]))
+    data = open_data(path, size, bound)
+    bounded, total = stream(data)
+    images = data.images["train"].images
+    everything = SourceImages(images.source, 1 << 40)
+    everything.gather(np.array([group.start for group in images.groups]))
     print(json.dumps({
         "before": before, "bounded": bounded, "unbounded": resident(),
-        "kept": sum(images._bytes.values()), "reads": images.reads, "sum": total,
+        "kept": sum(images.source.bytes[k] for k in images._kept), "reads": images.reads,
+        "sum": total,
     }))  # fmt: skip
 
 

@@ -417,6 +417,9 @@ def test_a_mended_image_is_packed(tmp_path: Path) -> None:
     (tmp_path / "in" / "b.png").write_bytes(b"")
     skipped = pack(folder(tmp_path / "in"), tmp_path / "cache", on_error="skip")
     assert skipped.names == ["a.png"]
+    # It is no answer to somebody who wants all images.
+    with pytest.raises(DataError, match=r"was packed without 1 bad image\(s\): .*b.png: not a"):
+        pack(folder(tmp_path / "in"), tmp_path / "cache")
     expected = fill(tmp_path / "in", ["b.png"])
     cache = pack(folder(tmp_path / "in"), tmp_path / "cache")
     assert cache.names == ["a.png", "b.png"]
@@ -534,13 +537,14 @@ def test_verify_names_the_images_with_a_changed_byte(tmp_path: Path, kind: str) 
         assert verify(PackedCache(cache.directory), progress=False) == ["image 5"]
 
 
-def test_verify_names_the_image_with_a_changed_hash(tmp_path: Path) -> None:
+def test_changed_hashes_are_refused(tmp_path: Path) -> None:
     cache = pack(Drawn(20), tmp_path)
     path = cache.directory / "sha256.npy"
     spoilt = bytearray(path.read_bytes())
     spoilt[-32 * 3 + 5] ^= 1
     path.write_bytes(spoilt)
-    assert verify(PackedCache(cache.directory), progress=False) == ["image 17"]
+    with pytest.raises(DataError, match=r"is damaged \(sha256.npy is not what was packed\)"):
+        verify(PackedCache(cache.directory), progress=False)
 
 
 # --- which cache belongs to a source ------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -366,22 +367,48 @@ def test_shuffling_whole_row_groups_is_refused(tmp_path: Path) -> None:
 
 
 def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path) -> None:
-    """2 lanes of windows of 3 groups, and one to come each: 8 groups at once."""
+    """2 lanes of windows of 3 groups, and one to come each: 8 groups at once.
+
+    A group that is read takes three times its size besides, and there are two batches.
+    """
     path = parquet(tmp_path)
     options = {"cache": "none", "order": "lanes", "lanes": 2, "window": 3}
     largest = max(of_files(tmp_path, path, **options).open_source().bytes)
-    needed = 8 * largest / 2**30
+    other = (3 * largest + 2 * 4 * 8 * 8 * 3) / 2**30
+    kept = 8 * largest / 2**30
+    needed = (kept + other) / 0.9 * (1 + 1e-4)
     ready(of_files(tmp_path, path, memory=needed, **options))
     data = of_files(tmp_path, path, memory=0.99 * needed, **options)
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
     assert str(caught.value) == (
-        f"data.lanes=2 and data.window=3 on 1 device(s) hold 8 row groups at once, {needed:.3g} "
-        f"GiB, which is above data.memory={0.99 * needed}; lower data.window or data.lanes, raise "
+        f"data.lanes=2 and data.window=3 on 1 device(s) hold 8 row groups at once, {kept:.3g} "
+        f"GiB, and reading and batches take {other:.3g} GiB, which is above 90% of "
+        f"data.memory={0.99 * needed}; lower data.window, data.lanes or data.num_workers, raise "
         "data.memory, or set data.cache=bytes"
     )
     # Never more than there are: 10 groups.
     many = {**options, "lanes": 8}
-    ready(of_files(tmp_path, path, memory=10 * largest / 2**30, **many))
+    ready(of_files(tmp_path, path, memory=(10.01 * largest / 2**30 + other) / 0.9, **many))
     with pytest.raises(ConfigError, match="hold 32 row groups"):
-        ready(of_files(tmp_path, path, memory=9 * largest / 2**30, **many))
+        ready(of_files(tmp_path, path, memory=(9 * largest / 2**30 + other) / 0.9, **many))
+
+
+@pytest.mark.parametrize("world, times, better", [(2, None, None), (3, 3, 6), (8, 2, 8)])
+def test_devices_that_do_not_divide_the_lanes_are_told(
+    tmp_path: Path, caplog, world: int, times: int | None, better: int | None
+) -> None:
+    data = of_files(
+        tmp_path, parquet(tmp_path), cache="none", order="lanes", lanes=4, batch_size=1
+    )
+    device = SimpleNamespace(type="cpu")
+    data.trainer = SimpleNamespace(
+        world_size=world, global_rank=0, strategy=SimpleNamespace(root_device=device)
+    )
+    data.setup("fit")
+    assert [record.getMessage() for record in caplog.records] == (
+        [] if times is None else [
+            f"data.lanes=4 is no multiple of the {world} devices: a row group is read by {times} "
+            f"of them; set data.lanes={better}"
+        ]
+    )  # fmt: skip

@@ -195,6 +195,7 @@ class Fake(Source):
             encoded(PIXELS[k % COUNT] // (1 + k % 3 * 60), 9 * (k % 2)) for k in range(edges[-1])
         ]
         self.own = ["train"] * edges[-1]
+        self.bytes = [self.bytes_of(group) for group in range(len(lengths))]
         self.order: list[int] = []
 
     def describe(self) -> dict:
@@ -210,10 +211,8 @@ class Fake(Source):
 
 
 def kept(images: SourceImages) -> dict[int, int]:
-    """The real size of every group that is kept; the bookkeeping must say the same."""
-    real = {group: sum(map(len, future.result(0))) for group, future in images._kept.items()}
-    assert real == images._bytes
-    return real
+    """The size of every group that is kept."""
+    return {group: sum(map(len, future.result(0))) for group, future in images._kept.items()}
 
 
 def test_never_more_is_kept_than_allowed() -> None:
@@ -375,7 +374,7 @@ def epoch(path: Path, count: int, window: int, world: int, workers: int = 0) -> 
     reads, seen = 0, []
     for rank in range(world):
         source = open_parquet(path)
-        largest = max(sum(map(len, source.read(group))) for group in range(27))
+        largest = max(source.bytes)
         images = SourceImages(source, live_groups(count, window, world) * largest)
         split = Split(images, np.arange(263))
         order = partial(lanes, groups=split.groups, count=count, window=window)
@@ -414,14 +413,13 @@ def test_threads_that_fetch_ahead_read_hardly_more(parquet: Path) -> None:
 
 
 def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> None:
-    """205 MB of images through 20 MB, with 40 MB for what is under way: batches, reads, buffers.
+    """260 MB of images through 25 MB, batches and reads included.
 
-    The same measure sees all of the set if the memory has no bound. Measured: 43 to 48 MB, and
-    232 to 239 MB.
+    The same measure sees all of the set if the memory has no bound.
     """
     noise = np.random.default_rng(0).integers(0, 256, (20, 256, 256, 3), dtype=np.uint8)
-    data = [encoded(image, 0) for image in noise] * 52
-    path, bound = tmp_path / "large.parquet", 20_000_000
+    data = [encoded(image, 0) for image in noise] * 66
+    path, bound = tmp_path / "large.parquet", 25_000_000
     write_parquet(path, data)
     try:
         assert path.stat().st_size > 10 * bound
@@ -434,8 +432,8 @@ def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> Non
         path.unlink()
     assert result.returncode == 0, result.stderr
     actual = json.loads(result.stdout)
-    assert actual["sum"] == 52 * int(noise[:, 0, 0, 0].sum())  # every image came, once
-    assert 104 <= actual["reads"] <= 104 + 3
-    assert 0.9 * bound < actual["kept"] <= bound
-    assert actual["bounded"] - actual["before"] < bound + 40_000_000
+    assert actual["sum"] == 66 * int(noise[:, 0, 0, 0].sum())  # every image came, once
+    assert 132 <= actual["reads"] <= 132 + 3
+    assert 0.4 * bound < actual["kept"] <= bound
+    assert actual["bounded"] - actual["before"] < bound
     assert actual["unbounded"] - actual["before"] > 10 * bound
