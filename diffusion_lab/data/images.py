@@ -88,7 +88,8 @@ class EncodedImages(Images):
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
         for k, position in enumerate(positions):
             first, last = self.offsets[position : position + 2]
-            images[k] = decode(self.data[first:last].tobytes(), self.size, self.names[position])
+            data = self.data[first:last].tobytes()
+            decode(data, self.size, self.names[position], out=images[k])
         return images
 
 
@@ -126,15 +127,16 @@ class SourceImages(Images):
             else:
                 items = self.source.read(group, places)
             for k, item in zip(members, items, strict=True):
-                images[k] = self._decode(item, int(positions[k]))
+                self._decode(item, int(positions[k]), images[k])
         return images
 
-    def _decode(self, item: Item | memoryview, position: int) -> np.ndarray:
+    def _decode(self, item: Item | memoryview, position: int, out: np.ndarray) -> None:
         if isinstance(item, DataError):
             raise item
         if isinstance(item, bytes | memoryview):
-            return decode(bytes(item), self.size, self.source.where(position))
-        return item
+            decode(bytes(item), self.size, self.source.where(position), out=out)
+        else:
+            out[:] = item
 
     def _group(self, group: int) -> list[Item | memoryview]:
         """A whole group, read by the first thread that asks for it while the others wait."""

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CACHES = ("uint8", "bytes", "none")
 ORDERS = ("shuffle", "lanes")
+ROOM = 0.85  # of data.memory may be planned with; see `_room`
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -208,8 +209,8 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def _room(self) -> int:
-        """Bytes that may be held; a tenth is left for what lies unused between them."""
-        return int(0.9 * self.memory * 2**30)
+        """Bytes that may be held; the rest is left for what lies unused between them."""
+        return int(ROOM * self.memory * 2**30)
 
     def _under_way(self, source: Source) -> int:
         """Bytes of the batches that are held, and of groups while they are read, in pieces."""
@@ -241,9 +242,9 @@ class ImageDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.lanes={self.lanes} and data.window={self.window} on {world} device(s) hold "
                 f"{groups} row groups at once, {kept / 2**30:.3g} GiB, and reading and batches "
-                f"take {other / 2**30:.3g} GiB, which is above 90% of data.memory={self.memory}; "
-                "lower data.window, data.lanes or data.num_workers, raise data.memory, or set "
-                "data.cache=bytes"
+                f"take {other / 2**30:.3g} GiB, which is above {ROOM:.0%} of data.memory="
+                f"{self.memory}; lower data.window, data.lanes or data.num_workers, raise "
+                "data.memory, or set data.cache=bytes"
             )
 
     def state_dict(self) -> dict[str, Any]:
