@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -22,10 +23,15 @@ from diffusion_lab.config import (
     check_train,
     register_resolvers,
 )
+from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.instantiate import instantiate
 
 log = logging.getLogger(__name__)
+
+MODEL = (
+    "network", "schedule", "parameterization", "loss", "time", "optimizer", "lr_schedule",
+)  # fmt: skip
 
 register_resolvers()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices, tips, summaries
@@ -76,9 +82,7 @@ def train(config: DictConfig) -> None:
     module = instantiate(
         {
             "_target_": "diffusion_lab.module.DiffusionModule",
-            **{key: config[key] for key in ("network", "schedule", "parameterization", "loss")},
-            "optimizer": config.optimizer,
-            "lr_schedule": config.lr_schedule,
+            **{key: config[key] for key in MODEL},
         },
         "model",
         run_config=OmegaConf.to_container(config, resolve=True),
@@ -129,6 +133,9 @@ def evaluate(config: DictConfig) -> None:
     """Evaluates a trained prior."""
     check_eval(config)
     run = runs.rebuild(config.ckpt or config.run or runs.newest_run())
+    if config.get("schedule") is not None:
+        schedule = instantiate(config.schedule, "schedule")
+        run = replace(run, denoiser=Rescheduled(run.denoiser, schedule))
     schedule = run.denoiser.schedule
     check_sampler(config, schedule.steps)
     log.info("prior: %s, %d steps", run.checkpoint, run.step)
@@ -138,27 +145,28 @@ def evaluate(config: DictConfig) -> None:
         "seed": config.seed,
         "batch_size": config.batch_size,
         "sampler": instantiate(config.sampler, "sampler"),
-        "num_samples": config.num_samples,
         "settings": OmegaConf.to_yaml(config, resolve=True),
     }
+    if "num_samples" in config:
+        parts["num_samples"] = config.num_samples
     if "num_images" in config:
-        values = {key: config[key] for key in noise_level.KEYS}
-        parts["level"] = noise_level.resolve(schedule, values)
-        log.info("noise: %s", parts["level"])
         node = {**run.config["data"], "cache_dir": config.data.cache_dir}
         if config.data.source is not None:
             node["source"] = config.data.source
         data = instantiate(node, "data")
         data.setup("test")
+        parts |= {"data": data, "num_images": config.num_images}
+    if "sigma_t" in config:
+        values = {key: config[key] for key in noise_level.KEYS}
+        parts["level"] = noise_level.resolve(schedule, values)
+        log.info("noise: %s", parts["level"])
         if config.guidance is None:
             raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
-        parts |= {
-            "data": data,
-            "guidance": instantiate(config.guidance, "guidance"),
-            "num_images": config.num_images,
-        }
+        parts["guidance"] = instantiate(config.guidance, "guidance")
     task = instantiate(config.task, "task", **parts)
-    trainer = instantiate(config.trainer, "trainer", logger=False, callbacks=[])
+    trainer = instantiate(
+        config.trainer, "trainer", logger=False, callbacks=[], inference_mode=False
+    )  # methods that take derivatives of the network need no_grad instead
     trainer.test(task, verbose=False)
 
 

@@ -36,6 +36,7 @@ def _number(kind: type, test: Check) -> Check:
 COUNT = ("a whole number >= 1", _number(int, lambda v: v >= 1))
 COUNT_OR_0 = ("a whole number >= 0", _number(int, lambda v: v >= 0))
 POSITIVE = ("a number > 0", _number(float, lambda v: v > 0))
+NOT_NEGATIVE = ("a number >= 0", _number(float, lambda v: v >= 0))
 DECAY = ("a number in [0, 1)", _number(float, lambda v: 0 <= v < 1))
 FLAG = ("true or false", lambda v: isinstance(v, bool))
 TEXT = ("a text", lambda v: isinstance(v, str) and v != "")
@@ -65,6 +66,33 @@ COMMON = {
     "sampler.clip": FLAG,
     "sampler.eta": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
     "sampler.variance": _one_of("small", "large"),
+    "sampler.order": _one_of(1, 2),
+    "sampler.stochastic": FLAG,
+    "sampler.adaptive": FLAG,
+    "sampler.rtol": POSITIVE,
+    "sampler.atol": POSITIVE,
+    "sampler.snr": POSITIVE,
+    "sampler.corrections": COUNT,
+    "sampler.churn": NOT_NEGATIVE,
+    "sampler.noise": NOT_NEGATIVE,
+    "sampler.grid.rho": ("a number >= 1", _number(float, lambda v: v >= 1)),
+    "schedule.steps": ("a whole number >= 2", _number(int, lambda v: v >= 2)),
+    "schedule.s": POSITIVE,
+    "schedule.tau": POSITIVE,
+    "schedule.b": POSITIVE,
+    "schedule.shift": POSITIVE,
+    "schedule.zero_terminal_snr": FLAG,
+    "schedule.t_min": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
+    "schedule.sigma_min": POSITIVE,
+    "schedule.sigma_max": POSITIVE,
+}
+INCREMENTS = {  # of a DDPM; the SDEs have rates, which may be larger
+    "schedule.beta_min": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
+    "schedule.beta_max": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
+}
+RATES = {
+    "schedule.beta_min": ("a number >= 0", _number(float, lambda v: v >= 0)),
+    "schedule.beta_max": ("a number > 0", _number(float, lambda v: v > 0)),
 }
 TRAIN = COMMON | {
     "name": TEXT,
@@ -107,13 +135,15 @@ TRAIN = COMMON | {
     "network.blocks": COUNT,
     "network.groups": COUNT,
     "network.dropout": DECAY,
-    "schedule.steps": ("a whole number >= 2", _number(int, lambda v: v >= 2)),
-    "schedule.beta_min": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
-    "schedule.beta_max": ("a number in (0, 1)", _number(float, lambda v: 0 < v < 1)),
-    "schedule.s": POSITIVE,
-    "schedule.tau": POSITIVE,
+    "parameterization.sigma_data": POSITIVE,
+    "loss.sigma_data": POSITIVE,
+    "loss.gamma": NOT_NEGATIVE,
+    "loss.k": POSITIVE,
+    "loss.truncated": FLAG,
+    "time.stratified": FLAG,
+    "time.std": POSITIVE,
     "optimizer.lr": POSITIVE,
-    "optimizer.weight_decay": ("a number >= 0", _number(float, lambda v: v >= 0)),
+    "optimizer.weight_decay": NOT_NEGATIVE,
     "lr_schedule.warmup": COUNT_OR_0,
     "lr_schedule.final": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
 }
@@ -124,13 +154,17 @@ EVAL = COMMON | {
     "num_images": COUNT,
     "num_samples": COUNT,
     "data.source": _null_or(TEXT),
-    "guidance.strength": ("a number >= 0", _number(float, lambda v: v >= 0)),
+    "guidance.strength": NOT_NEGATIVE,
     "guidance.start": _one_of("noise", "y"),
+    "task.terms": COUNT_OR_0,
+    "task.points": COUNT_OR_0,
+    "task.ratio": POSITIVE,
 }
 
 
 def _check_values(config: DictConfig, rules: dict[str, tuple[str, Check]]) -> None:
-    for key, (allowed, check) in rules.items():
+    schedule = config.get("schedule") or {}
+    for key, (allowed, check) in (rules | (INCREMENTS if "steps" in schedule else RATES)).items():
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
         if node is None or name not in node:
@@ -140,13 +174,22 @@ def _check_values(config: DictConfig, rules: dict[str, tuple[str, Check]]) -> No
             raise ConfigError(f"{key}={value} is not allowed; it is {allowed}")
 
 
+def _check_schedule(schedule: DictConfig) -> None:
+    """Holds the two ends of a schedule against each other."""
+    for low, high in (("beta_min", "beta_max"), ("sigma_min", "sigma_max")):
+        if schedule.get(low, 0) >= schedule.get(high, math.inf):
+            raise ConfigError(
+                f"schedule.{low}={schedule[low]} must be below schedule.{high}={schedule[high]}"
+            )
+
+
 def check_sampler(config: DictConfig, steps: int) -> None:
     """Checks the sampler against the number of steps of the schedule.
 
     Raises:
         ConfigError: If it takes more.
     """
-    if config.sampler.steps > steps:
+    if config.sampler.steps > steps and not config.sampler.get("adaptive"):
         raise ConfigError(
             f"sampler.steps={config.sampler.steps} is more than the {steps} steps of the "
             f"schedule (schedule.steps); lower it to at most {steps}"
@@ -196,10 +239,13 @@ def check_train(config: DictConfig) -> None:
                 f"data.batch_size={data.batch_size} on trainer.devices={devices} is more than "
                 f"data.splits.train={train} images; lower data.batch_size"
             )
-    if config.schedule.get("beta_min", 0) >= config.schedule.get("beta_max", 1):
+    _check_schedule(config.schedule)
+    if config.schedule.get("zero_terminal_snr") and config.parameterization._target_.endswith(
+        (".Epsilon", ".Score")
+    ):
         raise ConfigError(
-            f"schedule.beta_min={config.schedule.beta_min} must be below "
-            f"schedule.beta_max={config.schedule.beta_max}"
+            "schedule.zero_terminal_snr=true leaves no image at t = 1, where the noise tells "
+            "nothing of x_0; set parameterization=v, x0 or flow"
         )
 
 
@@ -212,6 +258,8 @@ def check_eval(config: DictConfig) -> None:
     _check_values(config, EVAL)
     if config.run is not None and config.ckpt is not None:
         raise ConfigError(f"run={config.run} and ckpt={config.ckpt} exclude each other")
+    if config.get("schedule") is not None:
+        _check_schedule(config.schedule)
     if "sigma_t" in config:
         noise_level.chosen({key: config[key] for key in noise_level.KEYS})
 

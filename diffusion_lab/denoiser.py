@@ -6,14 +6,14 @@ E[x_0 | x_t], from which follow (Tweedie)
     ε̂(x_t, t) = (x_t - α_t x̂) / σ_t,    ∇ log p(x_t) = -ε̂ / σ_t = (α_t x̂ - x_t) / σ_t².
 """
 
-__all__ = ["Clipped", "Denoiser", "NetworkDenoiser", "broadcast"]
+__all__ = ["Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled", "broadcast"]
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
 
 
@@ -60,14 +60,19 @@ class NetworkDenoiser(Denoiser):
         parameterization: What it predicts.
     """
 
-    def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Epsilon) -> None:
+    def __init__(
+        self, network: nn.Module, schedule: Schedule, parameterization: Parameterization
+    ) -> None:
         super().__init__(schedule)
         self.network = network
         self.parameterization = parameterization
 
     def output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the network's prediction at x_t, in x_t's type."""
-        # Below t = 1/T the network was never trained; there is hardly any noise there either.
+        if self.parameterization.scales(self.schedule):
+            alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
+            x_t = self.parameterization.scale(alpha_t, sigma_t) * x_t
+        # Below t = 1/T a network was never trained; there is hardly any noise there either.
         index = self.schedule.index(t).clamp(min=0)
         index = index.to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
@@ -76,6 +81,33 @@ class NetworkDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
         return self.parameterization.denoised(self.output(x_t, t), x_t, alpha_t, sigma_t)
+
+
+class Rescheduled(Denoiser):
+    """Another denoiser under a schedule that is not its own: any prior under any schedule.
+
+    Two noisy images with one ratio σ / α tell the same of x_0. With t' where the denoiser's own
+    schedule has the ratio of t,
+
+        E[x_0 | x_t] = E[x_0 | x'_{t'} = α'_{t'} / α_t x_t].
+
+    Arguments:
+        denoiser: The denoiser.
+        schedule: The schedule that it is asked under.
+
+    Raises:
+        ValueError: If asked for a level outside the denoiser's own schedule.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self.denoiser = denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        own = self.denoiser.schedule
+        t_own = own.t_from_ratio(self.schedule.ratio(t))
+        factor = own(t_own)[0] / self.schedule(t.double())[0]
+        return self.denoiser(broadcast(factor, x_t) * x_t, t_own)
 
 
 class Clipped(Denoiser):

@@ -1,6 +1,6 @@
 """Errors that are the user's to mend: one message, no traceback, exit code 1."""
 
-__all__ = ["ConfigError", "DataError", "RunError"]
+__all__ = ["ConfigError", "DataError", "RunError", "SamplingError"]
 
 from hydra.errors import CompactHydraException
 
@@ -15,3 +15,7 @@ class DataError(CompactHydraException):
 
 class RunError(CompactHydraException):
     """A run directory or checkpoint is missing, unreadable or does not fit."""
+
+
+class SamplingError(CompactHydraException):
+    """A sampler's state is no longer a number, or it does not arrive."""

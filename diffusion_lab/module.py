@@ -1,10 +1,11 @@
 r"""The LightningModule: draw t and ε, predict, take the loss; and nothing else.
 
-    x_t = α_t x_0 + σ_t ε,    loss = E |target(x_0, ε, t) - network(x_t, t)|².
+    x_t = α_t x_0 + σ_t ε,    loss = E w(t) |target(x_0, ε, t) - network(x_t, t)|².
 
 t and ε of an image are drawn from the key that comes with it, a function of (seed, split, epoch,
-dataset index): the same whatever the batch size, the number of devices or a resume. In validation
-the times are spread evenly over the images, so that the loss per noise level has little variance.
+dataset index): the same whatever the batch size, the number of devices or a resume. Stratified
+times alone belong to the global batch. In validation the times are spread evenly over the images,
+so that the loss per noise level has little variance.
 """
 
 __all__ = ["DiffusionModule"]
@@ -21,10 +22,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from diffusion_lab.denoiser import NetworkDenoiser, broadcast
-from diffusion_lab.loss import Simple
+from diffusion_lab.loss import Loss
 from diffusion_lab.noise import KeyedGenerator
-from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.time import Time, Uniform
 
 BINS = 10  # of t, for the validation loss per noise level
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly
@@ -37,9 +39,10 @@ class DiffusionModule(LightningModule):
         network: Maps (x_t, i), i DDPM's noise index, to a prediction of x_t's shape.
         schedule: The noise schedule.
         parameterization: What the network predicts.
-        loss: How t is drawn, and what an error weighs.
+        loss: What an error weighs.
         optimizer: Makes the optimizer from parameters.
         lr_schedule: Makes the learning-rate schedule from an optimizer and the number of steps.
+        time: How t is drawn; uniform if None.
         run_config: The run's configuration as plain containers; saved with every checkpoint.
     """
 
@@ -49,10 +52,11 @@ class DiffusionModule(LightningModule):
         self,
         network: nn.Module,
         schedule: Schedule,
-        parameterization: Epsilon,
-        loss: Simple,
+        parameterization: Parameterization,
+        loss: Loss,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         lr_schedule: Callable[[Optimizer, int], LRScheduler],
+        time: Time | None = None,
         run_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -60,7 +64,7 @@ class DiffusionModule(LightningModule):
         self.network_ema = copy.deepcopy(network).requires_grad_(False).eval()
         self.schedule = schedule
         self.parameterization = parameterization
-        self.loss = loss
+        self.loss, self.time = loss, time or Uniform()
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.run_config = run_config or {}
         self._step_losses: list[Tensor] = []  # of one optimizer step, more than one if accumulated
@@ -84,15 +88,18 @@ class DiffusionModule(LightningModule):
         alpha_t, sigma_t = (broadcast(c, x_0) for c in self.schedule(t))
         x_t = alpha_t * x_0 + sigma_t * epsilon
         target = self.parameterization.target(x_0, epsilon, alpha_t, sigma_t)
-        return self.loss(self.denoiser(ema).output(x_t, t), target)
+        output = self.denoiser(ema).output(x_t, t)
+        return self.loss(output, target, self.schedule, self.parameterization, t)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean loss of a batch, weighted for unequal numbers of images."""
         x_0, generator = batch["x_0"], KeyedGenerator(batch["key"])
-        t = self.loss.sample_t(generator, self.schedule)
+        u = generator.uniform().double()
+        t, factor = self.time(batch["stratum"] if self.time.stratified else u, self.schedule)
         epsilon = generator.normal(*x_0.shape[1:])
+        losses = factor.to(x_0) * self._losses(x_0, t, epsilon, ema=False)
         # The devices' gradients are averaged: weighted, that is the mean over the global batch.
-        loss = self._losses(x_0, t, epsilon, ema=False).mean() * batch["weight"]
+        loss = losses.mean() * batch["weight"]
         self._log_loss(loss.detach())
         return loss
 
@@ -110,9 +117,8 @@ class DiffusionModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch to the validation losses of the raw and of the averaged weights."""
-        x_0, steps = batch["x_0"], self.schedule.steps
-        u = ((batch["index"].double() + 0.5) * GOLDEN) % 1.0
-        t = ((u * steps).floor() + 1) / steps
+        x_0 = batch["x_0"]
+        t, _ = Uniform()(((batch["index"].double() + 0.5) * GOLDEN) % 1.0, self.schedule)
         epsilon = KeyedGenerator(batch["key"]).normal(*x_0.shape[1:])
         losses = self._losses(x_0, t, epsilon, ema=True)
         self.val_loss.update(self._losses(x_0, t, epsilon, ema=False))

@@ -5,9 +5,22 @@ import torch
 from gaussian import COVARIANCE, MEAN, GaussianDenoiser
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import Clipped, NetworkDenoiser, broadcast
-from diffusion_lab.parameterization import Epsilon
-from diffusion_lab.schedule import Cosine, Linear
+from diffusion_lab.denoiser import Clipped, NetworkDenoiser, Rescheduled, broadcast
+from diffusion_lab.parameterization import EDM as EDMParameterization
+from diffusion_lab.parameterization import X0, Epsilon, Parameterization, Score, V
+from diffusion_lab.parameterization import Flow as FlowParameterization
+from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, SubVP
+
+SCHEDULES = [Linear(), Cosine(), VP(), SubVP(), VE(), EDM(), Flow()]
+PARAMETERIZATIONS = [
+    Epsilon(),
+    Score(),
+    X0(),
+    V(),
+    FlowParameterization(),
+    EDMParameterization(0.4),
+]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,6 +65,38 @@ def test_a_network_that_knows_the_noise_finds_the_image(t: Tensor) -> None:
     assert torch.equal(target, epsilon)
 
 
+@every_schedule
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=lambda p: type(p).__name__)
+def test_a_network_that_says_its_target_finds_the_image(
+    parameterization: Parameterization, schedule: Schedule
+) -> None:
+    """And sees x_t at a variance of about one, at the schedule's own index."""
+    x_0, epsilon = normal(3, 2, 4, 4), normal(6, 2, 4, 4)[3:]
+    t = torch.tensor([0.5, 0.1, 0.7531], dtype=torch.float64)
+    alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
+    x_t = alpha_t * x_0 + sigma_t * epsilon
+    network = Recorder(parameterization.target(x_0, epsilon, alpha_t, sigma_t), torch.float64)
+    denoiser = NetworkDenoiser(network, schedule, parameterization)
+    torch.testing.assert_close(denoiser(x_t, t), x_0, rtol=1e-6, atol=1e-6)
+    score = denoiser.score(x_t, t)
+    torch.testing.assert_close(score, -epsilon / sigma_t, rtol=1e-6, atol=1e-6)
+    variance = sigma_t**2 + alpha_t**2 * (
+        0.4**2 if type(parameterization) is EDMParameterization else 1
+    )
+    torch.testing.assert_close(network.x, x_t / variance.sqrt(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(network.index, schedule.index(t).float())
+
+
+@every_schedule
+def test_no_index_is_below_the_first(schedule: Schedule) -> None:
+    network = Recorder(torch.zeros(2, 3), torch.float64)
+    denoiser = NetworkDenoiser(network, schedule, X0())
+    for t in (schedule.t_min / 2, 1e-9):
+        denoiser(normal(2, 3), torch.tensor(t, dtype=torch.float64))
+        expected = schedule.t_min / 2 * 1000 - 1 if type(schedule) is VE and t > 1e-9 else 0
+        torch.testing.assert_close(network.index, torch.full((2,), float(expected)))
+
+
 def test_the_network_runs_in_its_own_precision_and_the_estimate_does_not() -> None:
     x_t, t = normal(2, 3, dtype=torch.float32), torch.tensor(0.3)
     network = Recorder(normal(2, 3), torch.bfloat16)
@@ -72,6 +117,29 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float) -> None:
     torch.testing.assert_close(denoiser.score(x_t, time).detach(), gradient)
     each = denoiser.score(x_t, time.expand(5)).detach()  # one time for each image
     torch.testing.assert_close(each, gradient)
+
+
+@every_schedule
+@pytest.mark.parametrize("own", [Linear(), VE(), SubVP(), Flow()], ids=lambda s: type(s).__name__)
+def test_a_denoiser_under_another_schedule(schedule: Schedule, own: Schedule) -> None:
+    """That of a Gaussian is known under both; at σ_y from 0.05 to 50, for one t and for many."""
+    expected = GaussianDenoiser(schedule, MEAN, COVARIANCE)
+    denoiser = Rescheduled(GaussianDenoiser(own, MEAN, COVARIANCE), schedule)
+    assert denoiser.schedule is schedule
+    t = schedule.t_from_ratio(torch.tensor([0.05, 0.3, 1.0, 7.0, 50.0]))
+    x_t = normal(5, 4)
+    torch.testing.assert_close(denoiser(x_t, t), expected(x_t, t), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(denoiser(x_t, t[2]), expected(x_t, t[2]), rtol=1e-7, atol=1e-7)
+    score = expected.score(x_t, t)
+    torch.testing.assert_close(denoiser.score(x_t, t), score, rtol=1e-6, atol=1e-6)
+
+
+def test_a_denoiser_is_not_asked_beyond_its_own_schedule() -> None:
+    denoiser = Rescheduled(GaussianDenoiser(EDM(sigma_max=20.0)), VE())
+    x_t, edge = normal(2, 4), VE().t_from_ratio(20.0)
+    assert bool(denoiser(x_t, edge).isfinite().all())
+    with pytest.raises(ValueError, match="outside the schedule EDM, which reaches from 0 to 20"):
+        denoiser(x_t, edge + 1e-3)
 
 
 def test_clipped_changes_what_is_derived_too() -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffusion_lab.callback.ema import EMA
-from diffusion_lab.loss import Simple
+from diffusion_lab.loss import P2, Likelihood, Loss, MinSNR, Simple
 from diffusion_lab.lr_schedule import Constant, Cosine
 from diffusion_lab.module import DiffusionModule
 from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.parameterization import Epsilon
-from diffusion_lab.schedule import Linear
+from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
+from diffusion_lab.schedule import VP, Linear
+from diffusion_lab.time import Importance, Uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
@@ -59,21 +60,20 @@ class Devices:
         return (loss + sum(self.others)) / (1 + len(self.others))
 
 
-def make_module(network: nn.Module | None = None) -> DiffusionModule:
+def make_module(network: nn.Module | None = None, **kwargs) -> DiffusionModule:
+    kwargs = {"schedule": Linear(), "parameterization": Epsilon(), "loss": Simple(), **kwargs}
     return DiffusionModule(
         network or Affine(),
-        Linear(),
-        Epsilon(),
-        Simple(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         lr_schedule=lambda optimizer, max_steps: Cosine(optimizer, max_steps, warmup=2),
         run_config={"seed": 3},
+        **kwargs,
     )
 
 
-def fitting(devices: Devices | None = None) -> DiffusionModule:
+def fitting(devices: Devices | None = None, **kwargs) -> DiffusionModule:
     """A module in the middle of a fit; what it logs is in `module.logged`."""
-    module = make_module()
+    module = make_module(**kwargs)
     module._trainer, module.logged = devices or Devices(), []
 
     def log(name: str, value: Tensor, **_) -> None:
@@ -110,8 +110,10 @@ def by_hand(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
 @pytest.mark.parametrize("steps", [4, 1000])
 def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
     """1/T, 2/T, ..., 1 and nothing else: never the clean image, and the noisiest one too."""
-    t = Simple().sample_t(KeyedGenerator(make_key(0, torch.arange(100_000))), Linear(steps=steps))
-    assert t.dtype == torch.float64
+    u = KeyedGenerator(make_key(0, torch.arange(100_000))).uniform().double()
+    t, factor = Uniform()(u, Linear(steps=steps))
+    assert t.dtype == factor.dtype == torch.float64
+    assert torch.equal(factor, torch.ones(100_000, dtype=torch.float64))
     index = Linear(steps=steps).index(t)
     torch.testing.assert_close(index, index.round(), rtol=0, atol=1e-9)
     counts = torch.bincount(index.round().long(), minlength=steps).double()
@@ -122,16 +124,138 @@ def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
     assert abs(chi_squared - (steps - 1)) < 4 * (2 * (steps - 1)) ** 0.5
 
 
+def draws(batch: dict) -> tuple[Tensor, Tensor]:
+    """DDPM's times k / T, k uniform in {1, ..., T}, and ε, of the keys of a batch."""
+    generator = KeyedGenerator(batch["key"])
+    t = ((generator.uniform().double() * 1000).floor() + 1) / 1000
+    return t, generator.normal(3, 4, 4)
+
+
 def test_the_training_loss_is_that_of_the_paper() -> None:
     module, batch = fitting(), make_batch(6)
-    generator = KeyedGenerator(batch["key"])
-    t = module.loss.sample_t(generator, module.schedule)
-    epsilon = generator.normal(3, 4, 4)
+    t, epsilon = draws(batch)
     assert len(set(t.tolist())) == 6 and float(t.min()) > 0 and float(t.max()) <= 1
     expected = by_hand(batch["x_0"], t, epsilon, module.network).mean()
     loss = module.training_step(batch, 0)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
     assert module.logged == [("train/loss", float(loss.detach()))]
+
+
+def each_loss(module: DiffusionModule, batch: dict) -> Tensor:
+    """The training loss of each image, from batches of one; their mean is the batch's."""
+    losses = []
+    for k in range(len(batch["x_0"])):
+        one = {n: v[k : k + 1] if isinstance(v, Tensor) else v for n, v in batch.items()}
+        losses.append(module.training_step(one, k).detach().double())
+    whole = float(module.training_step(batch, 0).detach())
+    assert whole == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    "loss, weight",
+    [
+        (MinSNR(), lambda snr: min(snr, 5.0)),
+        (MinSNR(0.3), lambda snr: min(snr, 0.3)),
+        (P2(gamma=0.5, k=2.0), lambda snr: snr / (2 + snr) ** 0.5),
+    ],
+    ids=["min_snr", "min_snr_0.3", "p2"],
+)
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), V()])
+def test_a_weighted_loss_weighs_the_error_of_the_estimate(
+    parameterization: Parameterization, loss: Loss, weight
+) -> None:
+    """w(SNR) |x̂ - x_0|², whatever the network predicts: x̂ from DDPM's β, in float64."""
+    module, batch = fitting(parameterization=parameterization, loss=loss), make_batch(40)
+    alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
+    w, v = module.network.w.item(), module.network.v.item()
+    expected, snrs = [], []
+    for x_0, t, epsilon in zip(batch["x_0"].double(), *draws(batch), strict=True):
+        index = round(float(t) * 1000) - 1
+        alpha, sigma = alpha_bar[index].sqrt(), (1 - alpha_bar[index]).sqrt()
+        x_t = alpha * x_0 + sigma * epsilon.double()
+        output = w * x_t + v * index / 1000
+        estimate = {
+            Epsilon: (x_t - sigma * output) / alpha,
+            X0: output,
+            V: alpha * x_t - sigma * output,
+        }[type(parameterization)]
+        snrs.append(float(alpha**2 / sigma**2))
+        expected.append(weight(snrs[-1]) * (estimate - x_0).square().mean())
+    assert min(snrs) < 0.3 and max(snrs) > 5  # both sides of every bend
+    torch.testing.assert_close(each_loss(module, batch), torch.stack(expected), rtol=2e-5, atol=0)
+
+
+def importance_times(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t, the factor and g² / σ_t² of importance times under the VP SDE, in closed form.
+
+    The density ∝ g² / σ_t² = B' / (1 - e^{-B}) has the integral log(e^B - 1), in which t is
+    therefore uniform; the factor is 1 / (p (1 - t_min)).
+    """
+    slope, ends = 19.9, torch.tensor([1e-3, 1.0], dtype=torch.float64)
+    low, high = torch.expm1(0.1 * ends + slope * ends**2 / 2).log()
+    integral = torch.log1p(torch.exp(torch.lerp(low, high, u)))
+    t = ((0.1**2 + 2 * slope * integral).sqrt() - 0.1) / slope
+    rate = (0.1 + slope * t) / -torch.expm1(-integral)
+    return t, (high - low) / rate / (1 - 1e-3), rate
+
+
+def losses_under_vp(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
+    """|ε̂ - ε|² of each image, float64."""
+    variance = -torch.expm1(-(0.1 * t + 19.9 * t**2 / 2)).reshape(-1, 1, 1, 1)
+    epsilon, index = epsilon.double(), (t * 1000 - 1).reshape(-1, 1, 1, 1)
+    x_t = (1 - variance).sqrt() * x_0.double() + variance.sqrt() * epsilon
+    predicted = network.w.item() * x_t + network.v.item() * index / 1000
+    return (predicted - epsilon).square().flatten(1).mean(1)
+
+
+def test_the_factor_of_importance_times_enters_the_loss_of_each_image() -> None:
+    """The times are drawn by a table of 4096 intervals, of 0.5% each where g² / σ² is steep."""
+    module, batch = fitting(schedule=VP(), time=Importance()), make_batch(40)
+    generator = KeyedGenerator(batch["key"])
+    u, epsilon = generator.uniform().double(), generator.normal(3, 4, 4)
+    t, factor, _ = importance_times(u)
+    drawn, by_table = Importance()(u, VP())
+    torch.testing.assert_close(drawn, t, rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_table, factor, rtol=3e-3, atol=0)
+    assert float(factor.max()) > 50 * float(factor.min())  # none is like another
+    expected = by_table * losses_under_vp(batch["x_0"], drawn, epsilon, module.network)
+    torch.testing.assert_close(each_loss(module, batch), expected, rtol=5e-5, atol=0)
+
+
+def test_likelihood_with_importance_times_weighs_all_images_alike() -> None:
+    """g² / σ_t² times 1 / p: the same for every image, though their times are far apart."""
+    module = fitting(schedule=VP(), loss=Likelihood(), time=Importance())
+    batch = make_batch(40)
+    generator = KeyedGenerator(batch["key"])
+    u, epsilon = generator.uniform().double(), generator.normal(3, 4, 4)
+    t, factor, rate = importance_times(u)
+    constant = (factor * rate).tolist()
+    assert constant == pytest.approx([constant[0]] * 40, rel=1e-12)
+    expected = constant[0] * losses_under_vp(batch["x_0"], t, epsilon, module.network)
+    torch.testing.assert_close(each_loss(module, batch), expected, rtol=3e-3, atol=0)
+
+
+def test_likelihood_with_uniform_times_has_the_same_mean() -> None:
+    """E over u of weight times factor is the same for both, here of |ε̂ - ε|² = 1."""
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    means = []
+    for time in (Uniform(), Importance()):
+        t, factor = time(u, VP())
+        weight = Likelihood().output_weight(VP(), Epsilon(), t)
+        means.append(float((factor * weight).mean()))
+    assert means[0] == pytest.approx(means[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_stratified_times_come_from_the_stratum_and_the_noise_does_not(stratified: bool) -> None:
+    module = fitting(time=Uniform(stratified))
+    batch = {**make_batch(6), "stratum": (torch.arange(6, dtype=torch.float64) + 0.37) / 6}
+    t, epsilon = draws(batch)
+    if stratified:
+        t = torch.tensor([62, 229, 396, 562, 729, 896], dtype=torch.float64) / 1000
+    losses = by_hand(batch["x_0"], t, epsilon, module.network)
+    torch.testing.assert_close(each_loss(module, batch), losses, rtol=2e-5, atol=0)
 
 
 def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
@@ -158,9 +282,7 @@ def test_two_halves_are_the_whole() -> None:
 
 def losses_by_hand(batch: dict, network: Affine) -> Tensor:
     """The training loss of each image of a batch, float64."""
-    generator = KeyedGenerator(batch["key"])
-    t = Simple().sample_t(generator, Linear())
-    return by_hand(batch["x_0"], t, generator.normal(3, 4, 4), network)
+    return by_hand(batch["x_0"], *draws(batch), network)
 
 
 def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole() -> None:

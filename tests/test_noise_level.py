@@ -9,11 +9,13 @@ import torch
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise_level import KEYS, NoiseLevel, chosen, resolve
-from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
+
+CONTINUOUS = [VP(), SubVP(), VE(), EDM(), Flow()]
 
 
 @pytest.mark.parametrize(
-    "schedule", [Linear(), Cosine(), Sigmoid()], ids=lambda s: type(s).__name__
+    "schedule", [Linear(), Cosine(), Sigmoid(), *CONTINUOUS], ids=lambda s: type(s).__name__
 )
 @pytest.mark.parametrize("key", KEYS)
 def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
@@ -22,7 +24,10 @@ def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
     for name in KEYS:
         assert getattr(again, name) == pytest.approx(getattr(level, name), rel=1e-9), name
     alpha_t, sigma_t = schedule(torch.tensor(level.t, dtype=torch.float64))
-    assert float(sigma_t) == pytest.approx(0.3, rel=1e-9)
+    if schedule.variance_preserving:
+        assert float(sigma_t) == pytest.approx(0.3, rel=1e-9)
+    # Whatever the schedule's scale: σ_t of the variance-preserving form.
+    assert float(sigma_t / torch.hypot(alpha_t, sigma_t)) == pytest.approx(0.3, rel=1e-9)
     assert level.sigma_y == pytest.approx(float(sigma_t / alpha_t), rel=1e-9)
     assert level.snr_db == pytest.approx(20 * math.log10(alpha_t / sigma_t), rel=1e-9)
 
@@ -46,6 +51,32 @@ def test_both_ends_of_the_schedule_are_allowed() -> None:
     assert resolve(Linear(), {"t": 1}).t == 1.0
     assert resolve(Linear(), {"t": 0.001}).sigma_t == pytest.approx(0.01, rel=1e-9)  # √β_0
     assert resolve(Linear(), {"snr_db": 0}).sigma_y == 1.0
+
+
+@pytest.mark.parametrize(
+    "schedule, t_min, low, high",
+    [
+        (VE(), 0.0331416, 0.01, 348.0),
+        (VE(0.02, 50.0), 0.0442960, 0.02, 50.0),
+        (EDM(), 2.5e-5, 0.002, 80.0),
+        (Flow(), 1e-3, 1.001001e-3, 1e5),
+        (VP(), 1e-3, 0.0104872, 152.17),
+        (SubVP(), 1e-3, 1.0995e-4, 152.16),
+    ],
+    ids=["ve", "ve_50", "edm", "flow", "vp", "subvp"],
+)
+def test_both_ends_of_a_continuous_schedule(
+    schedule: Schedule, t_min: float, low: float, high: float
+) -> None:
+    assert schedule.t_min == pytest.approx(t_min, rel=1e-5)
+    ends = [resolve(schedule, {"t": t}) for t in (schedule.t_min, 1.0)]
+    assert [level.sigma_y for level in ends] == pytest.approx([low, high], rel=2e-4)
+    for level in ends:
+        again = resolve(schedule, {"sigma_y": level.sigma_y})
+        assert again.t == pytest.approx(level.t, rel=1e-9)
+    for key, value in (("t", 0.99 * t_min), ("sigma_y", 0.99 * low), ("sigma_y", 1.01 * high)):
+        with pytest.raises(ConfigError, match=rf"{key}={value}.*\({type(schedule).__name__}\)"):
+            resolve(schedule, {key: value})
 
 
 @pytest.mark.parametrize("other", ["t", "sigma_y", "snr_db"])

@@ -1,23 +1,59 @@
 """Schedules against their papers' formulas, computed independently in NumPy."""
 
 import math
+from collections.abc import Callable
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+from diffusion_lab.schedule import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    DiscreteSchedule,
+    Flow,
+    Laplace,
+    Linear,
+    Quadratic,
+    Schedule,
+    Sigmoid,
+    SubVP,
+)
 
-SCHEDULES = [Linear(), Cosine(), Sigmoid(), Linear(beta_max=0.4, steps=25), Cosine(steps=40)]
+DISCRETE = {
+    "linear": Linear(),
+    "quadratic": Quadratic(),
+    "cosine": Cosine(),
+    "sigmoid": Sigmoid(),
+    "laplace": Laplace(),
+    "laplace off centre": Laplace(mu=1.0, b=1.5),
+    "short linear": Linear(beta_max=0.4, steps=25),
+    "short cosine": Cosine(steps=40),
+    "zero terminal snr": Linear(zero_terminal_snr=True),
+    "shifted": Linear(shift=4.0),
+    "shifted to nothing": Cosine(shift=0.5, zero_terminal_snr=True),
+}
+CONTINUOUS = {
+    "vp": VP(),
+    "vp from nothing": VP(0.0, 12.0),
+    "subvp": SubVP(),
+    "ve": VE(),
+    "ve of score_sde": VE(0.02, 50.0),
+    "edm": EDM(),
+    "flow": Flow(),
+}
+ALL = {**DISCRETE, **CONTINUOUS}
+every_discrete = pytest.mark.parametrize("schedule", DISCRETE.values(), ids=DISCRETE.keys())
+every_continuous = pytest.mark.parametrize("schedule", CONTINUOUS.values(), ids=CONTINUOUS.keys())
+every_schedule = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
 TIMES = torch.linspace(0, 1, 2345, dtype=torch.float64)  # mostly between the indices
-
-
-@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{type(s).__name__}{s.steps}")
-def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return request.param
 
 
 def alpha_bar(schedule: Schedule, index: int) -> float:
@@ -78,20 +114,162 @@ def test_the_middle_of_a_symmetric_sigmoid_is_half_an_image() -> None:
     assert float(sigma_t**2) == pytest.approx(0.5, abs=1e-12)
 
 
+@pytest.mark.parametrize("beta_min, beta_max", [(1e-4, 0.02), (0.00085, 0.012)])
+def test_quadratic_is_ddim(beta_min: float, beta_max: float) -> None:
+    i = np.arange(1000)
+    root = np.sqrt(beta_min) + i / 999 * (np.sqrt(beta_max) - np.sqrt(beta_min))
+    quadratic = Quadratic(beta_min, beta_max)
+    np.testing.assert_allclose(increments(quadratic), root**2, rtol=1e-10)
+    expected = np.cumprod(1 - root**2)[[0, 500, 999]]
+    for index, alpha_bar_i in zip((0, 500, 999), expected, strict=True):
+        assert alpha_bar(quadratic, index) == pytest.approx(alpha_bar_i, rel=1e-11)
+
+
+@pytest.mark.parametrize("mu, b", [(0.0, 0.5), (1.0, 1.5), (-2.0, 0.3)])
+def test_the_log_snr_of_laplace_is_its_quantile(mu: float, b: float) -> None:
+    """Uniform t makes log SNR ~ Laplace(μ, b): t is one minus its distribution function."""
+    k = np.arange(1, 1000)  # the last increment is capped
+    t = k / 1000
+    log_snr = np.where(t < 0.5, mu - b * np.log(2 * t), mu + b * np.log(2 * (1 - t)))
+    ratio = Laplace(mu, b).ratio(torch.from_numpy(t)).numpy()
+    np.testing.assert_allclose(-2 * np.log(ratio), log_snr, rtol=0, atol=1e-9)
+    assert increments(Laplace(mu, b))[-1] == pytest.approx(0.999, rel=1e-12)
+
+
+def test_laplace_is_the_square_of_diffusers() -> None:
+    """diffusers takes the root of ᾱ for ᾱ, and adds 1e-6 within the logarithm."""
+    reference = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="laplace")
+    k = torch.arange(1, 1000, dtype=torch.float64)
+    alpha_t = Laplace()(k / 1000)[0].numpy()
+    theirs = reference.alphas_cumprod.double().numpy()[:-1]
+    # At t = 0 the guard is SNR = 1e3 instead of infinity, and all the rest is relative to it.
+    start = (1e-6**-0.5 / (1 + 1e-6**-0.5)) ** 0.5
+    np.testing.assert_allclose(theirs * start, alpha_t, rtol=3e-4)
+    assert abs(theirs[499] * start - 0.5**0.5) < 1e-5 and abs(theirs[499] - 0.5) > 0.2
+
+
+def test_zero_terminal_snr_is_that_of_diffusers() -> None:
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    theirs = (1 - rescale_zero_terminal_snr(beta)).cumprod(0).sqrt()
+    ours = Linear(zero_terminal_snr=True)
+    k = torch.arange(1, 1001, dtype=torch.float64)
+    alpha_t, sigma_t = ours(k / 1000)
+    torch.testing.assert_close(alpha_t[:-1], theirs[:-1], rtol=1e-9, atol=0)
+    assert float(theirs[-1]) == 0 and 0 < float(alpha_t[-1]) < 1e-12  # float32 can divide by it
+    assert float(sigma_t[-1]) == 1 and float(ours.ratio(1.0)) > 1e12
+    assert float(alpha_t[0]) == pytest.approx(math.sqrt(1 - 1e-4), rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.25, 4.0])
+@pytest.mark.parametrize("make", [Linear, Quadratic, Cosine, Sigmoid, Laplace])
+def test_a_shift_multiplies_the_ratio(make: type[DiscreteSchedule], shift: float) -> None:
+    """So it lowers the log SNR by 2 log s (Hoogeboom et al., eq. 4), at every index."""
+    k = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    expected = shift * make().ratio(k)
+    torch.testing.assert_close(make(shift=shift).ratio(k), expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
-    "schedule, name", [(Linear(), "linear"), (Cosine(), "squaredcos_cap_v2")], ids=["lin", "cos"]
+    "schedule, name",
+    [(Linear(), "linear"), (Cosine(), "squaredcos_cap_v2"), (Quadratic(), "scaled_linear")],
+    ids=["linear", "cosine", "quadratic"],
 )
 def test_increments_are_those_of_diffusers(schedule: Schedule, name: str) -> None:
     reference = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule=name)
     np.testing.assert_allclose(increments(schedule), reference.betas.numpy(), rtol=2e-6)
 
 
-def test_variance_is_preserved_and_noise_grows(schedule: Schedule) -> None:
+# --- continuous time ----------------------------------------------------------------------------
+
+
+def vp(t: np.ndarray, beta_min: float, beta_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """Song et al., eq. 33: the mean's exponent is -¼ t² (β_max - β_min) - ½ t β_min."""
+    exponent = -(t**2) / 4 * (beta_max - beta_min) - t / 2 * beta_min
+    return np.exp(exponent), np.sqrt(1 - np.exp(2 * exponent))
+
+
+def subvp(t: np.ndarray, beta_min: float, beta_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """The same, but the variance is squared: the standard deviation has no root."""
+    alpha_t, sigma_t = vp(t, beta_min, beta_max)
+    return alpha_t, sigma_t**2
+
+
+def ve(t: np.ndarray, sigma_min: float, sigma_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """σ(t)² - σ(0)² with σ(t) = σ_min (σ_max / σ_min)^t."""
+    path = sigma_min * (sigma_max / sigma_min) ** t
+    return np.ones_like(t), np.sqrt(path**2 - sigma_min**2)
+
+
+def edm(t: np.ndarray, sigma_max: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.ones_like(t), sigma_max * t
+
+
+def flow(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return 1 - (1 - 1e-5) * t, t
+
+
+@pytest.mark.parametrize(
+    "schedule, closed",
+    [
+        (VP(), lambda t: vp(t, 0.1, 20.0)),
+        (VP(0.0, 12.0), lambda t: vp(t, 0.0, 12.0)),
+        (SubVP(), lambda t: subvp(t, 0.1, 20.0)),
+        (VE(), lambda t: ve(t, 0.01, 348.0)),
+        (VE(0.02, 50.0), lambda t: ve(t, 0.02, 50.0)),
+        (EDM(), lambda t: edm(t, 80.0)),
+        (Flow(), flow),
+    ],
+    ids=["vp", "vp 0", "subvp", "ve", "ve 50", "edm", "flow"],
+)
+def test_continuous_schedules_are_the_closed_forms(schedule: Schedule, closed: Callable) -> None:
+    t = np.linspace(0.01, 1, 100)
+    for ours, expected in zip(schedule(torch.from_numpy(t)), closed(t), strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
+
+
+def test_the_smallest_time_is_the_smallest_level() -> None:
+    for sigma_min, sigma_max in ((0.01, 348.0), (0.02, 50.0), (1e-3, 1e3)):
+        schedule = VE(sigma_min, sigma_max)
+        assert float(schedule.ratio(schedule.t_min)) == pytest.approx(sigma_min, rel=1e-9)
+        expected = math.sqrt(sigma_max**2 - sigma_min**2)
+        assert float(schedule.ratio(1.0)) == pytest.approx(expected, rel=1e-12)
+        assert schedule.prior_std == pytest.approx(expected, rel=1e-6)
+    assert float(EDM(0.01, 50.0).ratio(EDM(0.01, 50.0).t_min)) == pytest.approx(0.01, rel=1e-12)
+    assert Linear(steps=40).t_min == 1 / 40 and Flow(t_min=0.01).t_min == 0.01
+    assert VP(t_min=1e-5).t_min == SubVP(t_min=1e-5).t_min == 1e-5
+
+
+def test_the_index_of_edm_is_the_logarithm_of_the_level() -> None:
+    """From 0 at σ_min to T - 1 at σ_max: Karras' c_noise = ln σ / 4 up to a linear map."""
+    sigma = np.array([0.002, 0.4, 5.0, 80.0])
+    index = EDM().index(torch.from_numpy(sigma / 80))
+    expected = 999 * np.log(sigma / 0.002) / np.log(80 / 0.002)
+    np.testing.assert_allclose(index.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_vp_is_the_limit_of_ddpm() -> None:
+    """β_i = β(t) / T: α differs by O(1 / T), at T = 1000 by less than 1e-2 of itself."""
+    t = torch.arange(1, 51, dtype=torch.float64) / 50
+    errors = []
+    for steps in (250, 500, 1000, 2000):
+        discrete = Linear(0.1 / steps, 20 / steps, steps)
+        errors.append(float((discrete(t)[0] - VP()(t)[0]).abs().max()))
+    np.testing.assert_allclose(np.array(errors[:-1]) / errors[1:], 2, rtol=0.05)
+    assert 2e-4 < errors[2] < 5e-3
+
+
+# --- all ----------------------------------------------------------------------------------------
+
+
+@every_schedule
+def test_variance_is_preserved_where_it_says_so_and_noise_grows(schedule: Schedule) -> None:
     alpha_t, sigma_t = schedule(TIMES)
-    torch.testing.assert_close(alpha_t**2 + sigma_t**2, torch.ones_like(TIMES), rtol=0, atol=1e-14)
-    assert bool((sigma_t.diff() > 0).all())
+    deviation = float((alpha_t**2 + sigma_t**2 - 1).abs().max())
+    assert deviation < 1e-14 if schedule.variance_preserving else deviation > 0.1
+    assert bool((schedule.ratio(TIMES).diff() > 0).all())
 
 
+@every_schedule
 def test_time_zero_is_exactly_clean(schedule: Schedule) -> None:
     for zero in (0.0, torch.tensor(0.0), torch.zeros(2, 3, dtype=torch.float64)):
         alpha_t, sigma_t = schedule(zero)
@@ -99,6 +277,7 @@ def test_time_zero_is_exactly_clean(schedule: Schedule) -> None:
     assert float(schedule.ratio(0.0)) == 0 and float(schedule.t_from_ratio(0.0)) == 0
 
 
+@every_discrete
 def test_between_the_indices_log_alpha_bar_is_linear(schedule: Schedule) -> None:
     k = torch.arange(schedule.steps + 1, dtype=torch.float64)
     log_alpha = schedule(k / schedule.steps)[0].log()
@@ -106,17 +285,22 @@ def test_between_the_indices_log_alpha_bar_is_linear(schedule: Schedule) -> None
     torch.testing.assert_close(quarter, 0.75 * log_alpha[:-1] + 0.25 * log_alpha[1:])
 
 
+@every_schedule
 def test_ratio_and_its_inverse(schedule: Schedule) -> None:
     alpha_t, sigma_t = schedule(TIMES)
     ratio = schedule.ratio(TIMES)
     torch.testing.assert_close(ratio, sigma_t / alpha_t, rtol=1e-9, atol=0)
     points = torch.arange(schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    tiny = torch.logspace(-9, -2, 50, dtype=torch.float64)
+    torch.testing.assert_close(
+        schedule.t_from_ratio(schedule.ratio(tiny)), tiny, rtol=1e-6, atol=0
+    )
     for t in (TIMES, points, TIMES.reshape(5, -1)):
         inverse = schedule.t_from_ratio(schedule.ratio(t))
         assert inverse.dtype == torch.float64
         torch.testing.assert_close(inverse, t, rtol=0, atol=1e-9)
-    assert float(schedule.t_from_ratio(schedule.ratio(1.0))) == 1.0
-    assert float(schedule.t_from_ratio(float(schedule.ratio(1.0)))) == 1.0
+    for ratio in (schedule.ratio(1.0), float(schedule.ratio(1.0))):
+        assert float(schedule.t_from_ratio(ratio)) == pytest.approx(1, rel=0, abs=1e-15)
 
 
 def test_two_schedules_meet_at_the_ratio() -> None:
@@ -131,10 +315,18 @@ def test_a_ratio_outside_the_schedule_is_refused(bad: float | Tensor) -> None:
         Linear().t_from_ratio(bad)
 
 
+def differentiable(schedule: Schedule) -> Tensor:
+    """Times within the intervals of a table; of a continuous schedule from near 0 to near 1."""
+    if isinstance(schedule, DiscreteSchedule):
+        k = torch.arange(schedule.steps - 1, dtype=torch.float64)  # the last interval is steep
+        return (k + 0.4) / schedule.steps
+    return torch.linspace(0.002, 0.998, 250, dtype=torch.float64)
+
+
+@every_schedule
 def test_drift_and_diffusion_are_the_derivatives(schedule: Schedule) -> None:
-    """f = d log α / dt and g² = dσ²/dt - 2 f σ², by central differences within an interval."""
-    k = torch.arange(schedule.steps - 1, dtype=torch.float64)  # cosine's last interval is steep
-    t, h = (k + 0.4) / schedule.steps, 1e-3 / schedule.steps
+    """f = d log α / dt and g² = dσ²/dt - 2 f σ², by central differences."""
+    t, h = differentiable(schedule), 1e-3 / schedule.steps
     (alpha_1, sigma_1), (alpha_2, sigma_2) = schedule(t - h), schedule(t + h)
     slope = (alpha_2.log() - alpha_1.log()) / (2 * h)
     torch.testing.assert_close(schedule.drift(t), slope, rtol=1e-6, atol=1e-6)
@@ -143,13 +335,36 @@ def test_drift_and_diffusion_are_the_derivatives(schedule: Schedule) -> None:
     torch.testing.assert_close(schedule.diffusion(t) ** 2, squared, rtol=1e-5, atol=1e-6)
 
 
+def quadrature(function: Callable[[Tensor], Tensor], ends: np.ndarray) -> np.ndarray:
+    """∫ from ends[0] to each of the others, by Gauss and Legendre on every interval."""
+    nodes, weights = leggauss(8)
+    half = np.diff(ends)[:, None] / 2
+    t = (ends[:-1, None] + half) + half * nodes
+    return ((function(torch.from_numpy(t)).numpy() * weights).sum(1) * half[:, 0]).cumsum()
+
+
+@every_schedule
+def test_the_integral_of_the_diffusion(schedule: Schedule) -> None:
+    """G(t) = ∫_0^t g², on a table (where g is constant within an interval) and off it."""
+    if isinstance(schedule, DiscreteSchedule):
+        table = np.arange(schedule.steps + 1) / schedule.steps
+        ends = np.union1d(table, table[:-1] + 0.3 / schedule.steps)
+    else:
+        ends = 1 - np.linspace(1, 0, 401) ** 4  # finest at t = 1, where Flow's g² is 2e5
+    expected = quadrature(lambda t: schedule.diffusion(t) ** 2, ends)
+    actual = schedule.diffusion_integral(torch.from_numpy(ends[1:])).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    assert float(schedule.diffusion_integral(0.0)) == 0
+
+
+@every_discrete
 def test_drift_is_finite_at_both_ends(schedule: Schedule) -> None:
-    beta = increments(schedule)
-    for t, b in ((0.0, beta[0]), (1.0, beta[-1])):
-        expected = math.log1p(-b) / 2 * schedule.steps
-        assert float(schedule.drift(t)) == pytest.approx(expected, rel=1e-9)
+    slopes = schedule.log_alpha_bar.diff() / 2 * schedule.steps
+    for t, expected in ((0.0, slopes[0]), (1.0, slopes[-1])):
+        assert float(schedule.drift(t)) == pytest.approx(float(expected), rel=1e-9)
 
 
+@every_schedule
 def test_float32_loses_only_its_own_rounding(schedule: Schedule) -> None:
     """Also at the ends, where 1 - ᾱ and ᾱ are tiny: the computation is in float64."""
     times = torch.cat([TIMES, torch.tensor([1e-6, 1 - 1e-6]).double()]).float()
@@ -172,13 +387,60 @@ def test_no_digits_are_lost_near_zero() -> None:
         (lambda: Linear(beta_min=0.0), "Linear"),
         (lambda: Linear(beta_max=1.0), "Linear"),
         (lambda: Linear(beta_max=float("nan")), "Linear"),
-        (lambda: Schedule(torch.tensor([0.1, -0.1])), "-0.1 to 0.1"),
+        (lambda: DiscreteSchedule(torch.tensor([0.1, -0.1])), "-0.1 to 0.1"),
         (lambda: Sigmoid(start=1.0, end=1.0), "Sigmoid"),
+        (lambda: Quadratic(beta_min=0.0), "Quadratic"),
+        (lambda: Quadratic(beta_max=1.0), "Quadratic"),
+        (lambda: Laplace(b=0.0), "Laplace"),
+        (lambda: Laplace(b=-1.0), "Laplace"),
+        (lambda: Linear(shift=0.0), r"shift=0\.0"),
+        (lambda: Cosine(shift=float("nan")), "shift=nan"),
+        (lambda: VP(20.0, 0.1), r"beta_min=20\.0 and beta_max=0\.1"),
+        (lambda: SubVP(-0.1, 20.0), r"beta_min=-0\.1"),
+        (lambda: VP(beta_max=float("nan")), "beta_max=nan"),
+        (lambda: VE(0.0, 10.0), r"sigma_min=0\.0"),
+        (lambda: VE(10.0, 10.0), r"sigma_max=10\.0"),
+        (lambda: EDM(sigma_min=-1.0), r"sigma_min=-1\.0"),
+        (lambda: EDM(sigma_max=float("nan")), "sigma_max=nan"),
     ],
 )
-def test_increments_outside_the_range_are_refused(make, text: str) -> None:
+def test_wrong_arguments_are_refused(make: Callable[[], Schedule], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@every_schedule
+def test_the_prior_has_the_level_of_time_one(schedule: Schedule) -> None:
+    sigma_1 = float(schedule(torch.ones((), dtype=torch.float64))[1])
+    expected = 1.0 if schedule.variance_preserving else sigma_1
+    assert schedule.prior_std == pytest.approx(expected, rel=1e-7)
+    x = schedule.prior((50, 2000), torch.Generator().manual_seed(0)).double()
+    spread = float(x.square().mean().sqrt()) / expected
+    assert (
+        abs(spread - 1) < 4 * math.sqrt(1 / (2 * 1e5)) and abs(float(x.mean())) < 0.02 * expected
+    )
+
+
+@every_schedule
+@pytest.mark.parametrize("mean_square", [0.0, 0.3, 1.7])
+def test_the_divergence_of_the_prior_is_torchs(schedule: Schedule, mean_square: float) -> None:
+    """Averaged over images ±√(E x_0²); it is square in them, so that any others do."""
+    x_0 = math.sqrt(mean_square) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    alpha_1, sigma_1 = schedule(torch.ones(2, dtype=torch.float64))
+    s = torch.full_like(x_0, schedule.prior_std)
+    nats = torch.distributions.kl_divergence(
+        torch.distributions.Normal(alpha_1 * x_0, sigma_1),
+        torch.distributions.Normal(torch.zeros_like(x_0), s),
+    ).mean()
+    actual = schedule.prior_kl(mean_square)
+    assert actual == pytest.approx(float(nats) / math.log(2), rel=1e-6, abs=1e-12)
+
+
+def test_the_divergence_of_the_linear_prior_in_figures() -> None:
+    """½ ᾱ E x_0² - ½ ᾱ - ½ log(1 - ᾱ) ≈ ½ ᾱ E x_0², by hand: 7.28e-6 bits for E x_0² = ¼."""
+    expected = 0.5 * 4.0358e-5 * 0.25 / math.log(2)
+    assert Linear().prior_kl(0.25) == pytest.approx(expected, rel=1e-3)
+    assert VE(0.01, 50.0).prior_kl(1.0) == pytest.approx(0.5 / 2500 / math.log(2), rel=1e-4)
 
 
 def test_the_prior_is_standard_normal_noise() -> None:
@@ -189,5 +451,6 @@ def test_the_prior_is_standard_normal_noise() -> None:
     assert torch.equal(x, KeyedGenerator(key).normal(2, 5))
 
 
+@every_schedule
 def test_the_table_is_not_in_checkpoints(schedule: Schedule) -> None:
     assert not schedule.state_dict()

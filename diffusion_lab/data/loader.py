@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import RunError
-from diffusion_lab.noise import make_key
+from diffusion_lab.noise import KeyedGenerator, make_key
 
 TAILS = ("drop", "spread")
 
@@ -34,6 +34,7 @@ class _Batch:
     """A batch to be: this rank's images, the weight of their mean, and what is consumed then."""
 
     index: Tensor
+    stratum: Tensor
     weight: float
     consumed: int
 
@@ -41,10 +42,12 @@ class _Batch:
 class Loader:
     """Iterates over the images of one split.
 
-    A batch is a dictionary: `image` uint8 (B, H, W, 3), `index` int64 (B,), the images' places in
-    the split, `key` int64 (B,), which names every random draw made for them, `split`, and
-    `weight`, with which the mean over this device's images enters the mean over the devices, so
-    that it is the mean over all images: 1, except where devices get unequal numbers of them.
+    A batch is a dictionary: `image` uint8 (B, H, W, 3); `index` int64 (B,), the images' places in
+    the split; `key` int64 (B,), which names every random draw made for them; `stratum` float64
+    (B,), uniform numbers in [0, 1), in training one in each of as many equal intervals as the
+    batch of all devices has images; `split`; and `weight`, with which the mean over this device's
+    images enters the mean over the devices, so that it is the mean over all images: 1, except
+    where devices get unequal numbers of them.
 
     Arguments:
         images: The images, N of them.
@@ -123,8 +126,14 @@ class Loader:
     def _plan(self, epoch: int, consumed: int) -> Iterator[_Batch]:
         order, cuts = self.order(epoch), self._cuts(consumed)
         for first, last in pairwise(cuts):
-            index = order[first:last][self.rank :: self.world]
-            yield _Batch(index, len(index) * self.world / (last - first), last)
+            mine = torch.arange(first, last)[self.rank :: self.world]
+            offset = KeyedGenerator(
+                make_key(self.seed, self.split, "stratum", epoch, torch.tensor([first]))
+            )
+            stratum = (mine - first + offset.uniform(dtype=torch.float64)) / (last - first)
+            stratum = stratum.clamp(max=1 - 2**-53)  # it may have been rounded up to 1
+            weight = len(mine) * self.world / (last - first)
+            yield _Batch(order[mine], stratum, weight, last)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: nothing is decided before the first `next`, when the epoch is known.
@@ -140,6 +149,7 @@ class Loader:
                 "key": make_key(
                     self.seed, self.split, epoch if self.make_order else 0, batch.index
                 ),
+                "stratum": batch.stratum,
                 "split": self.split,
                 "weight": batch.weight,
             }

@@ -303,6 +303,20 @@ class ImageDataModule(LightningDataModule):
         """Returns the test images, each once."""
         return self._loader("test")
 
+    def test_images(self, count: int) -> Split:
+        """Returns the test split, after `setup`.
+
+        Raises:
+            ConfigError: If it has fewer than `count` images.
+        """
+        images = self.images["test"]
+        if count > len(images):
+            raise ConfigError(
+                f"num_images={count} is more than the {len(images)} test images of "
+                f"data.source={self.source}; lower num_images"
+            )
+        return images
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict:
         """Adds `x_0`, float32 in [-1, 1], of shape (B, 3, H, W), in place of `image`."""
         images = batch.pop("image")

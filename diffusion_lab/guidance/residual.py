@@ -10,15 +10,13 @@ of the samples is far too large, with a large one far too small.
 
 __all__ = ["Residual"]
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.noise import normal_like
-from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
+from diffusion_lab.sampler.base import Callback, Generator, Sampler
 
 STARTS = ("noise", "y")
 
@@ -32,7 +30,7 @@ class Residual(Guidance):
 
     Arguments:
         strength: The strength λ of the pull, at least 0.
-        start: "noise" starts from N(0, I) at t = 1; "y" from α_t y at y's own noise level.
+        start: "noise" starts from the prior at t = 1; "y" from α_t y at y's own noise level.
 
     Raises:
         ValueError: If λ is negative or `start` is unknown.
@@ -46,7 +44,6 @@ class Residual(Guidance):
         self.strength = strength
         self.start = start
 
-    @torch.no_grad()
     def __call__(
         self,
         denoiser: Denoiser,
@@ -56,21 +53,14 @@ class Residual(Guidance):
         generator: Generator = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        denoiser = sampler.clipped(denoiser)
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":
             t_start = float(schedule.t_from_ratio(observation.sigma_y))
             x_t = schedule(torch.tensor(t_start, dtype=torch.float64))[0].to(y) * y
         else:
             t_start = 1.0
-            x_t = normal_like(y, generator)
-        times = sampler.times(t_start)
-        for t, s in pairwise(times):
-            denoised = denoiser(x_t, t)
-            if callback is not None:
-                callback(State(float(t), x_t, denoised))
-            x_s = sampler.step(schedule, x_t, denoised, t, s, normal_like(x_t, generator))
-            x_t = x_s + self.strength * (y - x_t)
-        if callback is not None:
-            callback(State(0.0, x_t, x_t))
-        return x_t
+            x_t = normal_like(y, generator) * schedule.prior_std
+        return sampler(
+            denoiser, x_t, t_start=t_start, generator=generator, callback=callback,
+            adjust=lambda state, x_s: x_s + self.strength * (y - state.x_t),
+        )  # fmt: skip

@@ -1,16 +1,16 @@
 r"""What all samplers share: a grid of times from t_start to 0, and a loop over it.
 
-    x_{t_start} -> ... -> x_t -> x_s -> ... -> x_0,    t_k = t_start (1 - k / N), k = 0, ..., N.
+    x_{t_start} -> ... -> x_t -> x_s -> ... -> x_0.
 
 A sampler defines only the step from t to s. Coefficients are computed in float64, the state keeps
 the type of `start`.
 """
 
-__all__ = ["Callback", "Generator", "Sampler", "State"]
+__all__ = ["Callback", "Generator", "Noise", "Sampler", "State", "transition"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Clipped, Denoiser
+from diffusion_lab.errors import SamplingError
 from diffusion_lab.noise import KeyedGenerator, normal_like
+from diffusion_lab.sampler.grid import Grid, Uniform
 from diffusion_lab.schedule import Schedule
 
 Generator: TypeAlias = KeyedGenerator | torch.Generator | None
@@ -32,14 +34,30 @@ class State:
         t: The time.
         x_t: The state, of shape (B, *).
         denoised: The denoiser's E[x_0 | x_t]; at t = 0 the result itself.
+        previous: The state before, for multistep methods.
     """
 
     t: float
     x_t: Tensor
     denoised: Tensor
+    previous: "State | None" = None
 
 
 Callback: TypeAlias = Callable[[State], None]
+Noise: TypeAlias = Callable[[Tensor], Tensor]  # draws z ~ N(0, I) like its argument
+
+
+def transition(schedule: Schedule, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, ...]:
+    """Returns α_s, σ_s, α_t, σ_t and v of the step from t to s, float64.
+
+    v = σ_t² - (α_t / α_s)² σ_s² is the variance of q(x_t | x_s) = N(α_t / α_s x_s, v I). It is
+    computed from the ratios, where the difference keeps its digits: α_t² (r_t² - r_s²).
+    """
+    t, s = (torch.as_tensor(u, dtype=torch.float64) for u in (t, s))
+    alpha_s, sigma_s = schedule(s)
+    alpha_t, sigma_t = schedule(t)
+    r_s, r_t = schedule.ratio(s), schedule.ratio(t)
+    return alpha_s, sigma_s, alpha_t, sigma_t, alpha_t**2 * (r_t - r_s) * (r_t + r_s)
 
 
 class Sampler(ABC):
@@ -47,6 +65,7 @@ class Sampler(ABC):
 
     Arguments:
         steps: The number N of steps.
+        grid: Where the times are; None takes the sampler's own choice.
         clip: Whether the estimate of x_0 is clipped to [-1, 1] before each step: right for pixels,
             wrong for any other data and for closed forms.
 
@@ -55,36 +74,38 @@ class Sampler(ABC):
     """
 
     stochastic = True  # whether one start leads to many results
+    own_grid: type[Grid] = Uniform
+    memory = 0  # how many states before the present one a step looks at
+    adjustable = True  # whether a change of x_s from outside lasts
 
-    def __init__(self, steps: int, clip: bool = False) -> None:
+    def __init__(self, steps: int, grid: Grid | None = None, clip: bool = False) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps} is not allowed; a sampler takes at least 1 step")
         self.steps = steps
+        self.grid = grid or self.own_grid()
         self.clip = clip
 
-    def times(self, t_start: float = 1.0) -> Tensor:
+    def times(self, schedule: Schedule, t_start: float = 1.0) -> Tensor:
         """Returns the grid t_0 = t_start > ... > t_N = 0, float64, of shape (N + 1,)."""
-        k = torch.arange(self.steps + 1, dtype=torch.float64)
-        return t_start * (1 - k / self.steps)
+        return self.grid(schedule, self.steps, t_start)
 
-    def clipped(self, denoiser: Denoiser) -> Denoiser:
-        """Returns the denoiser that the steps see: clipped if `clip` says so."""
-        return Clipped(denoiser) if self.clip else denoiser
+    def check(self, schedule: Schedule) -> None:  # noqa: B027 (most have nothing to say)
+        """Raises ValueError if the sampler is not defined under a schedule."""
 
     @abstractmethod
-    def step(
-        self, schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor, z: Tensor
-    ) -> Tensor:
+    def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         """Returns x_s.
 
         Arguments:
-            schedule: The schedule that t and s are of.
-            x_t: The state at time t, of shape (B, *).
-            denoised: E[x_0 | x_t], of shape (B, *).
-            t: The time, of shape ().
-            s: The next time, 0 <= s < t, of shape ().
-            z: Normal noise of x_t's shape; without effect at s = 0.
+            denoiser: For methods that ask it again within the step.
+            state: The state at time t, with E[x_0 | x_t].
+            s: The next time, 0 <= s < t, float64, of shape ().
+            noise: Draws normal noise.
         """
+
+    def refine(self, schedule: Schedule, state: State) -> State:
+        """Returns a better state at the same time, once its own estimate is known."""
+        return state
 
     @torch.no_grad()
     def __call__(
@@ -95,6 +116,7 @@ class Sampler(ABC):
         t_start: float = 1.0,
         generator: Generator = None,
         callback: Callback | None = None,
+        adjust: Callable[[State, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Samples x_0.
 
@@ -105,15 +127,44 @@ class Sampler(ABC):
             generator: Where the noise comes from; keyed streams make each sample independent of
                 the batch that it is computed in.
             callback: Called with a `State` before every step and at the end.
+            adjust: Changes x_s after every step, given the state before it and x_s.
+
+        Raises:
+            ValueError: If the sampler is not defined under the denoiser's schedule, or computes
+                x_t anew after `adjust` has changed it.
+            SamplingError: If the state stops being finite; names the step.
         """
-        denoiser = self.clipped(denoiser)
-        times, x_t = self.times(t_start), start
-        for t, s in pairwise(times):
-            denoised = denoiser(x_t, t)
+        schedule = denoiser.schedule
+        self.check(schedule)
+        if adjust is not None and not self.adjustable:
+            raise ValueError(
+                f"{type(self).__name__} would undo what this method changes after every step; "
+                "choose another sampler: ancestral, euler_maruyama, ddim"
+            )
+        if self.clip:
+            denoiser = Clipped(denoiser)
+        state, x_t = None, start
+        for k, (t, s) in enumerate(pairwise(self.times(schedule, t_start))):
+            state = State(float(t), x_t, denoiser(x_t, t), _shortened(state, self.memory))
+            state = self.refine(schedule, state)
             if callback is not None:
-                callback(State(float(t), x_t, denoised))
-            z = normal_like(x_t, generator)
-            x_t = self.step(denoiser.schedule, x_t, denoised, t, s, z)
+                callback(state)
+            x_t = self.step(denoiser, state, s, lambda x: normal_like(x, generator))
+            if adjust is not None:
+                x_t = adjust(state, x_t)
+            if not bool(torch.isfinite(x_t).all()):
+                raise SamplingError(
+                    f"{type(self).__name__}: x_t is not finite after step {k + 1} of {self.steps} "
+                    f"(from t={float(t):.6g} to {float(s):.6g}); is the denoiser trained at this "
+                    "level? Otherwise take more steps, another grid, or clip=true"
+                )
         if callback is not None:
             callback(State(0.0, x_t, x_t))
         return x_t
+
+
+def _shortened(state: State | None, length: int) -> State | None:
+    """The newest `length` states; older ones are let go."""
+    if state is None or length == 0:
+        return None
+    return replace(state, previous=_shortened(state.previous, length - 1))

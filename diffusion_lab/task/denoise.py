@@ -71,12 +71,7 @@ class Denoise(Task):
         **task: Any,
     ) -> None:
         super().__init__(**task)
-        self.images = data.images["test"]
-        if num_images > len(self.images):
-            raise ConfigError(
-                f"num_images={num_images} is more than the {len(self.images)} test images of "
-                f"data.source={data.source}; lower num_images"
-            )
+        self.images = data.test_images(num_images)
         if data.size < WINDOW:
             raise ConfigError(
                 f"data.size={data.size} of the run is smaller than the window of SSIM; denoising "

@@ -77,7 +77,7 @@ def test_two_ranks_share_the_batches_of_one(shuffle: bool) -> None:
     assert len(one) == len(two[0]) == len(two[1]) == (5 if shuffle else 6)
     for whole, first, second in zip(one, *two, strict=True):
         assert len(first["index"]) - len(second["index"]) in (0, 1)
-        for name in ("index", "key", "image"):
+        for name in ("index", "key", "stratum", "image"):
             merged = torch.zeros_like(whole[name])
             merged[0::2], merged[1::2] = first[name], second[name]
             assert torch.equal(merged, whole[name]), name
@@ -374,6 +374,84 @@ def test_the_epoch_is_asked_for_only_when_iteration_begins() -> None:
     iterator = iter(loader)
     clock.epoch = 4
     assert next(iterator)["index"].tolist() == order(4)[:8]
+
+
+# --- stratified numbers -------------------------------------------------------------------------
+
+
+def strata(world: int, batch_size: int, **kwargs) -> list[torch.Tensor]:
+    """The numbers of each global batch of an epoch, in the order of its images."""
+    ranks = [
+        list(make_loader(45, batch_size, rank=r, world=world, **kwargs)) for r in range(world)
+    ]
+    merged = []
+    for parts in zip(*ranks, strict=True):
+        whole = torch.zeros(sum(len(part["index"]) for part in parts), dtype=torch.float64)
+        for rank, part in enumerate(parts):
+            assert part["stratum"].dtype == torch.float64
+            assert part["stratum"].shape == part["index"].shape
+            whole[rank::world] = part["stratum"]
+        merged.append(whole)
+    return merged
+
+
+@pytest.mark.parametrize("world, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3)])
+@pytest.mark.parametrize("tail, sizes", [("drop", [12] * 3), ("spread", [12] * 3 + [9])])
+def test_each_interval_holds_one_number_of_the_global_batch(
+    world: int, batch_size: int, tail: str, sizes: list[int]
+) -> None:
+    """Image k's in the k-th interval, each at the same place: one offset for the batch."""
+    batches, alone = strata(world, batch_size, tail=tail), strata(1, 12, tail=tail)
+    assert [len(u) for u in batches] == sizes
+    for u, one in zip(batches, alone, strict=True):
+        assert torch.equal(u, one)  # whatever the number of devices
+        assert (u * len(u)).floor().tolist() == list(range(len(u)))
+        offset = u * len(u) - torch.arange(len(u))
+        torch.testing.assert_close(offset, offset[:1].expand(len(u)), rtol=0, atol=1e-14)
+
+
+def test_the_tail_that_is_shared_with_the_batch_before_is_stratified_too() -> None:
+    """45 images on 4 devices of 11: 44 and 1 are cut as 23 and 22."""
+    batches = strata(4, 11, tail="spread")
+    assert [len(u) for u in batches] == [23, 22]
+    for u in batches:
+        assert (u * len(u)).floor().tolist() == list(range(len(u)))
+
+
+def test_strata_change_with_epoch_seed_split_and_batch_and_with_nothing_else() -> None:
+    changes = [{}, {"epoch": Clock(1)}, {"seed": 1}, {"split": "other"}]
+    offsets = [12 * float(u[0]) for change in changes for u in strata(1, 12, **change)]
+    assert len(set(offsets)) == 12 and all(0 <= offset < 1 for offset in offsets)
+    again = [12 * float(u[0]) for change in changes for u in strata(1, 12, workers=2, **change)]
+    assert again == offsets
+
+
+def test_strata_are_uniform() -> None:
+    """Those of 1000 batches, by Kolmogorov's distance; no batch tells of the next one."""
+    images = Memory(np.zeros((3000, 1, 1, 3), dtype=np.uint8))
+    offsets = []
+    for batch in make_loader(3000, 3, images=images):
+        offsets.append(3 * batch["stratum"] - torch.arange(3))
+    u = torch.stack(offsets)[:, 1]
+    steps, ordered = torch.arange(1001, dtype=torch.float64) / 1000, u.sort().values
+    distance = max(float((steps[1:] - ordered).max()), float((ordered - steps[:-1]).max()))
+    assert distance < 1.95 / 1000**0.5  # one in a thousand is larger
+    correlation = float(((u[1:] - 0.5) * (u[:-1] - 0.5)).mean() * 12)
+    assert abs(correlation) < 4 / 1000**0.5
+
+
+def test_a_resumed_epoch_has_the_same_strata() -> None:
+    """On one device and on two."""
+    loader = make_loader(45, 8, epoch=Clock(2))
+    whole, iterator = list(loader), iter(loader)
+    next(iterator), next(iterator)
+    state = loader.state_dict()
+    for world in (1, 2):
+        for rank in range(world):
+            resumed = make_loader(45, 8 // world, rank=rank, world=world, epoch=Clock(2))
+            resumed.load_state_dict(state)
+            for batch, full in zip(resumed, whole[2:], strict=True):
+                assert torch.equal(batch["stratum"], full["stratum"][rank::world])
 
 
 # --- resume -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Posterior methods on a Gaussian prior: exact moments against the posterior in closed form."""
 
 import logging
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +11,19 @@ from torch import Tensor
 
 from diffusion_lab.guidance import MMSE, Observation, Residual, Truncated
 from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, State
-from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, ProbabilityFlow, State, UniPC
+from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
 
-SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "sigmoid": Sigmoid()}
+SCHEDULES = {
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "sigmoid": Sigmoid(),
+    "vp": VP(),
+    "subvp": SubVP(),
+    "ve": VE(),
+    "edm": EDM(),
+    "flow": Flow(),
+}
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 Y = torch.tensor([0.9, -0.2, -0.8, 0.4], dtype=torch.float64)
 SIGMA_Y = 0.5
@@ -55,7 +65,9 @@ def test_truncated_draws_from_the_posterior(schedule: Schedule, sigma_y: float) 
     """At 64 steps within 10% of the covariance; first order in the step."""
     coarse, middle, fine = (errors(steps, schedule, sigma_y) for steps in (16, 64, 256))
     assert middle[0] < 0.05 and middle[1] < 0.1
-    for k in (0, 1):
+    if type(schedule) in (VE, EDM):  # without drift the mean is exact
+        assert coarse[0] < 1e-9 and middle[0] < 1e-9 and fine[0] < 1e-9
+    for k in (1,) if type(schedule) in (VE, EDM) else (0, 1):
         assert fine[k] < middle[k] / 3 and middle[k] < coarse[k] / 2.5
 
 
@@ -67,9 +79,9 @@ def test_truncated_spreads_like_the_posterior_and_not_like_the_prior() -> None:
     assert float(covariance.trace()) > float(posterior(Y, SIGMA_Y)[1].trace())  # its own side
 
 
-def test_truncated_starts_from_the_observation_at_its_own_noise_level() -> None:
-    schedule, states = Cosine(), []
-    y = batch(3)
+@every_schedule
+def test_truncated_starts_from_the_observation_at_its_own_noise_level(schedule: Schedule) -> None:
+    y, states = batch(3), []
     result = Truncated()(
         GaussianDenoiser(schedule),
         EulerMaruyama(5),
@@ -80,7 +92,11 @@ def test_truncated_starts_from_the_observation_at_its_own_noise_level() -> None:
     first: State = states[0]
     assert len(states) == 6 and states[-1].t == 0
     assert float(schedule.ratio(torch.tensor(first.t).double())) == pytest.approx(SIGMA_Y, 1e-6)
-    alpha_t = (1 + SIGMA_Y**2) ** -0.5  # α² + σ² = 1
+    if schedule.variance_preserving:
+        alpha_t = (1 + SIGMA_Y**2) ** -0.5  # α² + σ² = 1
+    else:
+        alpha_t = {VE: 1, EDM: 1, Flow: 1 / (1 + (1 - 1e-5) * SIGMA_Y),
+                   SubVP: (1 + SIGMA_Y**2 / 4) ** 0.5 - SIGMA_Y / 2}[type(schedule)]  # fmt: skip
     torch.testing.assert_close(first.x_t, alpha_t * y, rtol=1e-9, atol=1e-9)
     assert torch.equal(states[-1].x_t, result)
 
@@ -197,6 +213,51 @@ def test_residual_without_pull_is_plain_sampling(variance: str) -> None:
     assert torch.equal(actual, expected)
     pulled = Residual(0.1)(denoiser, sampler, observation, generator=keyed(4))
     assert float((pulled - expected).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", [DDIM(5), DDIM(5, eta=0.5), EulerMaruyama(5)])
+def test_residual_pulls_on_every_sampler_and_schedule(sampler) -> None:
+    """From s n, s the schedule's own deviation at t = 1: a sampler's steps, and λ (y - x_t)."""
+    y = batch(3)
+    for schedule, std in ((Linear(), 1.0), (VE(), 348.0), (EDM(), 80.0), (Flow(), 1.0)):
+        denoiser, draws = GaussianDenoiser(schedule), keyed(3)
+        x_t = std * draws.normal(4, dtype=torch.float64)
+        times = sampler.times(schedule)
+        states, expected = [], [x_t]
+        for t, s in pairwise(times):
+            state = State(float(t), x_t, denoiser(x_t, t))
+            x_s = sampler.step(
+                denoiser, state, s, lambda x, draws=draws: draws.normal(4, dtype=x.dtype)
+            )
+            x_t = x_s + 0.05 * (y - x_t)
+            expected.append(x_t)
+        actual = Residual(0.05)(
+            denoiser, sampler, Observation(y, SIGMA_Y), generator=keyed(3), callback=states.append
+        )
+        assert [s.t for s in states] == times.tolist()
+        for state, x in zip(states, expected, strict=True):
+            torch.testing.assert_close(state.x_t, x, rtol=1e-6, atol=1e-6)
+        assert torch.equal(states[-1].x_t, actual)
+
+
+def test_residual_is_refused_with_a_solver_that_would_undo_it() -> None:
+    denoiser, observation = GaussianDenoiser(Linear()), Observation(batch(2), SIGMA_Y)
+    for sampler in (ProbabilityFlow(), UniPC()):
+        with pytest.raises(ValueError, match=r"would undo what this method changes after every"):
+            Residual()(denoiser, sampler, observation)
+    fixed = ProbabilityFlow(8, adaptive=False)
+    free, pulled = (
+        Residual(strength)(denoiser, fixed, observation, generator=keyed(2))
+        for strength in (0.0, 0.3)
+    )
+    assert float((pulled - free).abs().min()) > 1e-3
+
+
+def test_residual_keeps_no_graph() -> None:
+    observation = Observation(batch(2).requires_grad_(), SIGMA_Y)
+    for start in ("noise", "y"):
+        result = Residual(start=start)(GaussianDenoiser(Linear()), Ancestral(2), observation)
+        assert not result.requires_grad
 
 
 def test_residual_clips_if_the_sampler_does() -> None:

@@ -1,5 +1,8 @@
 """Samplers on a Gaussian prior, exactly: moments of their output, formulas, diffusers' steps."""
 
+import math
+from itertools import pairwise
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,11 +11,16 @@ from gaussian import COVARIANCE, EIGENVALUES, MEAN, ROTATION, GaussianDenoiser, 
 from torch import Tensor
 
 from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.errors import SamplingError
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, Sampler, State
-from diffusion_lab.schedule import Cosine, Linear, Schedule, Sigmoid
+from diffusion_lab.sampler.base import transition
+from diffusion_lab.sampler.grid import Quadratic
+from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
 
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "sigmoid": Sigmoid()}
+CONTINUOUS = {"vp": VP(), "subvp": SubVP(), "ve": VE(), "edm": EDM(), "flow": Flow()}
+ALL = {**SCHEDULES, **CONTINUOUS}
 MAKERS = {
     "ddim": lambda steps, **kw: DDIM(steps, **kw),
     "ddim_0.5": lambda steps, **kw: DDIM(steps, eta=0.5, **kw),
@@ -22,6 +30,7 @@ MAKERS = {
 }
 every_sampler = pytest.mark.parametrize("name", MAKERS)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+any_schedule = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,6 +41,28 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def time(index: float, steps: int = 1000) -> Tensor:
     """The time of DDPM's index; -1 is the clean image."""
     return torch.tensor((index + 1) / steps, dtype=torch.float64)
+
+
+class Silent(Denoiser):
+    """For a step that has its estimate: it is not asked for another."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError(f"asked at t={float(t)}")
+
+
+def one_step(
+    sampler: Sampler, schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor,
+    z: Tensor,
+) -> Tensor:  # fmt: skip
+    """x_s; z is all the noise there is, and a deterministic sampler gets none."""
+    draws = [z] if sampler.stochastic else []
+
+    def noise(x: Tensor) -> Tensor:
+        assert x.shape == z.shape and x.dtype == z.dtype
+        return draws.pop()
+
+    state = State(float(t), x_t, denoised)
+    return sampler.step(Silent(schedule), state, s.double(), noise)
 
 
 class Isotropic(Denoiser):
@@ -109,20 +140,21 @@ def test_the_ancestral_step_is_that_of_the_paper(variance: str, index: int) -> N
     s_t = (b * (1 - ab_before) / (1 - ab) if variance == "small" else b) ** 0.5
     expected = (x_t - b / (1 - ab) ** 0.5 * epsilon) / (1 - b) ** 0.5 + s_t * z
     t, s = time(index), time(index - 1)
-    actual = Ancestral(variance=variance).step(Linear(), x_t, denoised, t, s, z)
+    actual = one_step(Ancestral(variance=variance), Linear(), x_t, denoised, t, s, z)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.61803, 0.3), (0.002, 0.001), (0.3, 0.0)])
 def test_ddim_with_full_noise_is_the_small_variance_step(t: float, s: float) -> None:
     x_t, denoised, z = normal(3, 6, 4)
-    for schedule in SCHEDULES.values():
-        arguments = (schedule, x_t, denoised, torch.tensor(t), torch.tensor(s), z)
-        actual = DDIM(eta=1.0).step(*arguments)
-        torch.testing.assert_close(actual, Ancestral().step(*arguments), rtol=1e-7, atol=1e-9)
+    for schedule in ALL.values():
+        arguments = (schedule, x_t, denoised, *torch.tensor([t, s]).double(), z)
+        actual = one_step(DDIM(eta=1.0), *arguments)
+        expected = one_step(Ancestral(), *arguments)
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
 
 
-@every_schedule
+@any_schedule
 def test_ddim_without_noise_keeps_the_noise_it_sees(schedule: Schedule) -> None:
     """x_t = α_t x_0 + σ_t ε becomes α_s x_0 + σ_s ε, for any t and s."""
     x_0, epsilon, z = normal(3, 6, 4)
@@ -131,7 +163,7 @@ def test_ddim_without_noise_keeps_the_noise_it_sees(schedule: Schedule) -> None:
             schedule(torch.tensor(u, dtype=torch.float64)) for u in (t, s)
         )
         x_t = alpha_t * x_0 + sigma_t * epsilon
-        actual = DDIM().step(schedule, x_t, x_0, *torch.tensor([t, s]).double(), z)
+        actual = one_step(DDIM(), schedule, x_t, x_0, *torch.tensor([t, s]).double(), z)
         torch.testing.assert_close(actual, alpha_s * x_0 + sigma_s * epsilon)
 
 
@@ -144,19 +176,53 @@ def test_euler_maruyama_is_the_textbook_scheme_where_g_is_constant() -> None:
     f, g, dt = schedule.drift(t), schedule.diffusion(t), t - s
     score = (alpha_t * denoised - x_t) / sigma_t**2
     expected = x_t - (f * x_t - g**2 * score) * dt + g * dt.sqrt() * z
-    actual = EulerMaruyama().step(schedule, x_t, denoised, t, s, z)
+    actual = one_step(EulerMaruyama(), schedule, x_t, denoised, t, s, z)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@every_schedule
+@any_schedule
 @every_sampler
 def test_the_last_step_returns_the_estimate_without_noise(name: str, schedule: Schedule) -> None:
     x_t, denoised, z = normal(3, 6, 4)
-    step = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(-1), 100 * z)
+    sampler, arguments = MAKERS[name](10), (schedule, x_t, denoised, time(4))
+    step = one_step(sampler, *arguments, time(-1), 100 * z)
     torch.testing.assert_close(step, denoised, rtol=1e-12, atol=1e-12)
-    before = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(0), 100 * z)
-    same = MAKERS[name](10).step(schedule, x_t, denoised, time(4), time(0), 0 * z)
+    before = one_step(sampler, *arguments, time(0), 100 * z)
+    same = one_step(sampler, *arguments, time(0), 0 * z)
     assert torch.equal(before, same) == (name == "ddim")  # while all others do
+
+
+@any_schedule
+@pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.61803, 0.3), (0.002, 0.001)])
+def test_the_ancestral_step_is_bayes_rule(schedule: Schedule, t: float, s: float) -> None:
+    """p(x_s | x_t, x_0) by adding the precisions of q(x_s | x_0) and of q(x_t | x_s)."""
+    x_t, x_0, z = normal(3, 6, 4)
+    time_t, time_s = torch.tensor([t, s], dtype=torch.float64)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(time_t), schedule(time_s)
+    a = alpha_t / alpha_s
+    v = sigma_t**2 - a**2 * sigma_s**2
+    precision = sigma_s**-2 + a**2 / v
+    mean = (alpha_s * x_0 / sigma_s**2 + a * x_t / v) / precision
+    for variance, std in (("small", precision**-0.5), ("large", v.sqrt())):
+        actual = one_step(Ancestral(5, variance), schedule, x_t, x_0, time_t, time_s, z)
+        torch.testing.assert_close(actual, mean + std * z, rtol=1e-7, atol=1e-7)
+
+
+@any_schedule
+def test_the_variance_of_a_transition_is_that_of_the_sde(schedule: Schedule) -> None:
+    """v = ∫_s^t (α_t / α_u)² g(u)² du, and the small steps keep their digits."""
+    for t, s in ((0.5, 0.4), (0.9, 0.2), (0.3, 0.3 - 1e-6)):
+        u = torch.linspace(s, t, 200_001, dtype=torch.float64)
+        alpha, _ = schedule(u)
+        middle = (u[1:] + u[:-1]) / 2
+        kernel = (alpha[-1] / schedule(middle)[0] * schedule.diffusion(middle)) ** 2
+        expected = float(kernel.mean() * (u[-1] - u[0]))
+        alpha_s, sigma_s, alpha_t, sigma_t, v = transition(schedule, t, s)
+        assert float(v) == pytest.approx(expected, rel=1e-6)
+        for actual, wanted in zip(
+            (alpha_s, sigma_s, alpha_t, sigma_t), (*schedule(u[0]), *schedule(u[-1])), strict=True
+        ):
+            assert actual.dtype == torch.float64 and float(actual) == float(wanted)
 
 
 # --- against diffusers --------------------------------------------------------------------------
@@ -196,7 +262,7 @@ def test_ancestral_steps_are_those_of_diffusers(
     z = normal(8, 4, seed=3)
     t, s = time(index), time(max(index - stride, -1))
     denoised = denoised.clamp(-1, 1) if clip else denoised
-    actual = Ancestral(variance=variance).step(Linear(), x_t, denoised, t, s, z)
+    actual = one_step(Ancestral(variance=variance), Linear(), x_t, denoised, t, s, z)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -215,7 +281,7 @@ def test_ddim_steps_are_those_of_diffusers(eta: float, clip: bool, index: int) -
     ).prev_sample
     t, s = time(index), time(max(index - 20, -1))
     denoised = denoised.clamp(-1, 1) if clip else denoised
-    actual = DDIM(eta=eta).step(Linear(), x_t, denoised, t, s, z)
+    actual = one_step(DDIM(eta=eta), Linear(), x_t, denoised, t, s, z)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -225,16 +291,26 @@ def test_ddim_steps_are_those_of_diffusers(eta: float, clip: bool, index: int) -
 @every_sampler
 @pytest.mark.parametrize("t_start", [1.0, 0.3])
 def test_the_grid_falls_evenly_from_the_start_to_zero(name: str, t_start: float) -> None:
-    times = MAKERS[name](7).times(t_start)
-    assert times.dtype == torch.float64
-    expected = np.linspace(t_start, 0, 8)
-    np.testing.assert_allclose(times.numpy(), expected, rtol=0, atol=1e-15)
-    assert float(times[0]) == t_start and float(times[-1]) == 0.0
+    for schedule in ALL.values():
+        times = MAKERS[name](7).times(schedule, t_start)
+        assert times.dtype == torch.float64
+        expected = np.linspace(t_start, 0, 8)
+        np.testing.assert_allclose(times.numpy(), expected, rtol=0, atol=1e-15)
+        assert float(times[0]) == t_start and float(times[-1]) == 0.0
+
+
+@every_sampler
+def test_another_grid_takes_the_place_of_the_even_one(name: str) -> None:
+    sampler, states = MAKERS[name](5, grid=Quadratic()), list[State]()
+    expected = [0.8 * (1 - k / 5) ** 2 for k in range(6)]
+    assert sampler.times(Cosine(), 0.8).tolist() == pytest.approx(expected, rel=1e-12)
+    sampler(GaussianDenoiser(Cosine()), normal(3, 4), t_start=0.8, callback=states.append)
+    assert [s.t for s in states] == pytest.approx(expected, rel=1e-12)
 
 
 @every_sampler
 def test_a_thousand_steps_visit_every_index(name: str) -> None:
-    index = Linear().index(MAKERS[name](1000).times()[:-1])
+    index = Linear().index(MAKERS[name](1000).times(Linear())[:-1])
     expected = torch.arange(999, -1, -1, dtype=torch.float64)
     torch.testing.assert_close(index, expected, rtol=0, atol=1e-9)
 
@@ -245,7 +321,7 @@ def test_states_before_every_step_and_at_the_end(name: str) -> None:
     sampler, start = MAKERS[name](5), normal(3, 4)
     generator = torch.Generator().manual_seed(0)
     result = sampler(denoiser, start, t_start=0.8, generator=generator, callback=states.append)
-    assert [s.t for s in states] == sampler.times(0.8).tolist()
+    assert [s.t for s in states] == sampler.times(Cosine(), 0.8).tolist()
     assert torch.equal(states[0].x_t, start)
     for state in states[:-1]:
         t = torch.tensor(state.t, dtype=torch.float64)
@@ -254,11 +330,55 @@ def test_states_before_every_step_and_at_the_end(name: str) -> None:
     again = sampler(denoiser, start, t_start=0.8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, result)  # a callback changes nothing
     generator = torch.Generator().manual_seed(0)
-    times = sampler.times(0.8)
+    times = sampler.times(Cosine(), 0.8)
     for k, state in enumerate(states[:-1]):  # what lies between two states is a step
         z = torch.randn(3, 4, dtype=torch.float64, generator=generator)
-        x_s = sampler.step(Cosine(), state.x_t, state.denoised, times[k], times[k + 1], z)
+        arguments = (state.x_t, state.denoised, times[k], times[k + 1], z)
+        x_s = one_step(sampler, Cosine(), *arguments)
         assert torch.equal(x_s, states[k + 1].x_t)
+        assert state.previous is None  # none of these looks back
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_a_state_knows_as_many_before_it_as_its_sampler_wants(length: int) -> None:
+    class Remembering(DDIM):
+        memory = length
+
+    states = list[State]()
+    Remembering(5)(GaussianDenoiser(Cosine()), normal(3, 4), callback=states.append)
+    for k, state in enumerate(states[:-1]):
+        before = []
+        while state.previous is not None:
+            state = state.previous
+            before.append(state)
+        assert [s.t for s in before] == [states[j].t for j in reversed(range(k))][:length]
+        for j, state in enumerate(before, start=1):
+            assert torch.equal(state.x_t, states[k - j].x_t)
+            assert torch.equal(state.denoised, states[k - j].denoised)
+
+
+@every_sampler
+def test_adjust_changes_the_state_after_every_step(name: str) -> None:
+    """x_s + (1 - x_t) / 10 by hand; the callback sees what comes of it."""
+    denoiser, states, seen = GaussianDenoiser(Cosine()), list[State](), []
+
+    def adjust(state: State, x_s: Tensor) -> Tensor:
+        seen.append((state, x_s))
+        return x_s + 0.1 * (1 - state.x_t)
+
+    sampler, x_t = MAKERS[name](5), normal(3, 4)
+    generator = torch.Generator().manual_seed(0)
+    result = sampler(denoiser, x_t, generator=generator, callback=states.append, adjust=adjust)
+    generator = torch.Generator().manual_seed(0)
+    for k, (t, s) in enumerate(pairwise(sampler.times(Cosine()))):
+        z = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+        x_s = one_step(sampler, Cosine(), x_t, denoiser(x_t, t), t, s, z)
+        assert torch.equal(seen[k][0].x_t, x_t) and torch.equal(seen[k][1], x_s)
+        assert seen[k][0].t == float(t) == states[k].t
+        x_t = x_s + 0.1 * (1 - x_t)
+        assert torch.equal(states[k + 1].x_t, x_t)
+    assert len(seen) == 5 and torch.equal(result, x_t)
+    assert torch.equal(states[-1].denoised, result)
 
 
 @every_sampler
@@ -319,16 +439,94 @@ def test_stochastic_says_whether_one_start_has_many_results() -> None:
     denoiser, start = GaussianDenoiser(Linear()), normal(3, 4)
     for make in MAKERS.values():
         sampler = make(5)
-        one, two = (
-            sampler(denoiser, start, generator=torch.Generator().manual_seed(seed))
-            for seed in (0, 1)
-        )
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        before = generators[0].get_state()
+        one, two = (sampler(denoiser, start, generator=generator) for generator in generators)
         assert sampler.stochastic == (not torch.equal(one, two))
+        # Without noise no number is drawn either.
+        assert sampler.stochastic == (not torch.equal(generators[0].get_state(), before))
 
 
 def test_sampling_keeps_no_graph() -> None:
     start = normal(1, 4).requires_grad_()
     assert not DDIM(2)(GaussianDenoiser(Linear()), start).requires_grad
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+class Broken(Denoiser):
+    """The estimate zero, but for the last image of a batch at t <= `until`.
+
+    Arguments:
+        schedule: The schedule.
+        until: The noisiest time where it fails.
+        values: What it says there, in turn.
+    """
+
+    def __init__(self, schedule: Schedule, until: float, *values: float) -> None:
+        super().__init__(schedule)
+        self.until, self.values = until, torch.tensor(values, dtype=torch.float64)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        denoised = torch.zeros_like(x_t)
+        if float(t) <= self.until:
+            denoised[-1] = self.values.repeat(2).to(x_t)
+        return denoised
+
+
+@every_sampler
+@pytest.mark.parametrize("values", [(math.nan, 0), (math.inf, 0), (-math.inf, math.inf)])
+def test_a_state_that_is_no_number_stops_the_sampler(name: str, values: tuple) -> None:
+    """At once, naming the step; one bad number of one image is enough."""
+    sampler, states = MAKERS[name](10), list[State]()
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(SamplingError) as caught:
+        sampler(
+            Broken(Linear(), 0.36, *values), normal(3, 4), t_start=0.5, generator=generator,
+            callback=states.append,
+        )  # fmt: skip
+    assert str(caught.value) == (
+        f"{type(sampler).__name__}: x_t is not finite after step 4 of 10 (from t=0.35 to 0.3); "
+        "is the denoiser trained at this level? Otherwise take more steps, another grid, or "
+        "clip=true"
+    )
+    assert [s.t for s in states] == pytest.approx([0.5, 0.45, 0.4, 0.35])
+
+
+@every_sampler
+def test_clipping_helps_against_infinity_and_not_against_nan(name: str) -> None:
+    sampler, start = MAKERS[name](10, clip=True), normal(3, 4)
+    result = sampler(Broken(Linear(), 1.0, math.inf, -math.inf), start)
+    assert result[-1].tolist() == pytest.approx([1, -1, 1, -1])
+    with pytest.raises(SamplingError, match=r"after step 1 of 10 \(from t=1 to 0\.9\)"):
+        sampler(Broken(Linear(), 1.0, math.nan, 0.0), start)
+
+
+def test_an_adjusted_state_must_be_finite_too_and_so_must_the_start() -> None:
+    denoiser, start = GaussianDenoiser(Linear()), normal(3, 4)
+
+    def adjust(state: State, x_s: Tensor) -> Tensor:
+        return x_s / 0 if state.t < 0.3 else x_s
+
+    with pytest.raises(SamplingError, match=r"^DDIM: .* step 4 of 4 \(from t=0\.25 to 0\);"):
+        DDIM(4)(denoiser, start, adjust=adjust)
+    with pytest.raises(SamplingError, match=r"^Ancestral: .* step 1 of 4"):
+        Ancestral(4)(denoiser, start / 0)
+
+
+def test_large_numbers_are_numbers() -> None:
+    """Many of them, too, whose sum is far larger than each."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        start = torch.full((2, 3, 256, 256), 100.0, dtype=dtype)
+        assert bool(DDIM(2)(Broken(VE(), 0.0), start, t_start=0.9).isfinite().all())
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_sampling_is_refused_under_sub_vp(variance: str) -> None:
+    """Before the denoiser is asked anything."""
+    with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Take euler_maru"):
+        Ancestral(3, variance)(Silent(SubVP()), normal(2, 4))
 
 
 @pytest.mark.parametrize(

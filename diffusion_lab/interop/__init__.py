@@ -1,0 +1,5 @@
+"""Networks and schedules in the file formats of others. One file a format."""
+
+__all__ = ["load_schedule", "load_unet", "save_unet"]
+
+from diffusion_lab.interop.diffusers import load_schedule, load_unet, save_unet

@@ -1,0 +1,130 @@
+r"""How probable images of 8 bits are under a prior, in bits per dimension.
+
+A pixel p in {0, ..., 255} is the level x_0 = p / 127.5 - 1, and levels are Δ = 1 / 127.5 apart.
+
+The probability-flow ODE has a density. Uniform noise in a level's bin makes it one of pixels
+(the variational bound of dequantisation),
+
+    bits/dim = -E_u log2 p(x_0 + Δ (u - ½)) / d + log2 127.5,    u ~ U[0, 1),
+
+the density being that of x_{t_min} / α, which has noise of a standard deviation of r_{t_min}.
+
+DDPM's own bound needs no ODE: with the small variance, over the times t_1 < ... < t_T of training,
+
+    L = KL(q(x_T | x_0) ‖ p(x_T)) + Σ_k ½ (SNR(t_{k-1}) - SNR(t_k)) E |x_0 - x̂(x_{t_k})|²
+        - E log p(p | x_{t_1}),    p(p | x_t) ∝ exp(-(x_t / α_t - level p)² / 2 r_t²).
+
+Sources:
+    Song et al., "Score-based generative modeling through SDEs", 2021, section 4.3.
+    Theis et al., "A note on the evaluation of generative models", 2016, section 3.1.
+    Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 5.
+    Kingma et al., "Variational diffusion models", 2021, eq. 11 to 13 (the sum and the last term).
+"""
+
+__all__ = ["bound", "flow"]
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.noise import KeyedGenerator
+from diffusion_lab.sampler.grid import LARGEST
+from diffusion_lab.sampler.ode import ProbabilityFlow
+from diffusion_lab.schedule import DiscreteSchedule, Schedule
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+TERMS = 1000  # into which the bound cuts a continuous schedule
+FINEST = 0.005  # and the ratio at which it begins
+
+
+def flow(
+    denoiser: Denoiser,
+    solver: ProbabilityFlow,
+    pixels: Tensor,
+    generator: KeyedGenerator,
+    exact: bool = False,
+) -> Tensor:
+    """Returns the bits per dimension by the probability-flow ODE, float64, of shape (B,).
+
+    Arguments:
+        denoiser: The prior, E[x_0 | x_t].
+        solver: Solves the ODE.
+        pixels: The images, uint8, of shape (B, *).
+        generator: Where the noise in the bins and Hutchinson's v come from.
+        exact: Whether the trace is exact; for data of few dimensions.
+
+    Raises:
+        SamplingError: If the solver does not arrive.
+    """
+    u = generator.uniform(*pixels.shape[1:])
+    x_0 = (pixels.to(u) + u - 0.5) / 127.5 - 1
+    schedule, d = denoiser.schedule, x_0[0].numel()
+    alpha_t = schedule(torch.tensor(schedule.t_min, dtype=torch.float64))[0]
+    log_prob, _ = solver.log_prob(
+        denoiser, alpha_t.to(x_0) * x_0, exact=exact, generator=generator
+    )
+    nats = log_prob + d * torch.log(alpha_t).to(log_prob)  # of x_t / α_t
+    return -nats / (d * math.log(2)) + math.log2(127.5)
+
+
+def _times(schedule: Schedule) -> Tensor:
+    """The times t_1 < ... < t_T that the bound sums over."""
+    if isinstance(schedule, DiscreteSchedule):
+        return torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    # Even in log r, where the sum is nearest to its limit. It begins at about a level's width:
+    # below, the last term is nothing, and the sum grows without end.
+    ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64))
+    ends = ends.clamp(min=FINEST, max=LARGEST).log().tolist()
+    times = schedule.t_from_ratio(torch.linspace(*ends, TERMS, dtype=torch.float64).exp())
+    times[-1] = 1.0
+    return times
+
+
+@torch.no_grad()
+def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: int) -> Tensor:
+    """Returns an unbiased estimate of DDPM's bound in bits per dimension, float64, of shape (B,).
+
+    Arguments:
+        denoiser: The prior, E[x_0 | x_t].
+        pixels: The images, uint8, of shape (B, *).
+        generator: Where the noise and the terms come from.
+        terms: How many of the T - 1 terms of the sum are drawn, each a call of the denoiser.
+
+    Raises:
+        ValueError: If `terms` is below 1.
+    """
+    if terms < 1:
+        raise ValueError(f"terms={terms} is not allowed; at least 1")
+    schedule, shape = denoiser.schedule, pixels.shape[1:]
+    times = _times(schedule).to(pixels.device)
+    x_0 = (pixels.float() / 127.5 - 1).double()
+    dims = tuple(range(1, x_0.ndim))
+
+    alpha, sigma = (float(c) / schedule.prior_std for c in schedule(times[-1]))
+    kl = 0.5 * (alpha**2 * x_0**2 + sigma**2 - 1 - 2 * math.log(sigma)).sum(dims)
+
+    ratio = schedule.ratio(times).to(times)
+    weight = (ratio[:-1] ** -2 - ratio[1:] ** -2) / 2
+    # Terms are drawn in proportion to what they would be if |x_0 - x̂|² were r² / (1 + r²).
+    mass = torch.cumsum(weight / (1 + ratio[1:] ** -2), 0)
+    inner = torch.zeros_like(kl)
+    for j in range(terms):
+        u = (j + generator.uniform(dtype=torch.float64)) / terms
+        k = torch.searchsorted(mass, u * mass[-1]).clamp(max=len(mass) - 1)
+        share = torch.where(k > 0, mass[k] - mass[k - 1], mass[0]) / mass[-1]
+        t = times[k + 1]
+        alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
+        x_t = alpha_t * x_0 + sigma_t * generator.normal(*shape, dtype=torch.float64)
+        error = (denoiser(x_t.float(), t).double() - x_0).square().sum(dims)
+        inner += weight[k] / share * error / terms
+
+    r = float(schedule.ratio(times[0]))
+    levels = LEVELS.to(x_0)
+    v = (x_0 + r * generator.normal(*shape, dtype=torch.float64)).flatten(1)
+    decoder = torch.zeros_like(kl)
+    for b, (value, pixel) in enumerate(zip(v, pixels.flatten(1).long(), strict=True)):
+        logits = -((value[:, None] - levels) ** 2) / (2 * r**2)
+        decoder[b] = -logits.log_softmax(1).gather(1, pixel[:, None]).sum()
+    return (kl + inner + decoder) / (x_0[0].numel() * math.log(2))

@@ -1,0 +1,590 @@
+"""Networks and schedules of diffusers are ours and ours are theirs; what cannot be is refused."""
+
+import inspect
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffusion_lab.errors import ConfigError, RunError
+from diffusion_lab.interop import load_schedule, load_unet, save_unet
+from diffusion_lab.interop.diffusers import DEFAULTS, IGNORED
+from diffusion_lab.nn import UNet
+from diffusion_lab.schedule import Cosine, Linear
+
+SAFETENSORS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+D, AD, U, AU = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
+CELEBA = {  # config.json of google/ddpm-celebahq-256; keys of later versions are not in it
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.1.1",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "center_input_sample": False,
+    "down_block_types": [D, D, D, D, AD, D],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "time_embedding_type": "positional",
+    "up_block_types": [U, AU, U, U, U, U],
+}
+SMALL = CELEBA | {
+    "block_out_channels": [32, 64],
+    "down_block_types": [D, AD],
+    "up_block_types": [AU, U],
+    "norm_num_groups": 8,
+    "sample_size": 16,
+}
+DEEP = SMALL | {
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": [AD, D, AD],
+    "up_block_types": [AU, U, AU],
+    "layers_per_block": 1,
+    "in_channels": 1,
+    "out_channels": 1,
+    "dropout": 0.25,
+}
+OURS = {
+    "small": {"channels": 32, "multipliers": (1, 2), "groups": 8, "attention_levels": (1,)},
+    "deep": {
+        "channels": 16, "multipliers": (1, 2, 3), "blocks": 1, "groups": 8,
+        "attention_levels": (0, 2), "dropout": 0.25, "image_channels": 1,
+    },
+    "flat": {"channels": 16, "multipliers": (1, 1), "groups": 4, "attention_levels": ()},
+}  # fmt: skip
+BLOCK_KEYS = ("down_block_types", "up_block_types")
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+INDICES = (
+    torch.tensor([0, 999]), torch.tensor([0.25, 164.73]), torch.tensor(321),
+    torch.tensor(17.5),
+)  # fmt: skip
+
+
+def randomise(network: nn.Module, seed: int = 0) -> Any:
+    """Gives every parameter a value that matters: a new network's branches are all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(offset + scale * noise)
+    return network.eval()
+
+
+def reference(config: dict) -> UNet2DModel:
+    return randomise(UNet2DModel(**{k: v for k, v in config.items() if k[0] != "_"}))
+
+
+def folder_of(path: Path, config: dict, state: dict[str, Tensor] | None = None) -> Path:
+    """A folder with a config.json, and weights if any."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if state is not None:
+        save_file({k: v.contiguous() for k, v in state.items()}, path / SAFETENSORS)
+    return path
+
+
+def old(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state under the old names of attention."""
+    for new, name in OLD.items():
+        state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
+    return state
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """The largest error against the largest value."""
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether names, types and bits are the same."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype == torch.float32
+        and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32))
+        for k in a
+    )
+
+
+@torch.no_grad()
+def difference(network: UNet, theirs: UNet2DModel) -> float:
+    """The largest error against the largest value, over several indices."""
+    shape = (2, theirs.config.in_channels, 16, 24)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return max(error(network(x, index), theirs(x, index).sample) for index in INDICES)
+
+
+# --- what can be loaded and saved ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
+def test_a_network_of_diffusers_says_the_same_here(tmp_path: Path, config: dict) -> None:
+    theirs = reference(config)
+    theirs.save_pretrained(tmp_path)
+    random_state = torch.get_rng_state()
+    network = load_unet(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert isinstance(network, UNet) and not network.training
+    assert all(p.requires_grad and p.device.type == "cpu" for p in network.parameters())
+    assert difference(network, theirs) < 1e-5
+    # The measure tells networks apart: with one parameter of them all moved it sees it.
+    network.up[-1].block[0].norm_1.bias.data += 0.01
+    assert difference(network, theirs) > 1e-4
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_network_from_here_says_the_same_in_diffusers(tmp_path: Path, name: str) -> None:
+    network = randomise(UNet(**OURS[name]))
+    save_unet(network, tmp_path / "new" / "folder")
+    theirs, info = UNet2DModel.from_pretrained(
+        tmp_path / "new" / "folder", output_loading_info=True
+    )
+    assert not any(info.values())  # no parameter is left over on either side
+    assert theirs.config.dropout == OURS[name].get("dropout", 0.0)
+    assert difference(network, theirs.eval()) < 1e-5
+
+
+@torch.no_grad()
+def test_the_network_of_celeba_hq_256(tmp_path: Path) -> None:
+    theirs = reference(CELEBA)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor(164.75)
+    expected = theirs(x, index).sample
+    network = load_unet(theirs.state_dict())  # its shapes tell all but what Ho et al. have
+    del theirs
+    assert sum(p.numel() for p in network.parameters()) == 113_673_219
+    assert error(network(x, index), expected) < 1e-5
+    save_unet(network, tmp_path)
+    assert identical(load_unet(tmp_path).state_dict(), network.state_dict())
+    del network
+    again = UNet2DModel.from_pretrained(tmp_path).eval()
+    assert error(again(x, index).sample, expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
+def test_a_round_trip_from_diffusers_changes_no_bit(tmp_path: Path, config: dict) -> None:
+    theirs = reference(config)
+    theirs.save_pretrained(tmp_path / "a")
+    save_unet(load_unet(tmp_path / "a"), tmp_path / "b")
+    assert identical(load_file(tmp_path / "b" / SAFETENSORS), theirs.state_dict())
+    again = UNet2DModel.from_pretrained(tmp_path / "b")
+    settings = {k: v for k, v in theirs.config.items() if k[0] != "_" and k != "sample_size"}
+    assert {k: again.config[k] for k in settings} == settings
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_round_trip_from_here_changes_no_bit(tmp_path: Path, name: str) -> None:
+    network = randomise(UNet(**OURS[name])).to(memory_format=torch.channels_last)
+    save_unet(network, tmp_path)
+    again = load_unet(tmp_path)
+    assert identical(again.state_dict(), network.state_dict())
+    assert str(again) == str(network)  # groups, dropout, ε and all sizes
+    assert all(value.is_contiguous() for value in again.state_dict().values())
+
+
+def test_old_names_of_attention(tmp_path: Path) -> None:
+    theirs = reference(SMALL)
+    state = old(theirs.state_dict())
+    assert sum(".proj_attn." in name for name in state) == 12
+    folder = folder_of(tmp_path / "old", SMALL, state)
+    network = load_unet(folder)
+    assert difference(network, theirs) < 1e-5
+    assert difference(network, UNet2DModel.from_pretrained(folder).eval()) < 1e-5
+    save_unet(network, tmp_path / "new")
+    assert identical(load_file(tmp_path / "new" / SAFETENSORS), theirs.state_dict())
+    by_state = load_unet(state, {"norm_num_groups": 8})
+    assert identical(by_state.state_dict(), network.state_dict())
+
+
+def test_weights_in_a_bin_file_and_which_file_is_taken(tmp_path: Path) -> None:
+    theirs = reference(SMALL)
+    folder = folder_of(tmp_path / "folder", SMALL)
+    torch.save(old(theirs.state_dict()), folder / BIN)
+    network = load_unet(str(folder))
+    assert difference(network, theirs) < 1e-5
+    (folder / BIN).write_bytes(b"nothing that can be read")
+    folder_of(folder, SMALL, theirs.state_dict())
+    assert identical(load_unet(folder).state_dict(), network.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_half_precision_become_float32_exactly(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    state = {k: v.to(dtype) for k, v in reference(SMALL).state_dict().items()}
+    save_unet(load_unet(folder_of(tmp_path / "a", SMALL, state)), tmp_path / "b")
+    exact = {k: v.float() for k, v in state.items()}
+    assert identical(load_file(tmp_path / "b" / SAFETENSORS), exact)
+
+
+def test_a_pipeline(tmp_path: Path) -> None:
+    theirs = reference(SMALL)
+    scheduler = DDPMScheduler(num_train_timesteps=50)
+    DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path)
+    assert (tmp_path / "unet" / SAFETENSORS).exists()
+    assert difference(load_unet(tmp_path), theirs) < 1e-5
+    assert load_schedule(tmp_path).steps == 50
+
+
+def test_a_state_dict_is_not_shared_with_the_network() -> None:
+    state = dict(reference(SMALL).state_dict())
+    network = load_unet(state, SMALL | {"block_out_channels": (32, 64)})
+    state["conv_in.weight"].zero_()
+    assert bool(network.conv_in.weight.any())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_head_dim": 64},  # as wide as the only level with attention, and the middle
+        {"act_fn": "swish"},
+        {"time_embedding_dim": 128},
+        {"attn_norm_num_groups": 8},
+        {"decay": 0.9999, "inv_gamma": 1.0, "sample_size": None},
+        {"a_future_option": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_ways_to_say_the_same(tmp_path: Path, change: dict) -> None:
+    config = SMALL | change
+    theirs = reference({k: v for k, v in config.items() if k in DEFAULTS})
+    network = load_unet(folder_of(tmp_path / "net", config, theirs.state_dict()))
+    assert difference(network, theirs) < 1e-5
+
+
+def test_every_key_of_diffusers_is_known_with_its_default() -> None:
+    """A version that adds an option, or changes a default, is noticed here."""
+    parameters = dict(inspect.signature(UNet2DModel.__init__).parameters)
+    parameters.pop("self")
+    assert parameters.keys() - IGNORED == DEFAULTS.keys() - {"_class_name"}
+    for key, parameter in parameters.items():
+        if key not in IGNORED and key not in ("block_out_channels", *BLOCK_KEYS):
+            assert DEFAULTS[key] == parameter.default, key
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def refused(text: str, error: type[Exception] = RunError) -> Any:
+    return pytest.raises(error, match=re.escape(text))
+
+
+@pytest.mark.parametrize(
+    "key, value, supported",
+    [
+        ("_class_name", "UNet2DConditionModel", 'only "UNet2DModel"'),
+        ("center_input_sample", True, "only false"),
+        ("time_embedding_type", "fourier", 'only "positional"'),
+        ("freq_shift", 0, "only 1"),
+        ("flip_sin_to_cos", True, "only false"),
+        ("mid_block_type", None, 'only "UNetMidBlock2D"'),
+        ("mid_block_scale_factor", 1.5, "only 1"),
+        ("add_attention", False, "only true"),
+        ("downsample_padding", 1, "only 0"),
+        ("downsample_type", "resnet", 'only "conv"'),
+        ("upsample_type", "resnet", 'only "conv"'),
+        ("act_fn", "gelu", 'only "silu" or "swish"'),
+        ("norm_eps", 1e-5, "only 1e-06"),
+        ("resnet_time_scale_shift", "scale_shift", 'only "default"'),
+        ("class_embed_type", "timestep", "only null"),
+        ("num_class_embeds", 10, "only null"),
+        ("attention_head_dim", 8, "only null or 64"),
+        ("attn_norm_num_groups", 16, "only null or 8"),
+        ("time_embedding_dim", 64, "only null or 128"),
+        ("out_channels", 6, "only 3"),
+        ("in_channels", 0, "only a positive integer"),
+        ("layers_per_block", [1, 2], "only a positive integer"),
+        ("norm_num_groups", None, "only a positive integer"),
+        ("norm_num_groups", 24, "only a divisor of block_out_channels=[32, 64]"),
+        ("block_out_channels", [32, 48], "only a list of multiples of its first"),
+        ("block_out_channels", [33, 66], "only a list of multiples of its first, which is even"),
+        ("block_out_channels", [], "only a list of multiples"),
+        ("block_out_channels", "32, 64", "only a list of multiples"),
+        ("dropout", 1.0, "only a number in [0, 1)"),
+        ("down_block_types", [D, "CrossAttnDownBlock2D"], f"only a list of {D} and {AD}"),
+        ("down_block_types", [D], "only 2 names"),
+        ("up_block_types", [U, AU], f'only ["{AU}", "{U}"]'),
+        ("a_future_option", "on", "only null"),
+    ],
+)
+def test_a_network_that_is_not_ours(tmp_path: Path, key: str, value: Any, supported: str) -> None:
+    folder = folder_of(tmp_path / "net", SMALL | {key: value})
+    with refused(f"{key}={json.dumps(value)} is not supported, {supported}") as error:
+        load_unet(folder)
+    assert str(folder / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, default",
+    [
+        ("freq_shift", "0"),
+        ("flip_sin_to_cos", "true"),
+        ("downsample_padding", "1"),
+        ("norm_eps", "1e-05"),
+        ("attention_head_dim", "8"),
+        ("block_out_channels", "null"),
+    ],
+)
+def test_a_key_that_is_missing_has_the_default_of_diffusers(
+    tmp_path: Path, key: str, default: str
+) -> None:
+    folder = folder_of(tmp_path / "net", {k: v for k, v in SMALL.items() if k != key})
+    with refused(f"(completed by diffusers' defaults): {key}={default} is not supported"):
+        load_unet(folder)
+
+
+def test_one_head_for_levels_of_two_widths_is_null_only(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "net", DEEP | {"attention_head_dim": 48})
+    with refused("attention_head_dim=48 is not supported, only null;"):
+        load_unet(folder)
+
+
+def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    state = dict(reference(SMALL).state_dict())
+    groups = {"norm_num_groups": 8}
+    lacking = {k: v for k, v in state.items() if not k.startswith("mid_block.attentions.0.to_")}
+    with refused("missing 8 (first mid_block.attentions.0.to_q.weight)"):
+        load_unet(lacking, groups)
+    folder = folder_of(
+        tmp_path / "net", SMALL, lacking | {"class_embedding.weight": torch.ones(2)}
+    )
+    expected = (
+        f"{folder / SAFETENSORS} does not fit {folder / 'config.json'} (completed by diffusers' "
+        "defaults): tensors missing 8 (first mid_block.attentions.0.to_q.weight), unexpected 1 "
+        "(first class_embedding.weight)"
+    )
+    with refused(expected):
+        load_unet(folder)
+    wrong = state | {"up_blocks.0.resnets.0.conv1.weight": torch.zeros(64, 96, 3, 3)}
+    with refused(
+        "up_blocks.0.resnets.0.conv1.weight has the shape (64, 96, 3, 3) and should have "
+        "(64, 128, 3, 3)"
+    ):
+        load_unet(folder_of(folder, SMALL, wrong))
+
+
+def test_a_state_dict_that_is_not_of_diffusers() -> None:
+    network = UNet(**OURS["small"])
+    with refused("no down_blocks.0.resnets.0.conv1.weight; give that of diffusers' UNet2DModel"):
+        load_unet(network.state_dict())
+    with refused("the state dict has no conv_in.weight"):
+        load_unet({})
+    with refused("conv_in.weight is torch.int8, not a tensor of floating-point numbers"):
+        load_unet({"conv_in.weight": torch.zeros(2, dtype=torch.int8)})
+    with refused("state is dict, not a tensor"):
+        load_unet({"state": {}})
+
+
+def test_groups_do_not_show_in_a_state_dict() -> None:
+    state = reference(DEEP).state_dict()
+    with refused("and config=): norm_num_groups=32 is not supported, only a divisor of"):
+        load_unet(state)
+    with refused("downsample_padding=1 is not supported"):
+        load_unet(state, {"downsample_padding": 1})
+
+
+def test_a_folder_has_its_own_configuration(tmp_path: Path) -> None:
+    with refused(f"config= is for a state dict; {tmp_path}", ConfigError):
+        load_unet(tmp_path, SMALL)
+
+
+def test_what_diffusers_cannot_be_told(tmp_path: Path) -> None:
+    network = UNet(channels=8, multipliers=(2, 4), groups=4, attention_levels=())
+    with refused("multipliers[0]=2 cannot be written for diffusers", ConfigError):
+        save_unet(network, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# --- files that cannot be read ------------------------------------------------------------------
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_bin_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
+    folder, mark = folder_of(tmp_path / "net", SMALL), tmp_path / "ran"
+    torch.save({"conv_in.weight": Code(mark)}, folder / BIN, _use_new_zipfile_serialization=zipped)
+    with refused(f"{folder / BIN} is not loaded: it holds code") as error:
+        load_unet(folder)
+    assert f"use weights in {SAFETENSORS}" in str(error.value)
+    assert not mark.exists()
+    torch.load(folder / BIN, weights_only=False)
+    assert mark.exists()  # it would have
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, BIN])
+def test_truncated_weights(tmp_path: Path, name: str) -> None:
+    state = dict(reference(SMALL).state_dict())
+    folder = folder_of(tmp_path / "net", SMALL, state if name == SAFETENSORS else None)
+    if name == BIN:
+        torch.save(state, folder / BIN)
+    data = (folder / name).read_bytes()
+    for length in (0, 100, len(data) // 2, len(data) - 1):
+        (folder / name).write_bytes(data[:length])
+        with refused(str(folder / name)):
+            load_unet(folder)
+
+
+def test_a_bin_file_of_something_else(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "net", SMALL)
+    torch.save([torch.zeros(2)], folder / BIN)
+    with refused(f"{folder / BIN} holds a list, not tensors by their names"):
+        load_unet(folder)
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    reference(SMALL).save_pretrained(tmp_path, max_shard_size="500KB")
+    index = tmp_path / f"{SAFETENSORS}.index.json"
+    assert index.exists()
+    with refused(f"{index} lists weights in several files, which are not read"):
+        load_unet(tmp_path)
+
+
+def test_a_folder_without_the_files(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "such"
+    for folder in (tmp_path, missing):
+        with refused(f"there is no config.json in {folder} or {folder / 'unet'}"):
+            load_unet(folder)
+        with refused(f"there is no scheduler_config.json in {folder}"):
+            load_schedule(str(folder))
+    folder_of(tmp_path, SMALL)
+    with refused(f"there is no {SAFETENSORS} or {BIN} in {tmp_path}"):
+        load_unet(tmp_path)
+
+
+@pytest.mark.parametrize("text, reason", [("{", "cannot be read"), ("[1]", "but a list")])
+def test_a_config_that_is_none(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=f"config.json .*{reason}"):
+        load_unet(tmp_path)
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held, calls", [(SAFETENSORS, 1), (BIN, 2)])
+def test_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str, calls: int
+) -> None:
+    theirs = reference(SMALL)
+    folder = folder_of(tmp_path / "net", SMALL)
+    torch.save(theirs.state_dict(), folder / BIN)
+    if held == SAFETENSORS:
+        folder_of(folder, SMALL, theirs.state_dict())
+    (folder / "scheduler_config.json").write_text(json.dumps(LINEAR))
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert difference(load_unet("google/ddpm-256"), theirs) < 1e-5
+    wanted = [["*.json", file, f"unet/{file}"] for file in (SAFETENSORS, BIN)]
+    assert asked == [("google/ddpm-256", files) for files in wanted[:calls]]
+    assert isinstance(load_schedule("google/ddpm-256"), Linear)
+    assert len(asked) == calls + 1
+
+
+def test_a_name_on_the_hub_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused("there is no folder google/x, and it cannot be downloaded from the hub ("):
+        load_unet("google/x")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refused("needs huggingface_hub: pip install huggingface_hub"):
+        load_unet("google/x")
+    with refused(f"there is no config.json in {Path('google/x')}"):
+        load_unet(Path("google/x"))  # a path is never a name
+    with refused(f"there is no config.json in {Path('../x')}"):
+        load_unet("../x")
+
+
+# --- schedules ----------------------------------------------------------------------------------
+
+LINEAR = {  # scheduler_config.json of google/ddpm-celebahq-256
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+}
+
+
+@pytest.mark.parametrize(
+    "name, steps, kind", [("linear", 1000, Linear), ("squaredcos_cap_v2", 200, Cosine)]
+)
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
+def test_a_schedule_has_the_increments_of_diffusers(
+    tmp_path: Path, scheduler: str, name: str, steps: int, kind: type
+) -> None:
+    theirs = getattr(diffusers, scheduler)(
+        num_train_timesteps=steps, beta_schedule=name, beta_start=3e-4, beta_end=0.03
+    )
+    theirs.save_pretrained(tmp_path)
+    schedule = load_schedule(tmp_path)
+    assert type(schedule) is kind and schedule.steps == steps
+    alpha_t, sigma_t = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
+    beta = 1 - (alpha_t[1:] / alpha_t[:-1]) ** 2
+    torch.testing.assert_close(beta, theirs.betas.double(), rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(
+        sigma_t[1:] ** 2, 1 - theirs.alphas_cumprod.double(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_schedule_of_celeba_hq_256(tmp_path: Path) -> None:
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(LINEAR))
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for ours, expected in zip(load_schedule(tmp_path)(t), Linear()(t), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "key, value, supported",
+    [
+        ("beta_schedule", "scaled_linear", 'only "linear" or "squaredcos_cap_v2"'),
+        ("beta_schedule", None, 'only "linear" or "squaredcos_cap_v2"'),
+        ("trained_betas", [0.1, 0.2], "only null"),
+        ("rescale_betas_zero_snr", True, "only false"),
+        ("prediction_type", "v_prediction", 'only "epsilon"'),
+        ("num_train_timesteps", 0, "only a positive integer"),
+        ("num_train_timesteps", None, "only a positive integer"),
+        ("beta_start", None, "only a number between 0 and 1"),
+        ("beta_end", 1.5, "only a number between 0 and 1"),
+    ],
+)
+def test_a_schedule_that_is_not_ours(tmp_path: Path, key: str, value: Any, supported: str) -> None:
+    path = tmp_path / "scheduler_config.json"
+    config = {k: v for k, v in (LINEAR | {key: value}).items() if v is not None}
+    path.write_text(json.dumps(config))  # what is None is missing
+    with refused(f"{path}: {key}={json.dumps(value)} is not supported, {supported}"):
+        load_schedule(tmp_path)
