@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +27,8 @@ from diffusion_lab.config import (
 from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.instantiate import instantiate
+from diffusion_lab.sampler import Sampler
+from diffusion_lab.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,31 @@ for message in (
     ".*tensorboardX",
 ):
     warnings.filterwarnings("ignore", message)
+
+
+def sampler_for(config: DictConfig, schedule: Schedule) -> Sampler:
+    """Makes the sampler of the configuration.
+
+    Raises:
+        ConfigError: If it is not defined under the schedule.
+    """
+    sampler = instantiate(config.sampler, "sampler")
+    try:
+        sampler.check(schedule)
+    except ValueError as error:
+        raise ConfigError(f"sampler={type(sampler).__name__}: {error}") from error
+    return sampler
+
+
+def check_levels(own: Schedule, other: Schedule) -> None:
+    """Raises ConfigError if another schedule has levels that a prior was not trained at."""
+    reached, trained = float(other.ratio(1.0)), float(own.ratio(1.0))
+    if reached > trained * (1 + 1e-9):
+        raise ConfigError(
+            f"the schedule {type(other).__name__} ends at the noise level σ/α = {reached:.4g}; "
+            f"the prior was trained under {type(own).__name__}, up to {trained:.4g}. Lower "
+            "schedule.sigma_max or schedule.beta_max, or choose another schedule="
+        )
 
 
 @hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")
@@ -85,8 +113,19 @@ def train(config: DictConfig) -> None:
             **{key: config[key] for key in MODEL},
         },
         "model",
+        label_dropout=config.label_dropout,
         run_config=OmegaConf.to_container(config, resolve=True),
     )
+    if config.pretrained and not config.resume:
+        runs.start_from(module, config.pretrained)
+    schedule = module.schedule
+    sampler_for(config, schedule)  # of the grids: refused now, not at the first of them
+    ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).tolist()
+    log.info(
+        "schedule %s: noise levels σ/α from %.3g to %.4g; KL(q(x_1) ‖ prior) = %.2g bits/dim for "
+        "images of mean square 1/4",
+        type(schedule).__name__, *ends, schedule.prior_kl(0.25),
+    )  # fmt: skip
     data = instantiate(config.data, "data")
     callbacks = [instantiate(node, f"callbacks.{k}") for k, node in config.callbacks.items()]
     loggers = [instantiate(node, f"logger.{k}") for k, node in (config.logger or {}).items()]
@@ -132,19 +171,27 @@ def train(config: DictConfig) -> None:
 def evaluate(config: DictConfig) -> None:
     """Evaluates a trained prior."""
     check_eval(config)
-    run = runs.rebuild(config.ckpt or config.run or runs.newest_run())
+    if config.get("model") is not None:
+        data = OmegaConf.to_container(config.model.data, resolve=True)
+        run = runs.pretrained(config.model.path, data)
+        log.warning("model=pretrained: %s; read the figures so", runs.PRETRAINED)
+    else:
+        run = runs.rebuild(config.ckpt or config.run or runs.newest_run(), config.ema)
+    if config.label is not None:
+        run = runs.conditioned(run, config.label, config.strength)
     if config.get("schedule") is not None:
         schedule = instantiate(config.schedule, "schedule")
+        check_levels(run.denoiser.schedule, schedule)
         run = replace(run, denoiser=Rescheduled(run.denoiser, schedule))
     schedule = run.denoiser.schedule
     check_sampler(config, schedule.steps)
-    log.info("prior: %s, %d steps", run.checkpoint, run.step)
+    log.info("prior: %s, %s", run.checkpoint, run.origin)
     parts = {
         "run": run,
         "directory": Path(config.paths.output_dir),
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "sampler": instantiate(config.sampler, "sampler"),
+        "sampler": sampler_for(config, schedule),
         "settings": OmegaConf.to_yaml(config, resolve=True),
     }
     if "num_samples" in config:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from diffusion_lab import noise_level
+from diffusion_lab.ema import LARGEST, LEAST
 from diffusion_lab.errors import ConfigError
 
 PACKAGE = Path(__file__).parent
@@ -47,6 +48,13 @@ def _list_of(rule: tuple[str, Check], least: int) -> tuple[str, Check]:
         return isinstance(value, ListConfig) and len(value) >= least and all(map(rule[1], value))
 
     return f"a list, each {rule[0]}", check
+
+
+WIDTH = (f"a number in [{LEAST}, {LARGEST}]", _number(float, lambda v: LEAST <= v <= LARGEST))
+
+
+def _widths(values: Any) -> bool:
+    return _list_of(WIDTH, least=0)[1](values) and len(set(values)) == len(values)
 
 
 def _null_or(rule: tuple[str, Check]) -> tuple[str, Check]:
@@ -97,7 +105,13 @@ RATES = {
 TRAIN = COMMON | {
     "name": TEXT,
     "resume": _null_or(TEXT),
+    "pretrained": _null_or(TEXT),
+    "label_dropout": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
+    "data.label": _null_or(TEXT),
+    "network.classes": COUNT_OR_0,
     "ema.decay": DECAY,
+    "ema.widths": (f"a list of different numbers in [{LEAST}, {LARGEST}]", _widths),
+    "ema.snapshot_every_n_steps": COUNT,
     "checkpoint.every_n_steps": COUNT,
     "samples.num_samples": COUNT,
     "samples.every_n_steps": COUNT,
@@ -150,7 +164,9 @@ TRAIN = COMMON | {
 EVAL = COMMON | {
     "run": _null_or(TEXT),
     "ckpt": _null_or(TEXT),
+    "ema": (f"true, false or {WIDTH[0]}", lambda v: isinstance(v, bool) or WIDTH[1](v)),
     "batch_size": COUNT,
+    "strength": NOT_NEGATIVE,
     "num_images": COUNT,
     "num_samples": COUNT,
     "data.source": _null_or(TEXT),
@@ -256,8 +272,14 @@ def check_eval(config: DictConfig) -> None:
         ConfigError: If a value is not allowed, or the noise level is stated twice.
     """
     _check_values(config, EVAL)
-    if config.run is not None and config.ckpt is not None:
-        raise ConfigError(f"run={config.run} and ckpt={config.ckpt} exclude each other")
+    sources = {key: config[key] for key in ("run", "ckpt") if config[key] is not None}
+    if config.get("model") is not None:
+        sources["model.path"] = config.model.path
+        if config.ema is not True:
+            raise ConfigError(f"ema={config.ema} is of a run; model=pretrained has one set")
+    if len(sources) > 1:
+        text = " and ".join(f"{key}={value}" for key, value in sources.items())
+        raise ConfigError(f"{text} exclude each other; each names the prior")
     if config.get("schedule") is not None:
         _check_schedule(config.schedule)
     if "sigma_t" in config:

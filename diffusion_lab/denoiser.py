@@ -6,7 +6,7 @@ E[x_0 | x_t], from which follow (Tweedie)
     ε̂(x_t, t) = (x_t - α_t x̂) / σ_t,    ∇ log p(x_t) = -ε̂ / σ_t = (α_t x̂ - x_t) / σ_t².
 """
 
-__all__ = ["Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled", "broadcast"]
+__all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled", "broadcast"]
 
 from abc import ABC, abstractmethod
 
@@ -58,14 +58,21 @@ class NetworkDenoiser(Denoiser):
         network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t.
         schedule: Its schedule.
         parameterization: What it predicts.
+        label: The class of the images, for a network that knows classes, of shape () or (B,); none
+            if None.
     """
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, parameterization: Parameterization
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        label: Tensor | int | None = None,
     ) -> None:
         super().__init__(schedule)
         self.network = network
         self.parameterization = parameterization
+        self.label = label
 
     def output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the network's prediction at x_t, in x_t's type."""
@@ -76,11 +83,38 @@ class NetworkDenoiser(Denoiser):
         index = self.schedule.index(t).clamp(min=0)
         index = index.to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
-        return self.network(x_t.to(parameter.dtype), index).to(x_t.dtype)
+        labels = () if self.label is None else (self.label,)
+        return self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
         return self.parameterization.denoised(self.output(x_t, t), x_t, alpha_t, sigma_t)
+
+
+class ClassifierFree(Denoiser):
+    """Classifier-free guidance: away from what a denoiser says of any image.
+
+    x̂ = x̂_∅ + w (x̂_c - x̂_∅); w = 1 is the conditional denoiser. A larger w gives images that are
+    more typical of their class and less varied: no longer samples of p(x_0 | c).
+
+    Source:
+        Ho, Salimans, "Classifier-free diffusion guidance", 2022, eq. 6 (their w is w - 1 here).
+
+    Arguments:
+        conditional: x̂_c, E[x_0 | x_t, c].
+        unconditional: x̂_∅, E[x_0 | x_t], under the same schedule.
+        strength: w, at least 0.
+    """
+
+    def __init__(self, conditional: Denoiser, unconditional: Denoiser, strength: float) -> None:
+        super().__init__(conditional.schedule)
+        self.conditional, self.unconditional = conditional, unconditional
+        self.strength = strength
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.strength == 1:
+            return self.conditional(x_t, t)
+        return torch.lerp(self.unconditional(x_t, t), self.conditional(x_t, t), self.strength)
 
 
 class Rescheduled(Denoiser):

@@ -30,9 +30,8 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, broadcast
 from diffusion_lab.noise import KeyedGenerator
-from diffusion_lab.sampler.grid import LARGEST
 from diffusion_lab.sampler.ode import ProbabilityFlow
-from diffusion_lab.schedule import DiscreteSchedule, Schedule
+from diffusion_lab.schedule import LARGEST, DiscreteSchedule, Schedule
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 TERMS = 1000  # into which the bound cuts a continuous schedule

@@ -125,6 +125,8 @@ class EDM(Loss):
 
     def __init__(self, sigma_data: float = 0.5) -> None:
         super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data={sigma_data} is not allowed; it is above 0")
         self.sigma_data = sigma_data
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:

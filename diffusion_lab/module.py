@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from diffusion_lab.denoiser import NetworkDenoiser, broadcast
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.loss import Loss
-from diffusion_lab.noise import KeyedGenerator
+from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.time import Time, Uniform
@@ -43,6 +44,8 @@ class DiffusionModule(LightningModule):
         optimizer: Makes the optimizer from parameters.
         lr_schedule: Makes the learning-rate schedule from an optimizer and the number of steps.
         time: How t is drawn; uniform if None.
+        label_dropout: How often an image's class is withheld from a network that is told it, in
+            [0, 1]: so that it learns p(x_0), too.
         run_config: The run's configuration as plain containers; saved with every checkpoint.
     """
 
@@ -57,6 +60,7 @@ class DiffusionModule(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         lr_schedule: Callable[[Optimizer, int], LRScheduler],
         time: Time | None = None,
+        label_dropout: float = 0.1,
         run_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -65,6 +69,7 @@ class DiffusionModule(LightningModule):
         self.schedule = schedule
         self.parameterization = parameterization
         self.loss, self.time = loss, time or Uniform()
+        self.label_dropout = label_dropout
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.run_config = run_config or {}
         self._step_losses: list[Tensor] = []  # of one optimizer step, more than one if accumulated
@@ -78,17 +83,35 @@ class DiffusionModule(LightningModule):
         self.network_ema.eval()
         return self
 
-    def denoiser(self, ema: bool = True) -> NetworkDenoiser:
-        """Returns E[x_0 | x_t] by the averaged weights, or the raw ones."""
+    def denoiser(self, ema: bool = True, label: Tensor | None = None) -> NetworkDenoiser:
+        """Returns E[x_0 | x_t] by the averaged weights, or the raw ones, of all images or of a
+        class."""
         network = self.network_ema if ema else self.network
-        return NetworkDenoiser(network, self.schedule, self.parameterization)
+        return NetworkDenoiser(network, self.schedule, self.parameterization, label)
 
-    def _losses(self, x_0: Tensor, t: Tensor, epsilon: Tensor, ema: bool) -> Tensor:
+    def setup(self, stage: str) -> None:
+        """Holds the network's classes against those of the images.
+
+        Raises:
+            ConfigError: If they differ in number.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        mine, theirs = getattr(self.network, "classes", 0), len(getattr(data, "classes", ()))
+        if data is not None and mine != theirs:
+            raise ConfigError(
+                f"network.classes={mine}, but the images have {theirs} classes "
+                f"(data.label={getattr(data, 'label', None)}); set network.classes={theirs}"
+                + ("" if theirs else ", or data.label")
+            )
+
+    def _losses(
+        self, x_0: Tensor, t: Tensor, epsilon: Tensor, ema: bool, label: Tensor | None = None
+    ) -> Tensor:
         """The loss of each image, of shape (B,)."""
         alpha_t, sigma_t = (broadcast(c, x_0) for c in self.schedule(t))
         x_t = alpha_t * x_0 + sigma_t * epsilon
         target = self.parameterization.target(x_0, epsilon, alpha_t, sigma_t)
-        output = self.denoiser(ema).output(x_t, t)
+        output = self.denoiser(ema, label).output(x_t, t)
         return self.loss(output, target, self.schedule, self.parameterization, t)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -97,11 +120,19 @@ class DiffusionModule(LightningModule):
         u = generator.uniform().double()
         t, factor = self.time(batch["stratum"] if self.time.stratified else u, self.schedule)
         epsilon = generator.normal(*x_0.shape[1:])
-        losses = factor.to(x_0) * self._losses(x_0, t, epsilon, ema=False)
+        label = self._label(batch)
+        losses = factor.to(x_0) * self._losses(x_0, t, epsilon, ema=False, label=label)
         # The devices' gradients are averaged: weighted, that is the mean over the global batch.
         loss = losses.mean() * batch["weight"]
         self._log_loss(loss.detach())
         return loss
+
+    def _label(self, batch: dict[str, Any]) -> Tensor | None:
+        """The classes of a batch, some of them withheld: the label K."""
+        if "label" not in batch:
+            return None
+        u = KeyedGenerator(make_key(batch["key"], "label")).uniform()
+        return torch.where(u < self.label_dropout, self.network.classes, batch["label"])
 
     def _log_loss(self, loss: Tensor) -> None:
         """Logs the mean over all images of an optimizer step; devices talk only if it is shown."""
@@ -120,8 +151,9 @@ class DiffusionModule(LightningModule):
         x_0 = batch["x_0"]
         t, _ = Uniform()(((batch["index"].double() + 0.5) * GOLDEN) % 1.0, self.schedule)
         epsilon = KeyedGenerator(batch["key"]).normal(*x_0.shape[1:])
-        losses = self._losses(x_0, t, epsilon, ema=True)
-        self.val_loss.update(self._losses(x_0, t, epsilon, ema=False))
+        label = batch.get("label")
+        losses = self._losses(x_0, t, epsilon, ema=True, label=label)
+        self.val_loss.update(self._losses(x_0, t, epsilon, ema=False, label=label))
         self.val_loss_ema.update(losses)
         for k, metric in enumerate(self.val_loss_bin):
             inside = (t > k / BINS) & (t <= (k + 1) / BINS)
@@ -147,4 +179,9 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the configuration, so that a lone file can be rebuilt."""
-        checkpoint["diffusion_lab"] = {"format": self.FORMAT, "config": self.run_config}
+        data = self._trainer and getattr(self.trainer, "datamodule", None)
+        checkpoint["diffusion_lab"] = {
+            "format": self.FORMAT,
+            "config": self.run_config,
+            "classes": list(getattr(data, "classes", ())),
+        }

@@ -4,14 +4,18 @@ outputs/train/<experiment>/<time>/
     .hydra/                   configuration and overrides
     checkpoints/last.ckpt     the newest state; best.ckpt the one of least validation loss
     metrics.csv  samples/     what was logged
+    ema/                      snapshots of averaged weights, if ema.widths asks for them
     finished.json             written when training has reached its end
 """
 
-__all__ = ["finish", "load_checkpoint", "load_run", "newest_run", "rebuild", "resumed_config"]
+__all__ = [
+    "Run", "conditioned", "finish", "load_checkpoint", "load_run", "newest_run", "pretrained",
+    "rebuild", "resumed_config", "start_from",
+]  # fmt: skip
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from diffusion_lab.config import CONFIG_PATH, register_resolvers
-from diffusion_lab.denoiser import NetworkDenoiser
+from diffusion_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
+from diffusion_lab.ema import reconstruct
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.files import write_atomic
 from diffusion_lab.instantiate import instantiate
+from diffusion_lab.interop import diffusers as interop
+from diffusion_lab.module import DiffusionModule
+from diffusion_lab.parameterization import Epsilon
 
 MARKER = "finished.json"
+PRETRAINED = "weights from elsewhere, which very likely saw the test images"
 ROOT = Path("outputs/train")
 FORMAT = 1
 # A resumed run must be the same model on the same images; the rest may change.
@@ -88,14 +97,16 @@ class Run:
     Attributes:
         checkpoint: The file that it comes from.
         config: The run's resolved configuration.
-        step: Optimizer steps taken.
-        denoiser: E[x_0 | x_t] by the averaged weights, in evaluation mode.
+        origin: What the weights are, for reports.
+        denoiser: E[x_0 | x_t], in evaluation mode.
+        classes: The names of the classes that it knows.
     """
 
     checkpoint: Path
     config: dict[str, Any]
-    step: int
-    denoiser: NetworkDenoiser
+    origin: str
+    denoiser: Denoiser
+    classes: tuple[str, ...] = ()
 
 
 def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
@@ -113,12 +124,13 @@ def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
     return instantiate(node, key)
 
 
-def rebuild(path: str | Path, ema: bool = True) -> Run:
+def rebuild(path: str | Path, ema: bool | float = True) -> Run:
     """Rebuilds a run from its directory or from a lone checkpoint file.
 
     Arguments:
         path: The run's directory (then `checkpoints/last.ckpt` is taken) or a checkpoint.
-        ema: Whether to take the averaged weights.
+        ema: Whether to take the averaged weights, or the raw ones; or the relative width σ_rel of
+            an average that is made of the run's snapshots at the checkpoint's step.
 
     Raises:
         RunError: If there is no such run or its checkpoint cannot be used.
@@ -139,12 +151,20 @@ def rebuild(path: str | Path, ema: bool = True) -> Run:
         )
     config = saved["config"]
     network = _build(config, "network", file)
-    prefix = "network_ema." if ema else "network."
+    prefix = "network." if ema is False else "network_ema."
     weights = {
         name.removeprefix(prefix): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
+    kind = "averaged" if ema else "raw"
+    if not isinstance(ema, bool):
+        kind = f"averaged to width {ema:g},"
+        snapshots = file.parent.parent / "ema"
+        average = reconstruct(snapshots, ema, checkpoint["global_step"])
+        if average.keys() != {name for name, _ in network.named_parameters()}:
+            raise RunError(f"{snapshots} holds averages of other parameters than {file}")
+        weights |= average  # the buffers are those of the checkpoint
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -153,15 +173,90 @@ def rebuild(path: str | Path, ema: bool = True) -> Run:
         network, _build(config, "schedule", file), _build(config, "parameterization", file)
     )
     denoiser.eval().requires_grad_(False)
-    return Run(file, config, checkpoint["global_step"], denoiser)
+    origin = f"{checkpoint['global_step']:,} steps, {kind} weights"
+    return Run(file, config, origin, denoiser, tuple(saved.get("classes", ())))
 
 
-def load_run(path: str | Path, ema: bool = True) -> NetworkDenoiser:
+def pretrained(path: str | None, data: dict[str, Any]) -> Run:
+    """Makes a prior of a U-Net in diffusers' format.
+
+    Arguments:
+        path: The folder, or the name of one on the hub.
+        data: The configuration of the images that it was trained on.
+
+    Raises:
+        ConfigError: If no path is given.
+        RunError: If the folder cannot be used.
+    """
+    if path is None:
+        raise ConfigError(
+            "model=pretrained needs model.path=<folder>, with config.json and the weights in "
+            "diffusers' format, or a name on the hub"
+        )
+    network = interop.load_unet(path)
+    denoiser = NetworkDenoiser(network, interop.load_schedule(path), Epsilon())
+    denoiser.eval().requires_grad_(False)
+    config = {"data": data, "network": {"image_channels": network.image_channels}}
+    return Run(Path(path), config, PRETRAINED, denoiser)
+
+
+def conditioned(run: Run, label: str | int, strength: float) -> Run:
+    """Makes the prior of a run one of a class, by classifier-free guidance.
+
+    Arguments:
+        run: The run, of a network that knows classes.
+        label: The class, by name or number.
+        strength: The strength w of the guidance; 1 is p(x_0 | class) itself.
+
+    Raises:
+        ConfigError: If the network knows no classes, or not this one; names them.
+    """
+    prior, names = run.denoiser, run.classes
+    if not names:
+        raise ConfigError(
+            f"label={label}: the network of {run.checkpoint} knows no classes; train one with "
+            "data.label and network.classes (experiment=ddpm_faces_classes)"
+        )
+    number = names.index(str(label)) if str(label) in names else label
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(names):
+        raise ConfigError(
+            f"label={label} is none of the {len(names)} classes of {run.checkpoint}: "
+            + ", ".join(names)
+        )
+    conditional = NetworkDenoiser(prior.network, prior.schedule, prior.parameterization, number)
+    guided = ClassifierFree(conditional, prior, strength)
+    origin = f"{run.origin}; class {names[number]}, guidance {strength}"
+    return replace(run, denoiser=guided.eval(), origin=origin)
+
+
+def start_from(module: DiffusionModule, path: str) -> None:
+    """Gives a module that is to be trained the weights of a U-Net in diffusers' format.
+
+    Raises:
+        RunError: If the folder cannot be used, or its network is another; names the first tensor
+            that differs.
+    """
+    state = interop.load_unet(path).state_dict()
+    for name, tensor in module.network.state_dict().items():
+        theirs = state.get(name)
+        if theirs is None or theirs.shape != tensor.shape:
+            raise RunError(
+                f"pretrained={path} does not fit network: {name} is {tuple(tensor.shape)} here, "
+                f"{'missing' if theirs is None else tuple(theirs.shape)} there; choose the "
+                "network= of the folder's config.json"
+            )
+    if more := sorted(state.keys() - module.network.state_dict().keys()):
+        raise RunError(f"pretrained={path} does not fit network: {more[0]} is only there")
+    module.network.load_state_dict(state)
+    module.network_ema.load_state_dict(state)
+
+
+def load_run(path: str | Path, ema: bool | float = True) -> NetworkDenoiser:
     """Returns the denoiser of a run, by its averaged weights and in evaluation mode.
 
     Arguments:
         path: The run's directory or a checkpoint file.
-        ema: Whether to take the averaged weights or the raw ones.
+        ema: As in `rebuild`: true, false, or a relative width.
 
     Raises:
         RunError: If there is no such run or its checkpoint cannot be used.

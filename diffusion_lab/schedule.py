@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from diffusion_lab.noise import KeyedGenerator, normal_like
 
 MAXIMAL_BETA = 0.999  # the cap of Nichol & Dhariwal: without it ᾱ reaches zero
+LARGEST = 1e5  # a ratio σ / α above it is pure noise
 NOTHING = -60.0  # log ᾱ of a signal that is gone: α = 1e-13, which float32 still tells from zero
 
 
@@ -118,9 +119,10 @@ class Schedule(nn.Module, ABC):
         """
         ratio = torch.as_tensor(ratio, dtype=torch.float64)
         maximum = float(self.ratio(1.0))
-        if not bool(((ratio >= 0) & (ratio <= maximum * (1 + 1e-9))).all()):
+        inside = (ratio >= 0) & (ratio <= maximum * (1 + 1e-9))
+        if not bool(inside.all()):
             raise ValueError(
-                f"the noise level σ/α = {float(ratio.max()):.6g} is outside the schedule "
+                f"the noise level σ/α = {float(ratio[~inside][0]):.6g} is outside the schedule "
                 f"{type(self).__name__}, which reaches from 0 to {maximum:.6g}"
             )
         return self._inverse(ratio.clamp(max=maximum)).clamp(0, 1)

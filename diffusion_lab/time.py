@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.schedule import DiscreteSchedule, Schedule
+from diffusion_lab.schedule import LARGEST, DiscreteSchedule, Schedule
 
 
 class Time(nn.Module, ABC):
@@ -96,7 +96,8 @@ class Importance(Time):
 
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         # Spaced evenly in log r, where the density is smooth.
-        ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).log()
+        ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64))
+        ends = ends.clamp(max=LARGEST).log()
         level = torch.linspace(float(ends[0]), float(ends[1]), self.POINTS, dtype=torch.float64)
         t = schedule.t_from_ratio(level.exp().clamp(max=float(schedule.ratio(1.0)))).to(u)
         density = (schedule.diffusion(t) / schedule(t)[1]) ** 2

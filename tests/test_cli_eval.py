@@ -5,12 +5,16 @@ import pickle
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import Command
+import yaml
+from conftest import TINY, Command
 from PIL import Image
 
+from diffusion_lab import load_run
+from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.noise import KeyedGenerator, make_key
 
 
@@ -127,6 +131,11 @@ BAD = [
     (["guidance=residual", "guidance.strength=-1"], "guidance.strength=-1"),
     (["guidance=none"], "guidance=none"),
     (["run=a", "ckpt=b"], "exclude each other"),
+    (["run=a", "model=pretrained", "model.path=b"], "run=a and model.path=b exclude each other"),
+    (["model=pretrained"], "needs model.path=<folder>"),
+    (["model=pretrained", "model.path=nowhere"], "there is no config.json in nowhere"),
+    (["schedule=ve", "schedule.sigma_min=9", "schedule.sigma_max=1"], "must be below"),
+    (["sampler=heun", "sampler/grid=karras", "sampler.grid.rho=0"], "sampler.grid.rho=0"),
     (["run=nowhere"], "nowhere does not exist"),
 ]
 
@@ -147,6 +156,13 @@ def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> N
         (["sigma_y=1e-4"], "outside the run's schedule"),
         (["num_images=1000"], "16 test images"),
         (["sampler.steps=1001"], "1000 steps"),
+        (["schedule=subvp", "sampler=ancestral"], "the sub-VP SDE has none"),
+        (
+            ["schedule=ve", "schedule.sigma_max=30000"],
+            "σ/α = 3e+04; the prior was trained under Cosine, up to 2.029e+04",
+        ),
+        (["task=likelihood", "sampler=ddim"], "set sampler=probability_flow"),
+        (["task=interpolate", "num_images=9"], "num_images=18 is more than the 16 test images"),
     ],
 )
 def test_what_does_not_fit_the_run_is_named(
@@ -155,6 +171,67 @@ def test_what_does_not_fit_the_run_is_named(
     result = lab("eval", *overrides)
     assert result.code == 1
     assert named in result.text and "Traceback" not in result.text
+
+
+def test_likelihood_writes_bits_per_dimension(lab: Command, run: Path) -> None:
+    """Of a network that knows nothing they are about those of its noise, and the same in parts."""
+    options = ["task=likelihood", "num_images=3", "sampler.rtol=1e-2", "sampler.atol=1e-2",
+               "task.terms=5", "trainer.accelerator=cpu"]  # fmt: skip
+    for size in (1, 3):
+        result = lab("eval", *options, f"batch_size={size}", f"hydra.run.dir=e{size}")
+        assert result.code == 0, result.text
+    for key in (("flow", "bits_per_dim"), ("bound", "bits_per_dim")):
+        mean, error, count = table("e1")[key]
+        assert count == 3 and error > 0 and 5 < mean < 40
+        assert table("e3")[key][0] == pytest.approx(mean, rel=1e-4)
+    assert "KL(q(x_1) ‖ prior)" in Path("e1/report.html").read_text()
+
+
+def test_interpolation_ends_at_the_images(lab: Command, run: Path) -> None:
+    result = lab("eval", "task=interpolate", "num_images=2", "task.points=2", "hydra.run.dir=e",
+                 "sampler.rtol=1e-4", "sampler.atol=1e-4", "trainer.accelerator=cpu")  # fmt: skip
+    assert result.code == 0, result.text
+    assert float(re.search(r"come back with ([\d.]+) dB", result.text)[1]) > 45
+    with Image.open("e/samples/grid.png") as picture:
+        assert picture.width > picture.height > 128
+
+
+def test_a_prior_can_be_sampled_under_another_schedule(lab: Command, run: Path) -> None:
+    """The posterior at one noise level is the same question under every schedule."""
+    small = ["guidance=mmse", *SMALL]
+    lab("eval", "sigma_y=0.7", "hydra.run.dir=own", *small)
+    result = lab("eval", "sigma_y=0.7", "hydra.run.dir=ve", "schedule=ve",
+                 "schedule.sigma_max=150", *small)  # fmt: skip
+    assert result.code == 0, result.text
+    assert table("ve")["mmse", "psnr"][0] == pytest.approx(table("own")["mmse", "psnr"][0], 1e-4)
+
+
+def test_a_folder_in_the_format_of_diffusers_is_a_prior(lab: Command, run: Path) -> None:
+    """The same weights, the same table; and training starts from them."""
+    unet = load_run(run).network
+    save_unet(unet, "folder")
+    diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained("folder")
+    config = yaml.safe_load((run / ".hydra/config.yaml").read_text())
+    data = [f"model.data.{key}={config['data'][key]}" for key in ("size", "split_seed")]
+    data += [f"model.data.splits.{key}={n}" for key, n in config["data"]["splits"].items()]
+    lab("eval", "hydra.run.dir=run", *SMALL)
+    result = lab("eval", "model=pretrained", "model.path=folder", "data@model.data=faces",
+                 "hydra.run.dir=folder-eval", *data, *SMALL)  # fmt: skip
+    assert result.code == 0, result.text
+    assert "very likely saw the test images" in result.text
+    assert "very likely saw the test images" in Path("folder-eval/report.html").read_text()
+    assert table("folder-eval") == table("run")
+
+    started = lab("train", *TINY, "pretrained=folder", "trainer.max_steps=1", "optimizer.lr=1e-12",
+                  "hydra.run.dir=started")  # fmt: skip
+    assert started.code == 0, started.text
+    for name, tensor in load_run("started").network.state_dict().items():
+        torch.testing.assert_close(tensor, unet.state_dict()[name], rtol=0, atol=1e-9)
+    refused = lab(
+        "train", *TINY, "pretrained=folder", "network.channels=16", "trainer.max_steps=1"
+    )
+    assert refused.code == 1 and "does not fit network: " in refused.text
+    assert "there; choose the network= of the folder" in refused.text
 
 
 class Code:

@@ -18,7 +18,7 @@ OPTIONS = [
     for path in sorted(CONF.glob("*/*.yaml"))
     if path.parent.name != "local"
 ]
-ONLY_EVAL = {"guidance", "task"}
+ONLY_EVAL = {"guidance", "model", "task"}
 BOTH = {"sampler", "trainer", "launcher"}
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 

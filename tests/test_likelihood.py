@@ -47,10 +47,10 @@ def pixels(count: int, shift: float = 0.0, spread: float = 1.0) -> Tensor:
     return p
 
 
-def exact_bits(pixels: Tensor) -> Tensor:
+def exact_bits(pixels: Tensor, tau: float = TAU) -> Tensor:
     """-log2 of the probability that N(μ, τ²) falls nearest to the level, mean over the pixels."""
     low, high = (((pixels.double().numpy() + e) / 127.5 - 1) for e in (-0.5, 0.5))
-    probability = norm.cdf(high, MU, TAU) - norm.cdf(low, MU, TAU)
+    probability = norm.cdf(high, MU, tau) - norm.cdf(low, MU, tau)
     return torch.from_numpy(-np.log2(probability)).flatten(1).mean(1)
 
 
@@ -73,6 +73,14 @@ def test_the_flow_of_gaussian_pixels(schedule: str) -> None:
     assert bits.dtype == torch.float64 and bits.shape == (16,)
     error = float((bits - exact_bits(p)).mean())
     assert abs(error) < 2e-3, error
+
+
+def test_the_density_is_that_of_the_image_at_the_smallest_time() -> None:
+    """Of x_t / α_t, not of x_t, where α is 0.994: it has noise of 0.11 beside the τ of 0.25."""
+    schedule, p = VP(t_min=0.03), pixels(16, shift=1.0, spread=0.3)
+    bits = flow(PRIOR.denoiser(schedule), ProbabilityFlow(), p, streams(16))
+    expected = exact_bits(p, math.hypot(TAU, float(schedule.ratio(0.03))))
+    assert abs(float((bits - expected).mean())) < 2e-3
 
 
 def test_half_a_bin_more_would_be_seen() -> None:

@@ -166,11 +166,7 @@ def test_the_likelihood_loss_is_the_information_of_a_gaussian(schedule: str) -> 
         (lambda: MinSNR(math.nan), "gamma=nan"),
         (lambda: P2(gamma=-0.1), r"gamma=-0\.1"),
         (lambda: P2(k=0.0), r"k=0\.0"),
-        pytest.param(
-            lambda: EDM(0.0),
-            r"sigma_data=0\.0",
-            marks=pytest.mark.xfail(reason="loss.EDM does not check σ_d", strict=True),
-        ),
+        (lambda: EDM(0.0), r"sigma_data=0\.0"),
     ],
 )
 def test_wrong_arguments_are_refused(make: Callable[[], Loss], text: str) -> None:

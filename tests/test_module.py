@@ -523,7 +523,8 @@ def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() ->
 def test_a_checkpoint_carries_the_configuration() -> None:
     checkpoint: dict = {}
     make_module().on_save_checkpoint(checkpoint)
-    assert checkpoint == {"diffusion_lab": {"format": 1, "config": {"seed": 3}}}
+    own = {"format": 1, "config": {"seed": 3}, "classes": []}
+    assert checkpoint == {"diffusion_lab": own}
 
 
 # --- in a trainer -------------------------------------------------------------------------------

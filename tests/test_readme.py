@@ -4,13 +4,17 @@ import re
 import shlex
 from pathlib import Path
 
+import diffusers
 import pytest
 from conftest import TINY, Command, Result
 from test_conf import make_photos
 
+from diffusion_lab import load_run
 from diffusion_lab.data import source
 from diffusion_lab.data.__main__ import main as data_command
 from diffusion_lab.data.storage import LocalStorage
+from diffusion_lab.interop.diffusers import save_unet
+from diffusion_lab.nn import UNet
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +39,9 @@ def test_the_first_screen_names_the_two_commands() -> None:
 def small(command: str) -> list[str]:
     """The overrides that make a command quick; its own that say the same are dropped."""
     words = shlex.split(command)[2:]
-    if "eval.py" in command:
+    if "likelihood" in command or "interpolate" in command:
+        extra = ["num_images=1", "sampler.rtol=0.1", "sampler.atol=0.1", "trainer.accelerator=cpu"]
+    elif "eval.py" in command:
         extra = [*SMALL_EVAL, *([] if "generate" in command else ["num_images=2"])]
     elif "resume=" in command:
         extra = ["trainer.max_steps=4"]
@@ -64,7 +70,14 @@ def test_a_command_of_the_readme_runs(
     if "ddp_sim" in command:
         pytest.skip("test_distributed.py runs it: it needs processes of its own")
     if "eval.py" in command or "resume=" in command:
-        assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
+        kind = ["experiment=ddpm_faces_classes"] if "label=" in command else []
+        kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
+        assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}", *kind).code == 0
+    if "google/" in command:
+        save_unet(load_run(RUN).network if "eval.py" in command else tiny_unet(), "folder")
+        diffusers.DDPMScheduler().save_pretrained("folder")
+        command = command.replace("google/ddpm-ema-celebahq-256", "folder")
+        command += " data@model.data=faces" if "eval.py" in command else ""
     if "celeba" in command:
         folder = tmp_path / "photos"
         make_photos(folder, 12, 256)
@@ -80,6 +93,11 @@ def test_a_command_of_the_readme_runs(
         return
     result = run(lab, command)
     assert result.code == 0, result.text
+
+
+def tiny_unet() -> UNet:
+    """That of network=unet_tiny."""
+    return UNet(channels=8, multipliers=(1, 1), blocks=1, attention_levels=(), groups=4)
 
 
 def as_parquet(folder: Path) -> Path:
@@ -118,5 +136,5 @@ def test_the_table_is_the_generated_one() -> None:
 @pytest.mark.skipif(not RESULTS.exists(), reason="make results has not been run")
 def test_every_picture_of_the_readme_exists() -> None:
     paths = re.findall(r"!\[.*?\]\((docs/[^)]+)\)", README.replace("[x₀ given y]", ""))
-    assert len(paths) == 3
+    assert len(paths) == 4
     assert all((ROOT / path).is_file() for path in paths)

@@ -2,7 +2,7 @@
 
 __all__ = [
     "EMA", "AtomicCheckpointIO", "ElasticResume", "FinalValidation", "LastCheckpoint",
-    "SampleGrid", "Stopped",
+    "PowerEMA", "SampleGrid", "Stopped",
 ]  # fmt: skip
 
 from diffusion_lab.callback.checkpoint import (
@@ -12,5 +12,5 @@ from diffusion_lab.callback.checkpoint import (
     LastCheckpoint,
     Stopped,
 )
-from diffusion_lab.callback.ema import EMA
+from diffusion_lab.callback.ema import EMA, PowerEMA
 from diffusion_lab.callback.samples import SampleGrid

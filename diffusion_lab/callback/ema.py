@@ -1,21 +1,36 @@
-r"""The exponential moving average of the weights, which sampling and evaluation use.
+r"""Averages of the weights over training, which sampling and evaluation use.
+
+The exponential moving average, held in the module,
 
     θ' <- d_n θ' + (1 - d_n) θ,    d_n = min(d, (1 + n) / (10 + n)),    after the n-th step.
 
 The ramp forgets the initial weights quickly; without it a decay of 0.9999 gives noise at 10,000
 steps. n is the trainer's own step, so there is no state to save beyond the weights.
 
-Source:
+The power-function averages, any number beside it, of which snapshots are written,
+
+    θ̂ <- β_n θ̂ + (1 - β_n) θ,    β_n = (1 - 1/n)^(γ+1);
+
+`diffusion_lab.ema` has the mathematics, and makes averages of any other width of the snapshots.
+
+Sources:
     Song et al., "Score-based generative modeling through SDEs", 2021, code (the ramp).
+    Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024,
+    section 3 (the power function).
 """
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "PowerEMA"]
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 
+from diffusion_lab.ema import exponent, save_snapshot, snapshots
+from diffusion_lab.errors import RunError
 from diffusion_lab.module import DiffusionModule
 
 
@@ -49,3 +64,124 @@ class EMA(Callback):
         torch._foreach_lerp_(
             list(module.network_ema.parameters()), list(module.network.parameters()), 1 - decay
         )
+
+
+class PowerEMA(Callback):
+    """Keeps one power-function average of the parameters for each width, and writes snapshots.
+
+    The averages are float32, on the parameters' device, part of every checkpoint, and written to
+    <directory>/<step>.safetensors every N steps and at the end. A run that is resumed takes the
+    later snapshots again, and removes those that are there: with other settings they are of
+    another training. Buffers are not averaged.
+
+    Arguments:
+        directory: Where the snapshots go.
+        widths: The relative widths σ_rel, in [0.01, 0.28]; with none it does nothing.
+        every_n_steps: The number of optimizer steps from one snapshot to the next, >= 1.
+
+    Raises:
+        ValueError: If a width or the number of steps is not allowed.
+        RunError: If a run is resumed with other widths, or without its averages.
+    """
+
+    def __init__(
+        self, directory: str, widths: Sequence[float] = (0.05, 0.1), every_n_steps: int = 1000
+    ) -> None:
+        self.directory = Path(directory)
+        self.widths = [float(width) for width in widths]
+        self.gammas = [exponent(width) for width in self.widths]
+        if len(set(self.widths)) < len(self.widths):
+            raise ValueError(f"widths={self.widths} is not allowed; they differ from each other")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} is not allowed; it is at least 1")
+        self.every_n_steps = every_n_steps
+        self.step = self.written_step = 0
+        self.averages: dict[float, dict[str, Tensor]] = {}  # by width and by parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the averages and the step they are of; empty if none are kept."""
+        if not self.averages:
+            return {}
+        # A list: a key of a dictionary should be a text, and a width is a number.
+        return {
+            "step": self.step,
+            "widths": list(self.averages),
+            "averages": [dict(average) for average in self.averages.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.averages = {
+            width: {name: tensor.clone() for name, tensor in average.items()}
+            for width, average in zip(state["widths"], state["averages"], strict=True)
+        }
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        n = trainer.global_step
+        # A compiled network, or a part of one, has the prefix in its names.
+        parameters = {
+            name.replace("_orig_mod.", ""): parameter.detach()
+            for name, parameter in module.network.named_parameters()
+        }
+        if not self.widths:
+            self.averages = {}  # of a checkpoint that has some
+            return
+        if n == 0:
+            self.averages = {
+                width: {k: p.float().clone() for k, p in parameters.items()}
+                for width in self.widths
+            }
+        else:
+            self._check(n, parameters)
+            self.averages = {
+                width: {k: self.averages[width][k].to(p.device) for k, p in parameters.items()}
+                for width in self.widths
+            }
+        self.step = self.written_step = n
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            for step, path in snapshots(self.directory).items():
+                if step > n:
+                    path.unlink()
+
+    def _check(self, step: int, parameters: dict[str, Tensor]) -> None:
+        """An average of a part of training is none: they start with it or not at all."""
+        saved = sorted(self.averages)
+        if saved != sorted(self.widths) or self.step != step:
+            holds = f"those of {saved} after step {self.step}" if saved else "none"
+            way_out = f"ema.widths={saved}, or to keep none with " if saved else ""
+            raise RunError(
+                f"ema.widths={self.widths} are averages from the first step on, and the "
+                f"checkpoint of step {step} holds {holds}; resume with {way_out}ema.widths=[]"
+            )
+        for average in self.averages.values():
+            if {k: t.shape for k, t in average.items()} != {
+                k: p.shape for k, p in parameters.items()
+            }:
+                raise RunError(
+                    "the averages of ema.widths in the checkpoint do not fit the network's "
+                    "parameters; resume with ema.widths=[]"
+                )
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        n = trainer.global_step
+        if not self.widths or n == self.step:  # gradients are still being accumulated
+            return
+        self.step = n
+        parameters = [parameter.float() for parameter in module.network.parameters()]
+        for width, gamma in zip(self.widths, self.gammas, strict=True):
+            beta = (1 - 1 / n) ** (gamma + 1)
+            torch._foreach_lerp_(list(self.averages[width].values()), parameters, 1 - beta)
+        if n % self.every_n_steps == 0 or n == trainer.max_steps:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        if self.widths and self.step != self.written_step:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        self.written_step = self.step
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            save_snapshot(self.directory, self.step, self.averages)

@@ -78,7 +78,11 @@ class SampleGrid(Callback):
         generator = self._generator(module, "sample grid", self.num_samples)
         size = trainer.datamodule.size
         start = module.schedule.prior((self.num_samples, 3, size, size), generator)
-        images = self.sampler(module.denoiser(), start, generator=generator)
+        # One class after the other, if the network knows any.
+        classes = getattr(module.network, "classes", 0)
+        label = torch.arange(self.num_samples, device=module.device) % classes if classes else None
+        denoiser = module.denoiser(label=label)
+        images = self.sampler(denoiser, start, generator=generator)
         columns = max(1, round(self.num_samples**0.5))
         return to_pil_image(image_grid(images, columns))
 

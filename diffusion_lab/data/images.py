@@ -185,10 +185,13 @@ class Split:
     Arguments:
         images: The images.
         positions: Which of them, int64, ascending, of shape (N,).
+        labels: The class of each of them, int64, of shape (N,); None without classes.
     """
 
-    def __init__(self, images: Images, positions: np.ndarray) -> None:
-        self.images, self.positions = images, positions
+    def __init__(
+        self, images: Images, positions: np.ndarray, labels: np.ndarray | None = None
+    ) -> None:
+        self.images, self.positions, self.labels = images, positions, labels
 
     def __len__(self) -> int:
         return len(self.positions)

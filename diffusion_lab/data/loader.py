@@ -45,7 +45,8 @@ class Loader:
     A batch is a dictionary: `image` uint8 (B, H, W, 3); `index` int64 (B,), the images' places in
     the split; `key` int64 (B,), which names every random draw made for them; `stratum` float64
     (B,), uniform numbers in [0, 1), in training one in each of as many equal intervals as the
-    batch of all devices has images; `split`; and `weight`, with which the mean over this device's
+    batch of all devices has images; `split`; `label` int64 (B,), the images' classes, if
+    they have any; and `weight`, with which the mean over this device's
     images enters the mean over the devices, so that it is the mean over all images: 1, except
     where devices get unequal numbers of them.
 
@@ -143,7 +144,9 @@ class Loader:
         self._position = {"epoch": epoch, "consumed": consumed}
         for batch, image in self._fetched(self._plan(epoch, consumed)):
             self._position = {"epoch": epoch, "consumed": batch.consumed}
+            labels = self.images.labels
             yield {
+                **({} if labels is None else {"label": torch.from_numpy(labels)[batch.index]}),
                 "image": image,
                 "index": batch.index,
                 "key": make_key(

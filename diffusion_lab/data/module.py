@@ -15,6 +15,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import LightningDataModule
 from torch import Tensor
 
@@ -53,6 +54,8 @@ class ImageDataModule(LightningDataModule):
         cache: "uint8" packs pixels, "bytes" encoded images, "none" reads the source all the time.
         cache_dir: Where the packed images are kept.
         column: The column of images in parquet files.
+        label: What the images are divided into classes by: a factor of faces (hair_style,
+            glasses, ...), a column of parquet files, or "folder"; None for no classes.
         order: "shuffle" or "lanes"; see `order.py`.
         lanes: The number L of lanes.
         window: The number k of groups that a lane mixes.
@@ -65,6 +68,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         images: The images of each split, after `setup`.
+        classes: The names of the classes, after `setup`.
 
     Raises:
         ConfigError: If a choice is unknown.
@@ -83,6 +87,7 @@ class ImageDataModule(LightningDataModule):
         cache: str = "uint8",
         cache_dir: str = "~/.cache/diffusion_lab",
         column: str = "image",
+        label: str | None = None,
         order: str = "shuffle",
         lanes: int = 8,
         window: int = 2,
@@ -101,6 +106,7 @@ class ImageDataModule(LightningDataModule):
             if value not in allowed:
                 raise ConfigError(f"data.{name}={value}; it is one of {', '.join(allowed)}")
         self.source, self.size, self.column, self.split = source, size, column, split
+        self.label, self.classes = label, []
         self.batch_size, self.splits = batch_size, dict(splits)
         self.split_seed, self.seed, self.flip = split_seed, seed, flip
         self.kind, self.cache_dir = cache, Path(cache_dir).expanduser()
@@ -196,16 +202,32 @@ class ImageDataModule(LightningDataModule):
         else:
             cache = self.open_cache()
             images, names, own, sha256 = cache.images, cache.names, cache.own, cache.sha256
+        labels = self._labels(names)
         places = divide(names, own, self.splits, self.split_seed, self.split)
         for split, positions in places.items():
             text = "\n".join(names[k] for k in positions)
-            self.images[split] = Split(images, positions)
+            mine = None if labels is None else labels[positions]
+            self.images[split] = Split(images, positions, mine)
             self._hashes[split] = {
                 "names": hashlib.sha256(text.encode()).hexdigest()[:16],
                 "content": None
                 if sha256 is None
                 else hashlib.sha256(sha256[positions].tobytes()).hexdigest()[:16],
             }
+
+    def _labels(self, names: list[str]) -> np.ndarray | None:
+        """The class of each image, int64; the source knows it, not the cache."""
+        if self.label is None:
+            return None
+        if self.packed is not None:
+            raise ConfigError(
+                f"data.label={self.label}: the packed cache data.source={self.source} knows no "
+                "classes; set data.source to where the images come from"
+            )
+        source = self.open_source()
+        self.classes, labels = source.labels(self.label)
+        places = {name: k for k, name in enumerate(source.names)}
+        return labels[[places[name] for name in names]]  # some may have been left out
 
     @property
     def _room(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_lab.data.faces import draw_faces
+from diffusion_lab.data.faces import HAIR_STYLES, draw_faces, face_factors
 from diffusion_lab.data.storage import EXTRA, Storage, open_storage
 from diffusion_lab.errors import DataError
 from diffusion_lab.noise import make_key
@@ -71,6 +71,23 @@ class Source(ABC):
         """Returns where image k is, for messages."""
         return self.names[k]
 
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """Returns the names of K classes, and the class of each image, int64, of shape (N,).
+
+        Arguments:
+            name: What the images are divided by.
+
+        Raises:
+            DataError: If the source does not know it; says what it knows.
+        """
+        raise DataError(f"data.label={name}: {type(self).__name__} knows no classes")
+
+
+def classes_of(values: Sequence[Any]) -> tuple[list[str], np.ndarray]:
+    """Returns the distinct values in order, as text, and the place of each value among them."""
+    distinct, places = np.unique(np.asarray(values), return_inverse=True)
+    return [str(value) for value in distinct], places.astype(np.int64)
+
 
 def cut(count: int, length: int) -> list[range]:
     """Returns 0, ..., count - 1 in stretches of a length; the last may be shorter."""
@@ -111,6 +128,14 @@ class FacesSource(Source):
         if places is not None:
             index = index[list(places)]
         yield from draw_faces(index, seed=self.seed, size=self.size).numpy()
+
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        factors = face_factors(torch.arange(len(self.names)), seed=self.seed)
+        known = [k for k, factor in factors.items() if not factor.is_floating_point()]
+        if name not in known:
+            raise DataError(f"data.label={name}: faces have the classes of {', '.join(known)}")
+        classes = list(HAIR_STYLES) if name == "hair_style" else ["no", "yes"]
+        return classes, factors[name].long().numpy()
 
 
 class FolderSource(Source):
@@ -159,6 +184,12 @@ class FolderSource(Source):
 
     def where(self, k: int) -> str:
         return self.storage.where(self.names[k])
+
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The folder that holds each file is its class."""
+        if name != "folder":
+            raise DataError(f"data.label={name}: a folder of images has the classes of folder")
+        return classes_of([posixpath.dirname(file) for file in self.names])
 
 
 class ParquetSource(Source):
@@ -262,6 +293,22 @@ class ParquetSource(Source):
                 raise failure from error
             for _ in range(done, len(self.groups[group])):  # the rows that nobody can get at
                 yield failure
+
+    def labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The values of a column."""
+        values: list[Any] = []
+        for file in self.files:
+            parquet = self._open(file)
+            columns = parquet.schema_arrow.names
+            if name not in columns:
+                raise DataError(
+                    f"data.label={name}: {self._path(file)} has no such column; it has "
+                    f"{', '.join(columns)}"
+                )
+            values += parquet.read(columns=[name]).column(0).to_pylist()
+        if None in values or isinstance(values[0], float | dict | list):
+            raise DataError(f"data.label={name}: the column holds no classes, or not for all rows")
+        return classes_of(values)
 
     def where(self, k: int) -> str:
         file, row = self.names[k].rsplit(":", 1)

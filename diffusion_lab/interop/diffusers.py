@@ -356,8 +356,13 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
         folder: Where config.json and the weights go; it is made if it is missing.
 
     Raises:
-        ConfigError: If the first multiplier is not 1.
+        ConfigError: If the first multiplier is not 1, or the network knows classes.
     """
+    if unet.classes:
+        raise ConfigError(
+            f"classes={unet.classes} cannot be written for diffusers; only a network without "
+            "classes can"
+        )
     state = {
         _rename(name, NAMES): tensor.detach().cpu().contiguous()
         for name, tensor in unet.state_dict().items()

@@ -41,6 +41,8 @@ class UNet(nn.Module):
         groups: Groups of the group norms; divides every width.
         dropout: Dropout probability, in [0, 1).
         image_channels: Channels of input and output.
+        classes: The number K of classes of images that it is told, 0 for none; the label K stands
+            for no class.
 
     Raises:
         ValueError: If a width is not a multiple of `groups`, or a level does not exist.
@@ -55,6 +57,7 @@ class UNet(nn.Module):
         groups: int = 32,
         dropout: float = 0.0,
         image_channels: int = 3,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -69,9 +72,12 @@ class UNet(nn.Module):
                 f"multipliers={list(multipliers)} make levels 0 to {len(widths) - 1}"
             )
         features = 4 * channels
-        self.image_channels = image_channels
+        self.image_channels, self.classes = image_channels, classes
         self.downsampling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         self.time_embedding = TimeEmbedding(channels, features)
+        if classes:  # a new network does not tell the classes apart
+            self.class_embedding = nn.Embedding(classes + 1, features)
+            nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = initialise(nn.Conv2d(image_channels, channels, 3, padding=1))
 
         def block(in_channels: int, out_channels: int) -> ResidualBlock:
@@ -113,12 +119,15 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
         self.conv_out = initialise(nn.Conv2d(width, image_channels, 3, padding=1), NEARLY_ZERO)
 
-    def forward(self, x: Tensor, index: Tensor | float) -> Tensor:
+    def forward(
+        self, x: Tensor, index: Tensor | float, label: Tensor | int | None = None
+    ) -> Tensor:
         """Predicts an image.
 
         Arguments:
             x: The noisy image x_t, of shape (B, C, H, W).
             index: DDPM's noise index i = tT - 1, integer or fractional, of shape () or (B,).
+            label: The class of each image, int64, of shape () or (B,); none if None.
 
         Raises:
             ValueError: If H or W is not a multiple of 2^(levels - 1).
@@ -130,7 +139,11 @@ class UNet(nn.Module):
                 f"{self.downsampling}"
             )
         index = torch.as_tensor(index, device=x.device).expand(x.shape[0])
-        embedding = F.silu(self.time_embedding(index))
+        embedding = self.time_embedding(index)
+        if self.classes:
+            label = torch.as_tensor(self.classes if label is None else label, device=x.device)
+            embedding = embedding + self.class_embedding(label.expand(x.shape[0]))
+        embedding = F.silu(embedding)
 
         h = self.conv_in(x)
         skips = [h]

@@ -16,9 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedule import Schedule
-
-LARGEST = 1e5  # a ratio σ / α above it is pure noise: the grids in r begin there
+from diffusion_lab.schedule import LARGEST, Schedule
 
 
 class Grid(ABC):
@@ -64,7 +62,7 @@ class _InRatio(Grid):
     def __call__(self, schedule: Schedule, steps: int, t_start: float) -> Tensor:
         t_min = min(schedule.t_min, t_start / 2)
         ends = schedule.ratio(torch.tensor([t_start, t_min], dtype=torch.float64)).cpu()
-        first, last = self._warp(ends.clamp(max=LARGEST))
+        first, last = self._warp(ends.clamp(max=LARGEST))  # above, there is nothing to solve
         share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
         ratio = self._unwarp(torch.lerp(first, last, share))
         times = schedule.t_from_ratio(ratio).cpu()

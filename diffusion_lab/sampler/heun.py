@@ -23,7 +23,8 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.sampler.base import Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import LARGEST, Grid, LogSNR
+from diffusion_lab.sampler.grid import Grid, LogSNR
+from diffusion_lab.schedule import LARGEST
 
 
 class Heun(Sampler):

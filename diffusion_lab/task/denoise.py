@@ -22,6 +22,7 @@ from diffusion_lab.metric import WINDOW, psnr, ssim
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.sampler import Sampler, State
+from diffusion_lab.sampler.base import transition
 from diffusion_lab.task.base import Task
 from diffusion_lab.task.facts import run_sections
 from diffusion_lab.tracking.grid import labelled_grid, save_png, std_map
@@ -243,18 +244,24 @@ class Denoise(Task):
         return f"t = {t:.2f} σ = {float(sigma_t):.2f}"
 
     def _diffusion(self, x_0: Tensor, folder: Any) -> Picture:
-        """The forward process on the first image, with one noise for all times."""
-        key = make_key(self.seed, "diffusion", torch.zeros(1, dtype=torch.int64))
-        noise = KeyedGenerator(key).normal(*x_0.shape)[0]
+        """The forward process on the first image: with one noise for all times, and as a path."""
+        schedule = self.denoiser.schedule
+        shape, zero = x_0.shape, torch.zeros(1, dtype=torch.int64)
+        noise = KeyedGenerator(make_key(self.seed, "diffusion", zero)).normal(*shape)[0]
+        generator = KeyedGenerator(make_key(self.seed, "diffusion path", zero))
         times = torch.linspace(0, 1, MOMENTS).tolist()
-        states = []
-        for t in times:
-            alpha_t, sigma_t = self.denoiser.schedule(torch.tensor(t, device=self.device))
-            states.append(alpha_t.cpu() * x_0 + sigma_t.cpu() * noise)
-        picture = labelled_grid([torch.stack(states)], [self._moment(t) for t in times], ["x_t"])
-        schedule = type(self.denoiser.schedule).__name__
+        direct, path = [], [x_0]
+        for s, t in zip([0.0, *times[:-1]], times, strict=True):
+            alpha_s, _, alpha_t, sigma_t, v = (float(c) for c in transition(schedule, t, s))
+            direct.append(alpha_t * x_0 + sigma_t * noise)
+            step = v**0.5 * generator.normal(*shape)[0]
+            path.append(alpha_t / alpha_s * path[-1] + step)
+        rows = [torch.stack(states) for states in (direct, path[1:])]
+        picture = labelled_grid(rows, [self._moment(t) for t in times], ["one noise", "a path"])
         return Picture(
             "Diffusion",
-            f"x_t = α_t x_0 + σ_t ε over t, on the run's own schedule ({schedule}).",
+            "x_t over t, on the schedule of the evaluation "
+            f"({type(schedule).__name__}). Above, x_t = α_t x_0 + σ_t ε with one ε for all times; "
+            "below, a path of the process, each x_t drawn from q(x_t | x_s) of the one before.",
             save_png(picture, folder / "diffusion.png"),
         )

