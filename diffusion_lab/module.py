@@ -29,7 +29,7 @@ from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.time import Time, Uniform
 
-BINS = 10  # of t, for the validation loss per noise level
+BINS = 10  # of the training's times, for the validation loss per noise level
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly
 
 
@@ -149,21 +149,29 @@ class DiffusionModule(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch to the validation losses of the raw and of the averaged weights."""
         x_0 = batch["x_0"]
-        t, _ = Uniform()(((batch["index"].double() + 0.5) * GOLDEN) % 1.0, self.schedule)
+        u = ((batch["index"].double() + 0.5) * GOLDEN) % 1.0
+        t, factor = self.time(u, self.schedule)
         epsilon = KeyedGenerator(batch["key"]).normal(*x_0.shape[1:])
         label = batch.get("label")
-        losses = self._losses(x_0, t, epsilon, ema=True, label=label)
-        self.val_loss.update(self._losses(x_0, t, epsilon, ema=False, label=label))
+        raw, losses = (
+            factor.to(x_0) * self._losses(x_0, t, epsilon, ema=ema, label=label)
+            for ema in (False, True)
+        )
+        self.val_loss.update(raw)
         self.val_loss_ema.update(losses)
         for k, metric in enumerate(self.val_loss_bin):
-            inside = (t > k / BINS) & (t <= (k + 1) / BINS)
+            inside = (u >= k / BINS) & (u < (k + 1) / BINS)
             if inside.any():
                 metric.update(losses[inside])
         self.log("val/loss", self.val_loss, batch_size=len(x_0))
         self.log("val/loss_ema", self.val_loss_ema, batch_size=len(x_0), prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the averaged weights' loss per noise level, named by the bin's largest t."""
+        """Logs the averaged weights' loss per noise level.
+
+        A bin is named by the share of the training's times below its end: for uniform times that
+        is its largest t.
+        """
         for k, metric in enumerate(self.val_loss_bin):
             self.log(f"val/loss_bin/{(k + 1) / BINS:.1f}", metric.compute())
             metric.reset()

@@ -108,24 +108,26 @@ class Schedule(nn.Module, ABC):
         alpha_t, sigma_t = self.levels(torch.as_tensor(t, dtype=torch.float64))
         return sigma_t / alpha_t
 
-    def t_from_ratio(self, ratio: Tensor | float) -> Tensor:
+    def t_from_ratio(self, ratio: Tensor | float, check: bool = True) -> Tensor:
         """Returns the time t with σ_t / α_t = r, float64: the inverse of `ratio`.
 
         Arguments:
             ratio: The noise level r, any shape, between 0 and that of t = 1.
+            check: Whether r is held against this range, for which the device has to be waited for;
+                otherwise it is cut to it.
 
         Raises:
             ValueError: If r is outside the schedule.
         """
         ratio = torch.as_tensor(ratio, dtype=torch.float64)
-        maximum = float(self.ratio(1.0))
+        maximum = self.ratio(1.0).to(ratio.device)
         inside = (ratio >= 0) & (ratio <= maximum * (1 + 1e-9))
-        if not bool(inside.all()):
+        if check and not bool(inside.all()):
             raise ValueError(
                 f"the noise level σ/α = {float(ratio[~inside][0]):.6g} is outside the schedule "
-                f"{type(self).__name__}, which reaches from 0 to {maximum:.6g}"
+                f"{type(self).__name__}, which reaches from 0 to {float(maximum):.6g}"
             )
-        return self._inverse(ratio.clamp(max=maximum)).clamp(0, 1)
+        return self._inverse(torch.minimum(ratio, maximum)).clamp(0, 1)
 
     def index(self, t: Tensor) -> Tensor:
         """Returns the index i = tT - 1 that a network is told, fractional between DDPM's."""

@@ -3,6 +3,7 @@
 Its place also makes the helpers beside it (`gaussian`) importable.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -47,7 +48,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Command:
+def lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Iterator[Command]:
     """Runs train.py or eval.py in this process, in an empty directory: lab("train", "seed=1").
 
     As a process of its own each command would spend five seconds on imports.
@@ -67,7 +70,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         out, err = capfd.readouterr()
         return Result(code, out + err)
 
-    return run
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield run
+    # Hydra's write to a stream that is closed by the time of the next test.
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -63,7 +63,12 @@ def run(lab: Command, command: str) -> Result:
     return lab("eval" if "eval.py" in command else "train", *small(command))
 
 
-@pytest.mark.parametrize("command", PYTHON)
+def timed(command: str) -> object:
+    """Those that take 256x256 images are slow."""
+    return pytest.param(command, marks=pytest.mark.slow if "ddpm_celeba" in command else ())
+
+
+@pytest.mark.parametrize("command", map(timed, PYTHON))
 def test_a_command_of_the_readme_runs(
     command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

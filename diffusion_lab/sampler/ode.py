@@ -163,7 +163,7 @@ class ProbabilityFlow(Sampler):
         ends = [float(schedule.ratio(c).log()) for c in (t, s)]
 
         def watch(y: Parts, slope: Parts, level: Tensor) -> None:
-            time = schedule.t_from_ratio(level.exp())
+            time = schedule.t_from_ratio(level.exp(), check=False)
             x = broadcast(schedule(time)[0], x_t) * y[0].reshape(shape)
             callback(State(float(time[0]), x, (y[0] - slope[0]).reshape(shape)))
 
@@ -252,8 +252,7 @@ class ProbabilityFlow(Sampler):
 
 def _point(schedule: Schedule, u: Tensor, level: Tensor, shape: torch.Size) -> tuple:
     """x_t, of the images' shape, and t."""
-    ratio = level.exp().clamp(max=float(schedule.ratio(1.0)))
-    t = schedule.t_from_ratio(ratio)
+    t = schedule.t_from_ratio(level.exp(), check=False)
     x_t = u.reshape(shape)
     return broadcast(schedule(t)[0], x_t) * x_t, t
 

@@ -5,11 +5,14 @@ numbers r, r + W, ..., never a number twice, and the results are put in order at
 the same for any batch size and any number of devices.
 """
 
-__all__ = ["Task"]
+__all__ = ["Row", "Task", "average", "write_results"]
 
+import csv
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -20,6 +23,23 @@ from torch.utils.data import DataLoader
 
 from diffusion_lab.errors import RunError
 from diffusion_lab.runs import Run
+
+Row = tuple[str, str, float, float, int]  # estimate, metric, mean, standard error, n
+
+
+def average(estimate: str, metric: str, values: Sequence[float]) -> Row:
+    """Returns the mean over the images, and its standard error (NaN of a single one)."""
+    n = len(values)
+    error = stdev(values) / n**0.5 if n > 1 else float("nan")
+    return estimate, metric, fmean(values), error, n
+
+
+def write_results(directory: Path, rows: Sequence[Row]) -> None:
+    """Writes results.csv."""
+    with open(directory / "results.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
+        writer.writerows(rows)
 
 
 class Task(LightningModule, ABC):

@@ -7,9 +7,7 @@ E[x_0 | y], and the mean of M samples 10 log10(1 + 1/M) dB less.
 
 __all__ = ["Denoise"]
 
-import csv
 import logging
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.sampler import Sampler, State
 from diffusion_lab.sampler.base import transition
-from diffusion_lab.task.base import Task
+from diffusion_lab.task.base import Row, Task, average, write_results
 from diffusion_lab.task.facts import run_sections
 from diffusion_lab.tracking.grid import labelled_grid, save_png, std_map
 from diffusion_lab.tracking.report import Picture, Table, write_report
@@ -154,10 +152,7 @@ class Denoise(Task):
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         rows = self._table(results)
-        with open(self.directory / "results.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
-            writer.writerows(rows)
+        write_results(self.directory, rows)
         pictures = self._pictures(results)
         name = type(self.guidance).__name__
         table = [[e, ESTIMATES[e], m, f"{mean:.3f} ± {err:.3f}", n] for e, m, mean, err, n in rows]
@@ -196,15 +191,12 @@ class Denoise(Task):
         print(f"\nreport: {report}")
 
     @staticmethod
-    def _table(results: list[dict[str, Any]]) -> list[tuple[str, str, float, float, int]]:
-        rows = []
-        for metric in METRICS:
-            for estimate in ESTIMATES:
-                values = [result["scores"][estimate, metric] for result in results]
-                n = len(values)
-                error = stdev(values) / n**0.5 if n > 1 else float("nan")
-                rows.append((estimate, metric, fmean(values), error, n))
-        return rows
+    def _table(results: list[dict[str, Any]]) -> list[Row]:
+        return [
+            average(estimate, metric, [result["scores"][estimate, metric] for result in results])
+            for metric in METRICS
+            for estimate in ESTIMATES
+        ]
 
     def _pictures(self, results: list[dict[str, Any]]) -> list[Picture]:
         folder = self.directory / "samples"

@@ -2,8 +2,6 @@
 
 __all__ = ["Likelihood"]
 
-import csv
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.sampler import ProbabilityFlow, Sampler
-from diffusion_lab.task.base import Task
+from diffusion_lab.task.base import Task, average, write_results
 from diffusion_lab.task.facts import run_sections
 from diffusion_lab.tracking.report import Table, write_report
 
@@ -94,16 +92,11 @@ class Likelihood(Task):
         ]
 
     def finish(self, results: list[dict[str, Any]]) -> None:
-        rows = []
-        for name in results[0]["bits"]:
-            values = [result["bits"][name] for result in results]
-            n = len(values)
-            error = stdev(values) / n**0.5 if n > 1 else float("nan")
-            rows.append((name, "bits_per_dim", fmean(values), error, n))
-        with open(self.directory / "results.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
-            writer.writerows(rows)
+        rows = [
+            average(name, "bits_per_dim", [result["bits"][name] for result in results])
+            for name in results[0]["bits"]
+        ]
+        write_results(self.directory, rows)
         schedule = self.denoiser.schedule
         mean_square = float(((self.images[: self.num_images] / 127.5 - 1) ** 2).mean())
         kl = schedule.prior_kl(mean_square)

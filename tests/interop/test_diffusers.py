@@ -160,6 +160,7 @@ def test_a_network_from_here_says_the_same_in_diffusers(tmp_path: Path, name: st
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_network_of_celeba_hq_256(tmp_path: Path) -> None:
     theirs = reference(CELEBA)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -79,7 +79,14 @@ def graded(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | None = Non
     return distance / FLOOR, shares
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# The other two differ from these in their numbers only.
+IN_MINUTES = [
+    pytest.param(name, marks=() if name in ("linear", "ve") else pytest.mark.slow)
+    for name in SCHEDULES
+]
+
+
+@pytest.mark.parametrize("schedule", IN_MINUTES)
 @pytest.mark.parametrize("row", ROWS)
 def test_samplers_reach_the_mixture(row: str, schedule: str) -> None:
     sampler, bound = ROWS[row]
@@ -160,7 +167,7 @@ def solved(schedule: str) -> tuple[Denoiser, Tensor, Tensor]:
     return denoiser, x, ProbabilityFlow(5000, rtol=1e-10, atol=1e-10)(denoiser, x)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", IN_MINUTES)
 @pytest.mark.parametrize(
     "make, order, tolerance",
     [
