@@ -95,7 +95,13 @@ def test_every_key_has_a_comment(path: Path) -> None:
         assert not key or key[1] in ("_target_", "_partial_") or " # " in line, line
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(e, marks=pytest.mark.slow if e == "score_sde_celeba" else ())
+        for e in EXPERIMENTS
+    ],
+)
 def test_every_experiment_runs(experiment: str, lab: Command, tmp_path: Path) -> None:
     """With a tiny network and two sampler steps; one batch of everything."""
     overrides = ["data.batch_size=1", "sampler.steps=2", "samples.num_samples=1"]

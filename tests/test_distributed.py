@@ -39,7 +39,10 @@ def elastic(tmp_path: Path, *overrides: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(("tail", "order"), [("spread", "shuffle"), ("drop", "lanes")])
+@pytest.mark.parametrize(
+    ("tail", "order"),
+    [("spread", "shuffle"), pytest.param("drop", "lanes", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_with_other_numbers_of_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str, order: str
 ) -> None:
@@ -107,6 +110,7 @@ def last_row(path: str) -> dict[str, float]:
     return {name: float(value) for name, value in row.items() if value}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))

@@ -65,7 +65,7 @@ def run(lab: Command, command: str) -> Result:
 
 def timed(command: str) -> object:
     """Those that take 256x256 images are slow."""
-    return pytest.param(command, marks=pytest.mark.slow if "ddpm_celeba" in command else ())
+    return pytest.param(command, marks=pytest.mark.slow if "_celeba" in command else ())
 
 
 @pytest.mark.parametrize("command", map(timed, PYTHON))
