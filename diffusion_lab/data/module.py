@@ -114,15 +114,18 @@ class ImageDataModule(LightningDataModule):
         self.tail, self.num_workers = tail, num_workers
         self.on_error, self.max_bad = on_error, max_bad
         self.images: dict[str, Split] = {}
+        self._source: Source | None = None
         self._cache: PackedCache | None = None
         self._hashes: dict[str, dict[str, str | None]] = {}
 
     def open_source(self) -> Source:
-        """Opens the source itself, whatever is packed."""
-        download = self.kind != "none"
-        return open_source(
-            self.source, self.size, self.splits, self.split_seed, self.column, download
-        )
+        """Opens the source itself, whatever is packed; lists it once."""
+        if self._source is None:  # packing and labels ask for it
+            download = self.kind != "none"
+            self._source = open_source(
+                self.source, self.size, self.splits, self.split_seed, self.column, download
+            )
+        return self._source
 
     @property
     def packed(self) -> Path | None:

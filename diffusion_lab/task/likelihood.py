@@ -2,6 +2,7 @@
 
 __all__ = ["Likelihood"]
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -86,8 +87,12 @@ class Likelihood(Task):
                     likelihood.bound(self.denoiser, pixels, generator, self.terms)
                 )
         means = {name: torch.stack(values).mean(0) for name, values in found.items() if values}
+        squares = (pixels.double() / 127.5 - 1).square().flatten(1).mean(1)
         return [
-            {"bits": {name: float(values[k]) for name, values in means.items()}}
+            {
+                "bits": {name: float(values[k]) for name, values in means.items()},
+                "square": float(squares[k]),
+            }
             for k in range(len(index))
         ]
 
@@ -98,8 +103,7 @@ class Likelihood(Task):
         ]
         write_results(self.directory, rows)
         schedule = self.denoiser.schedule
-        mean_square = float(((self.images[: self.num_images] / 127.5 - 1) ** 2).mean())
-        kl = schedule.prior_kl(mean_square)
+        kl = schedule.prior_kl(fmean(result["square"] for result in results))
         report = write_report(
             self.directory / "report.html",
             "Likelihood of the test images",
