@@ -29,14 +29,10 @@ class Loss(nn.Module, ABC):
     """A weighted squared error."""
 
     @abstractmethod
-    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """Returns w(t), float64, of shape (B,)."""
-
     def output_weight(
         self, schedule: Schedule, parameterization: Parameterization, t: Tensor
     ) -> Tensor:
-        """Returns w(t) / gain(t)², the weight of the error of the network's output, float64."""
-        return self.weight(schedule, t) / parameterization.gain(*schedule(t.double())) ** 2
+        """Returns the weight of the error of the network's output, float64, of shape (B,)."""
 
     def forward(
         self,
@@ -54,16 +50,26 @@ class Loss(nn.Module, ABC):
 class Simple(Loss):
     """All levels alike in terms of what the network predicts: L_simple for ε."""
 
-    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
-        raise NotImplementedError("it depends on what the network predicts")
-
     def output_weight(
         self, schedule: Schedule, parameterization: Parameterization, t: Tensor
     ) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
 
 
-class SNR(Loss):
+class _Weighted(Loss):
+    """A loss of x̂, the same whatever the network predicts."""
+
+    @abstractmethod
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """Returns w(t), float64, of shape (B,)."""
+
+    def output_weight(
+        self, schedule: Schedule, parameterization: Parameterization, t: Tensor
+    ) -> Tensor:
+        return self.weight(schedule, t) / parameterization.gain(*schedule(t.double())) ** 2
+
+
+class SNR(_Weighted):
     """w = SNR, which is |ε̂ - ε|²; with `truncated`, w = max(SNR, 1).
 
     Arguments:
@@ -80,7 +86,7 @@ class SNR(Loss):
         return snr.clamp(min=1) if self.truncated else snr
 
 
-class MinSNR(Loss):
+class MinSNR(_Weighted):
     """w = min(SNR, γ): no level outweighs the others.
 
     Arguments:
@@ -97,7 +103,7 @@ class MinSNR(Loss):
         return (schedule.ratio(t) ** -2).clamp(max=self.gamma)
 
 
-class P2(Loss):
+class P2(_Weighted):
     """w = SNR / (k + SNR)^γ: less weight where only imperceptible detail is left to learn.
 
     Arguments:
@@ -116,7 +122,7 @@ class P2(Loss):
         return snr / (self.k + snr) ** self.gamma
 
 
-class EDM(Loss):
+class EDM(_Weighted):
     """w = (r² + σ_d²) / (r σ_d)²: unit weight of the EDM parameterization's output.
 
     Arguments:
@@ -133,7 +139,7 @@ class EDM(Loss):
         return self.sigma_data**-2 + schedule.ratio(t) ** -2
 
 
-class Likelihood(Loss):
+class Likelihood(_Weighted):
     """w = g² α_t² / σ_t⁴, which is g² |ŝ - s|²: a bound of the negative log likelihood.
 
     Twice the bound's integrand in nats; with t uniform it has much variance, with
