@@ -1,35 +1,106 @@
-r"""What all posterior methods share: y = x_0 + σ_y n goes in, samples of p(x_0 | y) come out."""
+r"""What all posterior methods share: y = A(x_0) + σ_y n goes in, samples of p(x_0 | y) come out.
 
-__all__ = ["Guidance", "Observation"]
+Most are one and the same reverse process with the score of the posterior,
+
+    dx = [f x - g² (∇ log p(x) + ∇ log p(y | x))] dt + g dw̄.
+
+In terms of denoisers, ∇ log p(x_t | y) = (α_t E[x_0 | x_t, y] - x_t) / σ_t² and so
+
+    E[x_0 | x_t, y] = E[x_0 | x_t] + σ_t² / α_t ∇ log p(y | x_t):
+
+a method is a denoiser made of a denoiser, for any sampler. What differs is how p(y | x_t) is
+approximated.
+
+Source:
+    Song et al., "Score-based generative modeling through SDEs", 2021, eq. 14.
+"""
+
+__all__ = ["Guidance", "Guided", "Observation"]
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.noise import normal_like
+from diffusion_lab.operator import Identity, LinearOperator, Operator
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A noisy image, y = x_0 + σ_y n with n ~ N(0, I).
+    """What was seen, y = A(x_0) + σ_y n with n ~ N(0, I).
 
     Attributes:
-        y: The image, of shape (B, *), on the scale of x_0 in [-1, 1].
-        sigma_y: The standard deviation σ_y of the noise, on the same scale; above 0.
+        y: The observations, of shape (B, *').
+        sigma_y: The standard deviation σ_y of the noise, on the scale of A(x_0); at least 0. A
+            tensor that broadcasts against y if it is not the same for all numbers of y.
+        operator: A.
+        group: Rows that follow each other and show the same y, so many at a time: samples of one
+            posterior. B is a multiple of it.
     """
 
     y: Tensor
-    sigma_y: float
+    sigma_y: float | Tensor
+    operator: Operator = field(default_factory=Identity)
+    group: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (B, *) of the images x_0."""
+        return (len(self.y), *(self.operator.shape or self.y.shape[1:]))
+
+    def noise(self, generator: Generator) -> Tensor:
+        """Draws z ~ N(0, I), of the images' shape (B, *) and y's type."""
+        return normal_like(self.y.new_empty(()).expand(self.shape), generator)
 
 
 class Guidance(ABC):
-    """Draws from (or estimates a point of) the posterior p(x_0 | y)."""
+    """Draws from (or estimates a point of) the posterior p(x_0 | y).
 
-    stochastic = True  # whether repeated calls give different images
+    Attributes:
+        stochastic: Whether repeated calls give different images.
+        requires: Which operators the method is defined for: the identity, linear ones, any.
+        noiseless: Whether σ_y = 0 is allowed.
+        isotropic: Whether σ_y has to be one number.
+        shares: Whether the samples of one y come from common particles, so that the rows of a
+            group must stay together.
+    """
 
-    @abstractmethod
+    stochastic = True
+    requires: Literal["identity", "linear", "any"] = "any"
+    noiseless = False
+    isotropic = True
+    shares = False
+
+    def check(self, observation: Observation) -> None:
+        """Raises ValueError if the method is not defined for an observation."""
+        name, operator = type(self).__name__, type(observation.operator).__name__
+        if self.requires == "identity" and not isinstance(observation.operator, Identity):
+            raise ValueError(
+                f"{name} is for a noisy image (task=denoise), not for {operator}; choose another "
+                "guidance: mmps, pigdm, dps"
+            )
+        if self.requires == "linear" and not isinstance(observation.operator, LinearOperator):
+            raise ValueError(
+                f"{name} is for linear operators, and {operator} is not linear; choose another "
+                "guidance: dps, daps, tds"
+            )
+        sigma_y = observation.sigma_y
+        if self.isotropic and isinstance(sigma_y, Tensor) and sigma_y.numel() > 1:
+            raise ValueError(
+                f"{name} is for noise of one standard deviation; choose another guidance: mmps, "
+                "sda, dps"
+            )
+        if not self.noiseless and not bool(torch.as_tensor(sigma_y > 0).all()):
+            raise ValueError(
+                f"sigma_y={sigma_y}: {name} divides by it; set sigma_y above 0, for example "
+                "sigma_y=0.01, or choose another guidance: ddnm, replacement"
+            )
+
     def __call__(
         self,
         denoiser: Denoiser,
@@ -39,7 +110,7 @@ class Guidance(ABC):
         generator: Generator = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Returns one image for each image of the observation, of shape (B, *).
+        """Returns one image for each row of the observation, of shape (B, *).
 
         Arguments:
             denoiser: The prior, E[x_0 | x_t].
@@ -47,4 +118,46 @@ class Guidance(ABC):
             observation: What was seen; repeat y to get several samples of it.
             generator: Where the noise comes from, see `Sampler`.
             callback: See `Sampler`.
+
+        Raises:
+            ValueError: If the method is not defined for such an observation.
         """
+        self.check(observation)
+        with torch.no_grad():
+            return self.draw(denoiser, sampler, observation, generator, callback)
+
+    @abstractmethod
+    def draw(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        observation: Observation,
+        generator: Generator,
+        callback: Callback | None,
+    ) -> Tensor:
+        """Does the work of a call, without a graph."""
+
+
+class Guided(Guidance):
+    """A method that is a denoiser: E[x_0 | x_t, y] in place of E[x_0 | x_t], in any sampler."""
+
+    @abstractmethod
+    def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
+        """Returns x_t, t -> E[x_0 | x_t, y], approximately, on rows that belong to y's.
+
+        Arguments:
+            denoiser: The prior, E[x_0 | x_t].
+            observation: What was seen.
+        """
+
+    def draw(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        observation: Observation,
+        generator: Generator,
+        callback: Callback | None,
+    ) -> Tensor:
+        start = denoiser.schedule.prior_std * observation.noise(generator)
+        posterior = self.denoiser(denoiser, observation)
+        return sampler(posterior, start, generator=generator, callback=callback)

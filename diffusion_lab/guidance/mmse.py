@@ -10,7 +10,6 @@ mean of M samples 1 + 1/M times.
 
 __all__ = ["MMSE"]
 
-import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
@@ -22,16 +21,15 @@ class MMSE(Guidance):
     """Returns the posterior mean; the sampler is not used."""
 
     stochastic = False
+    requires = "identity"
 
-    @torch.no_grad()
-    def __call__(
+    def draw(
         self,
         denoiser: Denoiser,
         sampler: Sampler,
         observation: Observation,
-        *,
-        generator: Generator = None,
-        callback: Callback | None = None,
+        generator: Generator,
+        callback: Callback | None,
     ) -> Tensor:
         t = denoiser.schedule.t_from_ratio(observation.sigma_y)
         alpha_t, _ = denoiser.schedule(t)

@@ -36,6 +36,9 @@ class Residual(Guidance):
         ValueError: If λ is negative or `start` is unknown.
     """
 
+    requires = "identity"
+    noiseless = True
+
     def __init__(self, strength: float = 0.05, start: str = "noise") -> None:
         if not strength >= 0:
             raise ValueError(f"strength={strength} is not allowed; λ is at least 0")
@@ -44,14 +47,13 @@ class Residual(Guidance):
         self.strength = strength
         self.start = start
 
-    def __call__(
+    def draw(
         self,
         denoiser: Denoiser,
         sampler: Sampler,
         observation: Observation,
-        *,
-        generator: Generator = None,
-        callback: Callback | None = None,
+        generator: Generator,
+        callback: Callback | None,
     ) -> Tensor:
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":

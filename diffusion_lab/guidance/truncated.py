@@ -26,14 +26,15 @@ log = logging.getLogger(__name__)
 class Truncated(Guidance):
     """Runs the sampler from the observation's own noise level."""
 
-    def __call__(
+    requires = "identity"
+
+    def draw(
         self,
         denoiser: Denoiser,
         sampler: Sampler,
         observation: Observation,
-        *,
-        generator: Generator = None,
-        callback: Callback | None = None,
+        generator: Generator,
+        callback: Callback | None,
     ) -> Tensor:
         if not sampler.stochastic:
             log.warning(
