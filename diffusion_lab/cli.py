@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -27,8 +28,11 @@ from diffusion_lab.config import (
 from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.instantiate import instantiate
+from diffusion_lab.operator import Gaussian, Poisson
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.task import Restore
+from diffusion_lab.task.images import read_image, read_observation
 
 log = logging.getLogger(__name__)
 
@@ -167,10 +171,8 @@ def train(config: DictConfig) -> None:
         log.info("finished: %s", directory)
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")
-def evaluate(config: DictConfig) -> None:
-    """Evaluates a trained prior."""
-    check_eval(config)
+def prior_of(config: DictConfig) -> runs.Run:
+    """Finds the prior that is evaluated, under the schedule and class that are asked for."""
     if config.get("model") is not None:
         data = OmegaConf.to_container(config.model.data, resolve=True)
         run = runs.pretrained(config.model.path, data)
@@ -183,38 +185,83 @@ def evaluate(config: DictConfig) -> None:
         schedule = instantiate(config.schedule, "schedule")
         check_levels(run.denoiser.schedule, schedule)
         run = replace(run, denoiser=Rescheduled(run.denoiser, schedule))
+    return run
+
+
+def restoration(config: DictConfig, run: runs.Run) -> dict[str, Any]:
+    """Makes what a restoration is of: operator, noise, method, and images of one's own.
+
+    Raises:
+        ConfigError: If they do not go together.
+    """
+    schedule, size = run.denoiser.schedule, run.config["data"]["size"]
+    shape = (run.config["network"].get("image_channels", 3), size, size)
+    parts: dict[str, Any] = {"shape": shape}
+    if config.guidance is None:
+        raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
+    parts["guidance"] = instantiate(config.guidance, "guidance")
+    sigma_y = config.sigma_y
+    if "sigma_t" in config:
+        values = {key: config[key] for key in noise_level.KEYS}
+        parts["level"] = noise_level.resolve(schedule, values)
+        sigma_y = parts["level"].sigma_y
+        log.info("noise: %s", parts["level"])
+        parts["model_pairs"] = config.truth == "model"
+    parts["noise"] = Gaussian(sigma_y) if config.rate is None else Poisson(config.rate)
+    operator = parts["operator"] = instantiate(config.task, "task", shape=shape)
+    if config.image is not None:
+        parts["truth"] = read_image("image", config.image, shape, config.resize)
+    if config.observation is not None:
+        parts["observation"] = read_observation(config.observation, operator, shape, config.resize)
+    return parts
+
+
+@hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")
+def evaluate(config: DictConfig) -> None:
+    """Evaluates a trained prior, or grades all methods on priors in closed form."""
+    if config.resume:
+        overrides = list(HydraConfig.get().overrides.task)
+        config = runs.resumed_evaluation(Path(config.resume), overrides)
+    check_eval(config)
+    directory = Path(config.paths.output_dir)
+    if config.get("benchmark") is not None:
+        instantiate(config.benchmark, "benchmark", directory=directory, seed=config.seed)()
+        return
+    run = prior_of(config)
     schedule = run.denoiser.schedule
     check_sampler(config, schedule.steps)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        runs.begin_evaluation(directory, run, resumed=bool(config.resume))
     log.info("prior: %s, %s", run.checkpoint, run.origin)
     parts = {
         "run": run,
-        "directory": Path(config.paths.output_dir),
+        "directory": directory,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "sampler": sampler_for(config, schedule),
         "settings": OmegaConf.to_yaml(config, resolve=True),
     }
-    if "num_samples" in config:
-        parts["num_samples"] = config.num_samples
-    if "num_images" in config:
+    for key in ("num_samples", "num_images"):
+        if key in config:
+            parts[key] = config[key]
+    own = "image" in config and (
+        config.image or config.observation or config.get("truth") == "model"
+    )
+    if "num_images" in config and not own:
         node = {**run.config["data"], "cache_dir": config.data.cache_dir}
         if config.data.source is not None:
             node["source"] = config.data.source
-        data = instantiate(node, "data")
-        data.setup("test")
-        parts |= {"data": data, "num_images": config.num_images}
-    if "sigma_t" in config:
-        values = {key: config[key] for key in noise_level.KEYS}
-        parts["level"] = noise_level.resolve(schedule, values)
-        log.info("noise: %s", parts["level"])
-        if config.guidance is None:
-            raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
-        parts["guidance"] = instantiate(config.guidance, "guidance")
-    task = instantiate(config.task, "task", **parts)
+        parts["data"] = instantiate(node, "data")
+        parts["data"].setup("test")
+    if "sigma_y" in config:  # a restoration is named by its operator
+        task = Restore(**parts, **restoration(config, run))
+    else:
+        task = instantiate(config.task, "task", **parts)
     trainer = instantiate(
         config.trainer, "trainer", logger=False, callbacks=[], inference_mode=False
     )  # methods that take derivatives of the network need no_grad instead
     trainer.test(task, verbose=False)
+    task.conclude(trainer)
 
 
 if __name__ == "__main__":

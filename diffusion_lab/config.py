@@ -4,7 +4,10 @@ Hydra refuses unknown keys and options by itself; here every value is held again
 keys against each other. An error names the key, the value, what is allowed and the way out.
 """
 
-__all__ = ["CONFIG_PATH", "check_eval", "check_sampler", "check_train", "register_resolvers"]
+__all__ = [
+    "CONFIG_PATH", "check_eval", "check_sampler", "check_train", "check_variance",
+    "register_resolvers",
+]  # fmt: skip
 
 import math
 from collections.abc import Callable
@@ -73,7 +76,7 @@ COMMON = {
     "sampler.steps": COUNT,
     "sampler.clip": FLAG,
     "sampler.eta": ("a number in [0, 1]", _number(float, lambda v: 0 <= v <= 1)),
-    "sampler.variance": _one_of("small", "large"),
+    "sampler.variance": _one_of("small", "large", "learned"),
     "sampler.order": _one_of(1, 2),
     "sampler.stochastic": FLAG,
     "sampler.adaptive": FLAG,
@@ -149,11 +152,13 @@ TRAIN = COMMON | {
     "network.blocks": COUNT,
     "network.groups": COUNT,
     "network.dropout": DECAY,
+    "network.learn_variance": FLAG,
     "parameterization.sigma_data": POSITIVE,
     "loss.sigma_data": POSITIVE,
     "loss.gamma": NOT_NEGATIVE,
     "loss.k": POSITIVE,
     "loss.truncated": FLAG,
+    "loss.vlb_weight": POSITIVE,
     "time.stratified": FLAG,
     "time.std": POSITIVE,
     "optimizer.lr": POSITIVE,
@@ -212,6 +217,55 @@ def check_sampler(config: DictConfig, steps: int) -> None:
         )
 
 
+def check_variance(network: bool, loss: bool) -> None:
+    """Holds the network's variance output against the loss.
+
+    Arguments:
+        network: Whether the network has one.
+        loss: Whether the loss teaches it.
+
+    Raises:
+        ConfigError: If only one is true.
+    """
+    if network and not loss:
+        raise ConfigError(
+            "network.learn_variance=true, but the loss does not teach the variance; add "
+            "loss=hybrid, or leave network.learn_variance=false"
+        )
+    if loss and not network:
+        raise ConfigError(
+            "loss=hybrid teaches the variance, but network.learn_variance=false; add "
+            "network.learn_variance=true, or choose loss=simple"
+        )
+
+
+def _check_learned(config: DictConfig) -> None:
+    """Holds what has to do with a learned variance against each other."""
+    learns, hybrid = config.network.get("learn_variance", False), "vlb_weight" in config.loss
+    check_variance(learns, hybrid)
+    if hybrid and "steps" not in config.schedule:
+        raise ConfigError(
+            "loss=hybrid is the bound of a chain of T steps, and "
+            f"schedule={_name(config.schedule)} has none; choose schedule=linear, quadratic, "
+            "cosine, sigmoid or laplace"
+        )
+    if hybrid and _name(config.time) != "Uniform":
+        raise ConfigError(
+            f"loss=hybrid is a sum over the T steps of the chain, which time={_name(config.time)} "
+            "does not draw from; set time=uniform"
+        )
+    if config.sampler.get("variance") == "learned" and not learns:
+        raise ConfigError(
+            "sampler.variance=learned, but the network learns no variance; set "
+            "sampler.variance=small or large, or network.learn_variance=true loss=hybrid"
+        )
+
+
+def _name(node: DictConfig) -> str:
+    """The class that a node makes."""
+    return node._target_.rpartition(".")[2]
+
+
 def check_train(config: DictConfig) -> None:
     """Checks the configuration of a training run.
 
@@ -219,6 +273,7 @@ def check_train(config: DictConfig) -> None:
         ConfigError: If a value is not allowed, or values do not go together.
     """
     _check_values(config, TRAIN)
+    _check_learned(config)
     check_sampler(config, config.schedule.get("steps", config.sampler.steps))
     data, network = config.data, config.network
     if "multipliers" in network:

@@ -4,6 +4,9 @@ A denoiser knows nothing of how its network was trained: the parameterization tu
 E[x_0 | x_t], from which follow (Tweedie)
 
     ε̂(x_t, t) = (x_t - α_t x̂) / σ_t,    ∇ log p(x_t) = -ε̂ / σ_t = (α_t x̂ - x_t) / σ_t².
+
+A network may have learned the variance of the reverse steps, too, see `reverse.py`: then half of
+its output is a share for each number of the image, of which only `with_share` speaks.
 """
 
 __all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled", "broadcast"]
@@ -43,6 +46,18 @@ class Denoiser(nn.Module, ABC):
             t: Its time in (0, 1], of shape () or (B,).
         """
 
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns E[x_0 | x_t], and the share of the larger variance in the reverse step's.
+
+        Both by one call of the network; the share is of x_t's shape and type, and None where no
+        variance was learned. A denoiser that changes the estimate of another need not know of it.
+
+        Arguments:
+            x_t: See `forward`.
+            t: See `forward`.
+        """
+        return self(x_t, t), None
+
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns ∇ log p(x_t) = (α_t E[x_0 | x_t] - x_t) / σ_t², of shape (B, *)."""
         alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
@@ -55,7 +70,9 @@ class NetworkDenoiser(Denoiser):
     The network may run in reduced precision under autocast; x_t and the estimate stay as they are.
 
     Arguments:
-        network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t.
+        network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t. One
+            with a true attribute `learn_variance` gives twice as many channels: the prediction's,
+            and then o in [-1, 1] for the share (o + 1) / 2.
         schedule: Its schedule.
         parameterization: What it predicts.
         label: The class of the images, for a network that knows classes, of shape () or (B,); none
@@ -74,8 +91,8 @@ class NetworkDenoiser(Denoiser):
         self.parameterization = parameterization
         self.label = label
 
-    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the network's prediction at x_t, in x_t's type."""
+    def outputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the network's prediction at x_t and its share, if any, in x_t's type."""
         if self.parameterization.scales(self.schedule):
             alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
             x_t = self.parameterization.scale(alpha_t, sigma_t) * x_t
@@ -84,18 +101,31 @@ class NetworkDenoiser(Denoiser):
         index = index.to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
         labels = () if self.label is None else (self.label,)
-        return self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
+        output = self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
+        if not getattr(self.network, "learn_variance", False):
+            return output, None
+        output, o = output.chunk(2, dim=1)
+        return output, (o + 1) / 2
+
+    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns the network's prediction at x_t, in x_t's type."""
+        return self.outputs(x_t, t)[0]
+
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
+        output, share = self.outputs(x_t, t)
+        return self.parameterization.denoised(output, x_t, alpha_t, sigma_t), share
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
-        return self.parameterization.denoised(self.output(x_t, t), x_t, alpha_t, sigma_t)
+        return self.with_share(x_t, t)[0]
 
 
 class ClassifierFree(Denoiser):
     """Classifier-free guidance: away from what a denoiser says of any image.
 
     x̂ = x̂_∅ + w (x̂_c - x̂_∅); w = 1 is the conditional denoiser. A larger w gives images that are
-    more typical of their class and less varied: no longer samples of p(x_0 | c).
+    more typical of their class and less varied: no longer samples of p(x_0 | c). A learned
+    variance is that of the conditional one.
 
     Source:
         Ho, Salimans, "Classifier-free diffusion guidance", 2022, eq. 6 (their w is w - 1 here).
@@ -111,10 +141,14 @@ class ClassifierFree(Denoiser):
         self.conditional, self.unconditional = conditional, unconditional
         self.strength = strength
 
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        denoised, share = self.conditional.with_share(x_t, t)
+        if self.strength != 1:
+            denoised = torch.lerp(self.unconditional(x_t, t), denoised, self.strength)
+        return denoised, share
+
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.strength == 1:
-            return self.conditional(x_t, t)
-        return torch.lerp(self.unconditional(x_t, t), self.conditional(x_t, t), self.strength)
+        return self.with_share(x_t, t)[0]
 
 
 class Rescheduled(Denoiser):
@@ -124,6 +158,8 @@ class Rescheduled(Denoiser):
     schedule has the ratio of t,
 
         E[x_0 | x_t] = E[x_0 | x'_{t'} = α'_{t'} / α_t x_t].
+
+    A learned variance stays behind: its larger end v is another in every schedule.
 
     Arguments:
         denoiser: The denoiser.
@@ -156,6 +192,10 @@ class Clipped(Denoiser):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.schedule)
         self.denoiser = denoiser
+
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        denoised, share = self.denoiser.with_share(x_t, t)
+        return denoised.clamp(-1, 1), share
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.denoiser(x_t, t).clamp(-1, 1)

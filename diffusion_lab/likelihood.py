@@ -14,11 +14,16 @@ DDPM's own bound needs no ODE: with the small variance, over the times t_1 < ...
     L = KL(q(x_T | x_0) ‖ p(x_T)) + Σ_k ½ (SNR(t_{k-1}) - SNR(t_k)) E |x_0 - x̂(x_{t_k})|²
         - E log p(p | x_{t_1}),    p(p | x_t) ∝ exp(-(x_t / α_t - level p)² / 2 r_t²).
 
+Where the network has learned the variance, the terms of the sum are those of `reverse.py` for its
+share, and the last one is that of its own last step, N(x̂, Σ)'s mass in the pixel's bin: the bound
+that the network was trained by.
+
 Sources:
     Song et al., "Score-based generative modeling through SDEs", 2021, section 4.3.
     Theis et al., "A note on the evaluation of generative models", 2016, section 3.1.
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 5.
     Kingma et al., "Variational diffusion models", 2021, eq. 11 to 13 (the sum and the last term).
+    Nichol, Dhariwal, "Improved denoising diffusion probabilistic models", 2021, eq. 4 to 7.
 """
 
 __all__ = ["bound", "flow"]
@@ -30,6 +35,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, broadcast
 from diffusion_lab.noise import KeyedGenerator
+from diffusion_lab.reverse import last_variance, pixel_nats, step_nats
 from diffusion_lab.sampler.ode import ProbabilityFlow
 from diffusion_lab.schedule import LARGEST, DiscreteSchedule, Schedule
 
@@ -106,24 +112,44 @@ def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: 
 
     ratio = schedule.ratio(times).to(times)
     weight = (ratio[:-1] ** -2 - ratio[1:] ** -2) / 2
+    sigma_square = schedule(times)[1].to(times) ** 2
+    log_range = torch.log(sigma_square[1:] / sigma_square[:-1])
     # Terms are drawn in proportion to what they would be if |x_0 - x̂|² were r² / (1 + r²).
     mass = torch.cumsum(weight / (1 + ratio[1:] ** -2), 0)
     inner = torch.zeros_like(kl)
     for j in range(terms):
         u = (j + generator.uniform(dtype=torch.float64)) / terms
         k = torch.searchsorted(mass, u * mass[-1]).clamp(max=len(mass) - 1)
-        share = torch.where(k > 0, mass[k] - mass[k - 1], mass[0]) / mass[-1]
+        probability = torch.where(k > 0, mass[k] - mass[k - 1], mass[0]) / mass[-1]
         t = times[k + 1]
         alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
         x_t = alpha_t * x_0 + sigma_t * generator.normal(*shape, dtype=torch.float64)
-        error = (denoiser(x_t.float(), t).double() - x_0).square().sum(dims)
-        inner += weight[k] / share * error / terms
+        denoised, share = denoiser.with_share(x_t.float(), t)
+        nats = step_nats(
+            (denoised.double() - x_0).square(),
+            0.0 if share is None else share.double(),
+            *(broadcast(c[k], x_0) for c in (2 * weight, log_range)),
+        )
+        inner += nats.sum(dims) / probability / terms
 
-    r = float(schedule.ratio(times[0]))
-    levels = LEVELS.to(x_0)
-    v = (x_0 + r * generator.normal(*shape, dtype=torch.float64)).flatten(1)
-    decoder = torch.zeros_like(kl)
-    for b, (value, pixel) in enumerate(zip(v, pixels.flatten(1).long(), strict=True)):
-        logits = -((value[:, None] - levels) ** 2) / (2 * r**2)
-        decoder[b] = -logits.log_softmax(1).gather(1, pixel[:, None]).sum()
+    first = times[0]
+    r = float(schedule.ratio(first))
+    v = x_0 + r * generator.normal(*shape, dtype=torch.float64)  # x_t / α_t
+    if share is None:
+        decoder = _level_nats(v, pixels, r)
+    else:
+        x_t = schedule(first)[0].to(v) * v
+        denoised, share = denoiser.with_share(x_t.float(), first)
+        variance = last_variance(schedule, first, times[1], share.double())
+        decoder = pixel_nats(x_0, denoised.double(), variance).sum(dims)
     return (kl + inner + decoder) / (x_0[0].numel() * math.log(2))
+
+
+def _level_nats(v: Tensor, pixels: Tensor, r: float) -> Tensor:
+    """-log p(p | x_t) without a network, for v = x_t / α_t, of shape (B,)."""
+    levels = LEVELS.to(v)
+    nats = v.new_zeros(len(v))
+    for b, (value, pixel) in enumerate(zip(v.flatten(1), pixels.flatten(1).long(), strict=True)):
+        logits = -((value[:, None] - levels) ** 2) / (2 * r**2)
+        nats[b] = -logits.log_softmax(1).gather(1, pixel[:, None]).sum()
+    return nats

@@ -3,7 +3,8 @@ r"""Losses: what an error of the network weighs at each noise level.
     loss = E w(t) |x̂ - x_0|² = E w(t) / gain(t)² |output - target|²,    SNR = α_t² / σ_t².
 
 The weights are written for the error of x̂, whatever the network predicts; `Simple` alone weighs
-the network's own output. How t is drawn is another matter: `time.py`.
+the network's own output. `Hybrid` also teaches the network the variance of the reverse steps. How
+t is drawn is another matter: `time.py`.
 
 Sources:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 14 (simple).
@@ -12,21 +13,32 @@ Sources:
     Choi et al., "Perception prioritized training of diffusion models", 2022, eq. 8 (P2).
     Karras et al., "Elucidating the design space", 2022, table 1 (EDM).
     Song et al., "Maximum likelihood training of score-based diffusion models", 2021, eq. 7.
+    Nichol, Dhariwal, "Improved denoising diffusion probabilistic models", 2021, eq. 16 (hybrid).
 """
 
-__all__ = ["EDM", "P2", "SNR", "Likelihood", "Loss", "MinSNR", "Simple"]
+__all__ = ["EDM", "P2", "SNR", "Hybrid", "Likelihood", "Loss", "MinSNR", "Simple"]
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.denoiser import broadcast
 from diffusion_lab.parameterization import Parameterization
-from diffusion_lab.schedule import Schedule
+from diffusion_lab.reverse import last_variance, pixel_nats, step_nats, transition
+from diffusion_lab.schedule import DiscreteSchedule, Schedule
 
 
 class Loss(nn.Module, ABC):
-    """A weighted squared error."""
+    """A weighted squared error.
+
+    Attributes:
+        learns_variance: Whether it teaches a network the variance of the reverse steps; then
+            `forward` takes the network's share and x_0 as well.
+    """
+
+    learns_variance = False
 
     @abstractmethod
     def output_weight(
@@ -54,6 +66,98 @@ class Simple(Loss):
         self, schedule: Schedule, parameterization: Parameterization, t: Tensor
     ) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
+
+
+class Hybrid(Simple):
+    r"""L_simple for the mean, and λ L_vlb for the variance of the reverse steps.
+
+    L_vlb is the variational bound of the chain t = 1, 1 - 1/T, ..., 1/T, 0 in bits per dimension,
+    but for the part of x_1, which nothing is learned from. Of its sum one term is drawn with t,
+
+        L_hybrid = L_simple + λ T L_t,    s = t - 1/T,
+        L_t = KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)),    L_{1/T} = -log p(x_0 | x_{1/T}),
+
+    L_t being a mean over the numbers of the image, and divided by log 2. In it the mean has no
+    gradient: it teaches the share only. With λ = 0.001 this is the paper's loss, and for any T the
+    one that its authors' programs name `RESCALED_MSE`.
+
+    Arguments:
+        vlb_weight: λ, above 0.
+    """
+
+    learns_variance = True
+
+    def __init__(self, vlb_weight: float = 0.001) -> None:
+        super().__init__()
+        if not vlb_weight > 0:
+            raise ValueError(f"vlb_weight={vlb_weight} is not allowed; it is above 0")
+        self.vlb_weight = vlb_weight
+
+    def forward(
+        self,
+        output: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        t: Tensor,
+        share: Tensor,
+        x_0: Tensor,
+    ) -> Tensor:
+        """Returns the loss of each image, of shape (B,).
+
+        Arguments:
+            output: The network's prediction, of shape (B, *).
+            target: What it should be.
+            schedule: The schedule, of T steps.
+            parameterization: What the network predicts.
+            t: The times, multiples of 1/T, of shape (B,).
+            share: The network's share of v in the variance, of shape (B, *).
+            x_0: The images, of 8 bits in [-1, 1].
+
+        Raises:
+            ValueError: If the schedule has no steps.
+        """
+        simple = super().forward(output, target, schedule, parameterization, t)
+        error = output.detach().float() - target
+        alpha_t, sigma_t = (broadcast(c, error) for c in schedule(t))
+        # x̂ is linear in the output: its error is the x̂ of the output's error at x_t = 0.
+        error = parameterization.denoised(error, torch.zeros_like(error), alpha_t, sigma_t)
+        term = self.term(error, share.float(), x_0, schedule, t)
+        return simple + self.vlb_weight * schedule.steps * term
+
+    @staticmethod
+    def term(error: Tensor, share: Tensor, x_0: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
+        """Returns L_t in bits per dimension, of shape (B,).
+
+        Arguments:
+            error: x̂ - x_0, of shape (B, *).
+            share: The share, of the same shape.
+            x_0: The images, of the same shape.
+            schedule: The schedule, of T steps.
+            t: The times, multiples of 1/T, of shape (B,).
+
+        Raises:
+            ValueError: If the schedule has no steps.
+        """
+        if not isinstance(schedule, DiscreteSchedule):
+            raise ValueError(
+                f"loss=hybrid is the bound of a chain of T steps, and {type(schedule).__name__} "
+                "has none; choose schedule=linear, quadratic, cosine, sigmoid or laplace"
+            )
+        step = 1 / schedule.steps
+        first = t < 1.5 * step
+        s = torch.where(first, t, t - step)  # no step and no KL of those: they have the pixels
+        _, sigma_s, _, sigma_t, _ = transition(schedule, t, s)
+        fall = schedule.ratio(s) ** -2 - schedule.ratio(t) ** -2
+        log_range = 2 * torch.log(sigma_t / sigma_s)
+        fall, log_range = (broadcast(c, error) for c in (fall, log_range))
+        nats = step_nats(error.square(), share, fall, log_range)
+        first = broadcast(first, error).bool()
+        # The errors of other times are out of range here.
+        denoised = x_0 + torch.where(first, error, 0)
+        variance = last_variance(schedule, step, 2 * step, share)
+        nats = nats + torch.where(first, pixel_nats(x_0, denoised, variance), 0)
+        return nats.flatten(1).mean(1) / math.log(2)
 
 
 class _Weighted(Loss):

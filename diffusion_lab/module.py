@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from diffusion_lab.config import check_variance
 from diffusion_lab.denoiser import NetworkDenoiser, broadcast
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.loss import Loss
@@ -37,7 +38,8 @@ class DiffusionModule(LightningModule):
     """Trains a network to denoise, and holds the moving average of its weights.
 
     Arguments:
-        network: Maps (x_t, i), i DDPM's noise index, to a prediction of x_t's shape.
+        network: Maps (x_t, i), i DDPM's noise index, to a prediction of x_t's shape; see
+            `NetworkDenoiser` for one that learns the variance.
         schedule: The noise schedule.
         parameterization: What the network predicts.
         loss: What an error weighs.
@@ -47,6 +49,10 @@ class DiffusionModule(LightningModule):
         label_dropout: How often an image's class is withheld from a network that is told it, in
             [0, 1]: so that it learns p(x_0), too.
         run_config: The run's configuration as plain containers; saved with every checkpoint.
+
+    Raises:
+        ConfigError: If the network has a variance to learn and the loss teaches none, or the other
+            way round.
     """
 
     FORMAT = 1  # of what this module adds to a checkpoint
@@ -64,6 +70,7 @@ class DiffusionModule(LightningModule):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_variance(getattr(network, "learn_variance", False), loss.learns_variance)
         self.network = network
         self.network_ema = copy.deepcopy(network).requires_grad_(False).eval()
         self.schedule = schedule
@@ -111,8 +118,9 @@ class DiffusionModule(LightningModule):
         alpha_t, sigma_t = (broadcast(c, x_0) for c in self.schedule(t))
         x_t = alpha_t * x_0 + sigma_t * epsilon
         target = self.parameterization.target(x_0, epsilon, alpha_t, sigma_t)
-        output = self.denoiser(ema, label).output(x_t, t)
-        return self.loss(output, target, self.schedule, self.parameterization, t)
+        output, share = self.denoiser(ema, label).outputs(x_t, t)
+        learned = () if share is None else (share, x_0)
+        return self.loss(output, target, self.schedule, self.parameterization, t, *learned)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean loss of a batch, weighted for unequal numbers of images."""

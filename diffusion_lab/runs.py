@@ -9,10 +9,11 @@ outputs/train/<experiment>/<time>/
 """
 
 __all__ = [
-    "Run", "conditioned", "finish", "load_checkpoint", "load_run", "newest_run", "pretrained",
-    "rebuild", "resumed_config", "start_from",
+    "Run", "begin_evaluation", "conditioned", "finish", "load_checkpoint", "load_run", "newest_run", "pretrained",
+    "rebuild", "resumed_config", "resumed_evaluation", "start_from",
 ]  # fmt: skip
 
+import hashlib
 import json
 import pickle
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from diffusion_lab.module import DiffusionModule
 from diffusion_lab.parameterization import Epsilon
 
 MARKER = "finished.json"
+EVALUATION = "evaluation.json"  # which prior an evaluation is of
+PARTIAL = "partial"  # the folder of what is done of it; it goes when it is finished
 PRETRAINED = "weights from elsewhere, which very likely saw the test images"
 ROOT = Path("outputs/train")
 FORMAT = 1
@@ -306,6 +309,8 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
         _flat({key: OmegaConf.to_container(c, resolve=True).get(key) for key in FIXED})
         for c in (_without_paths(saved), _without_paths(config))
     )
+    # A key that is newer than the run is off in it: false, zero or null.
+    before |= {key: value for key, value in after.items() if key not in before and not value}
     changed = [
         f"  {key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -318,6 +323,80 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             + "\nDrop these overrides, or start a new run without resume="
         )
     return config
+
+
+def _fingerprint(path: Path) -> str | None:
+    """A hash of a checkpoint; None for a folder of pretrained weights."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def begin_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
+    """Notes which prior an evaluation is of, or holds a resumed one against the note.
+
+    Arguments:
+        directory: The evaluation's directory.
+        run: The prior.
+        resumed: Whether the evaluation was begun before.
+
+    Raises:
+        RunError: If the directory holds another unfinished evaluation, or the checkpoint is not
+            the one that it was begun with.
+    """
+    note = directory / EVALUATION
+    found = {
+        "checkpoint": str(run.checkpoint.absolute()), "sha256": _fingerprint(run.checkpoint),
+        "origin": run.origin,
+    }  # fmt: skip
+    if not resumed:
+        if (directory / PARTIAL).exists():
+            raise RunError(
+                f"{directory} holds an unfinished evaluation; go on with it: python eval.py "
+                f"resume={directory}, or choose another hydra.run.dir"
+            )
+        write_atomic(note, (json.dumps(found, indent=2) + "\n").encode())
+        return
+    begun = json.loads(note.read_text())
+    if begun["sha256"] != found["sha256"]:
+        raise RunError(
+            f"{run.checkpoint} is not what it was when {directory} was begun ({begun['origin']}; "
+            f"now {found['origin']}); start a new evaluation without resume="
+        )
+
+
+def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
+    """Returns the configuration of an evaluation to go on with.
+
+    Arguments:
+        directory: The evaluation's directory.
+        overrides: The overrides of this command; `resume` among them is dropped.
+
+    Raises:
+        RunError: If the directory is not an unfinished evaluation.
+        ConfigError: If an override would change the results.
+    """
+    note, old = directory / EVALUATION, directory / ".hydra" / "overrides.yaml"
+    if not note.exists() or not old.exists():
+        raise RunError(
+            f"resume={directory} is not the directory of an evaluation; it holds no {EVALUATION}"
+        )
+    if (directory / "report.html").exists() and not (directory / PARTIAL).exists():
+        raise RunError(f"resume={directory} is finished; see {directory / 'report.html'}")
+    new = [text for text in overrides if not text.startswith("resume=")]
+    fixed = [
+        text for text in new if not text.startswith(("trainer", "batch_size=", "data.cache_dir="))
+    ]
+    if fixed:
+        raise ConfigError(
+            f"resume={directory} goes on with the same evaluation; {', '.join(fixed)} would "
+            "change it. Drop that, or start a new one without resume="
+        )
+    before = [t for t in OmegaConf.load(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
+    if not any(text.startswith("model=") for text in before):
+        before.append(f"ckpt='{json.loads(note.read_text())['checkpoint']}'")
+    return hydra.compose("eval", [*before, *new, f"resume={directory}"])
 
 
 def _without_paths(config: DictConfig) -> DictConfig:

@@ -1,4 +1,4 @@
-"""A training in a process of its own that notes which images it sees and kills itself on cue.
+"""A command in a process of its own that notes which images it sees and kills itself on cue.
 
 A cue is `<place>:<n>` or `<place>:<n>:<signal>`: the n-th time that the process comes to the place
 it sends itself the signal, SIGKILL if none is named. As a script it takes the cue from $CUE: so it
@@ -15,15 +15,15 @@ from pathlib import Path
 TEXT = "output.txt"  # what the last process printed
 
 
-def train(cue: str, directory: Path, *overrides: str) -> int:
-    """Runs train.py; returns its exit code, negative if it died by a signal."""
+def train(cue: str, directory: Path, *overrides: str, command: str = "train") -> int:
+    """Runs train.py or eval.py; returns its exit code, negative if it died by a signal."""
     # A server that has imported everything and run nothing: a fork of it costs no five seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusion_lab.cli", "diffusion_lab.callback", "killing"])
-    process = context.Process(target=_run, args=(cue, directory, list(overrides)))
+    process = context.Process(target=_run, args=(cue, directory, list(overrides), command))
     process.start()
     process.join(300)
-    assert process.exitcode is not None, "the training hangs"
+    assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
 
@@ -37,7 +37,7 @@ def seen(directory: Path) -> dict[tuple[int, int, int], list[int]]:
     return result
 
 
-def _run(cue: str, directory: Path, overrides: list[str]) -> None:
+def _run(cue: str, directory: Path, overrides: list[str], command: str) -> None:
     import torch
 
     from diffusion_lab import cli
@@ -50,8 +50,8 @@ def _run(cue: str, directory: Path, overrides: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ["DIFFUSION_LAB_CACHE"] = str(directory.parent / "cache")
     _arm(cue)
-    sys.argv = ["train.py", *overrides]
-    cli.train()
+    sys.argv = [f"{command}.py", *overrides]
+    {"train": cli.train, "eval": cli.evaluate}[command]()
 
 
 def _arm(cue: str) -> None:
@@ -60,9 +60,12 @@ def _arm(cue: str) -> None:
     from diffusion_lab.callback import checkpoint
     from diffusion_lab.data import cache
     from diffusion_lab.module import DiffusionModule
+    from diffusion_lab.task import Restore
 
     passed = dict.fromkeys(
-        ["step", "stepped", "validation", "validated", "write", "replace", "written", "packed"], 0
+        ["step", "stepped", "validation", "validated", "write", "replace", "written", "packed"]
+        + ["computed", "kept", "finished"],
+        0,
     )
     assert place == "" or place in passed, place
 
@@ -102,6 +105,9 @@ def _arm(cue: str) -> None:
     around(DiffusionModule, "on_validation_epoch_end", after="validated")
     around(checkpoint.AtomicCheckpointIO, "save_checkpoint", after="written")
     around(cache._Packer, "_write", before="packed")
+    around(Restore, "compute", after="computed")
+    around(Restore, "test_step", after="kept")
+    around(Restore, "finish", after="finished")
 
     class Os:  # of the module that writes checkpoints
         def __getattr__(self, name: str):

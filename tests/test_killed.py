@@ -120,3 +120,32 @@ def test_killed_three_times_in_one_epoch(whole: dict[str, Path], tmp_path: Path)
     actual, target = state(directory / "run"), state(expected / "run")
     assert all(torch.equal(actual[name], value) for name, value in target.items())
     assert seen(directory) == seen(expected)
+
+
+EVALUATION = ["num_images=7", "num_samples=2", "batch_size=4", "sampler.steps=3", "run=run",
+              "hydra.run.dir=e", "trainer.accelerator=cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("cue", ["computed:1", "kept:1", "computed:3", "kept:4", "finished:1"])
+def test_an_evaluation_goes_on_to_the_same_table(whole, tmp_path: Path, cue: str) -> None:
+    """Four groups of images; the last kill is after the report, before the parts are removed."""
+    (tmp_path / "run").symlink_to(whole["plain"] / "run")
+    (tmp_path.parent / "cache").exists() or (tmp_path.parent / "cache").symlink_to(
+        whole["plain"].parent / "cache"
+    )
+    assert train("", tmp_path, *EVALUATION[:-2], "hydra.run.dir=once", command="eval") == 0
+    assert train(cue, tmp_path, *EVALUATION, command="eval") == -9
+    parts = len(list((tmp_path / "e/partial").glob("*.pt")))
+    assert parts == {"computed:1": 0, "kept:1": 1, "computed:3": 2}.get(cue, 4)
+    if parts:  # not by mistake once more
+        assert train("", tmp_path, *EVALUATION, command="eval") == 1
+        assert f"resume={tmp_path / 'e'}" in (tmp_path / TEXT).read_text()
+    assert train("", tmp_path, "resume=e", "seed=1", command="eval") == 1
+    assert "seed=1 would change it" in (tmp_path / TEXT).read_text()
+    assert train("", tmp_path, "resume=e", command="eval") == 0, (tmp_path / TEXT).read_text()
+    assert (tmp_path / "e/results.csv").read_bytes() == (
+        tmp_path / "once/results.csv"
+    ).read_bytes()
+    assert not (tmp_path / "e/partial").exists()
+    assert train("", tmp_path, "resume=e", command="eval") == 1
+    assert "is finished" in (tmp_path / TEXT).read_text()

@@ -77,6 +77,7 @@ def test_a_command_of_the_readme_runs(
     if "eval.py" in command or "resume=" in command:
         kind = ["experiment=ddpm_faces_classes"] if "label=" in command else []
         kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
+        kind += ["loss=hybrid", "network.learn_variance=true"] if "learned" in command else []
         assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}", *kind).code == 0
     if "google/" in command:
         save_unet(load_run(RUN).network if "eval.py" in command else tiny_unet(), "folder")

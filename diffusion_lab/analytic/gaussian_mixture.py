@@ -188,8 +188,11 @@ class GaussianMixture(nn.Module):
         Raises:
             ValueError: If x_t has another shape, or a covariance is singular and σ_t = 0.
         """
-        r, means, _ = self._conditional(x_t, alpha_t, sigma_t)
-        return torch.einsum("bk,bkd->bd", r, means).unflatten(1, self.shape)
+        u, v, log_joint = self._project(x_t, alpha_t, sigma_t)
+        r = log_joint.softmax(1)
+        shifts = r[..., None] * (broadcast(alpha_t, u) * self.eigenvalues / v) * u
+        centre = (r[:, None] @ self.means)[:, 0]
+        return (centre + shifts.flatten(1) @ self._flat_axes().T).unflatten(1, self.shape)
 
     def covariance_t(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         """Returns Cov[x_0 | x_t] = Σ_k r_k (C_k + (E_k - E) (E_k - E)ᵀ), of shape (B, d, d).
@@ -247,14 +250,23 @@ class GaussianMixture(nn.Module):
 
         Arguments:
             schedule: The schedule that α_t and σ_t are of.
-            y: See `posterior`.
+            y: One observation, or one for each row of x_t, of shape (B, m).
             operator: See `posterior`.
             sigma_y: See `posterior`.
 
         Raises:
             ValueError: See `posterior`.
         """
-        return self.posterior(y, operator, sigma_y).denoiser(schedule)
+        matrix = self._matrix(operator)
+        if y.numel() == len(matrix):
+            return self.posterior(y, operator, sigma_y).denoiser(schedule)
+        # The covariances are the same for all y: only weights and means differ from row to row.
+        result = self.posterior(y[:1], operator, sigma_y)
+        residuals = y.to(self.means).flatten(1)[:, None] - self.means @ matrix.T
+        log_evidence, shifts, _ = self._observe(residuals, matrix, sigma_y)
+        result.log_weights = (self.log_weights + log_evidence).log_softmax(1)
+        result.means = self.means + shifts
+        return result.denoiser(schedule)
 
     def _like(self, log_weights: Tensor, means: Tensor, covariances: Tensor) -> "GaussianMixture":
         """A mixture of this event shape, of weights that may be too small for float64."""
@@ -262,6 +274,10 @@ class GaussianMixture(nn.Module):
         result = GaussianMixture(equal, means, covariances, shape=self.shape)
         result.log_weights = log_weights.clone()
         return result
+
+    def _flat_axes(self) -> Tensor:
+        """The axes of all components side by side, of shape (d, K d)."""
+        return self.axes.permute(1, 0, 2).flatten(1)
 
     def _project(
         self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor
@@ -274,7 +290,9 @@ class GaussianMixture(nn.Module):
         alpha_t, sigma_t = broadcast(alpha_t, x_t), broadcast(sigma_t, x_t)
         if self.singular and bool((sigma_t == 0).any()):
             raise ValueError("a covariance is singular: without noise there is no density")
-        u = torch.einsum("bkd,kde->bke", x_t - alpha_t * self.means, self.axes)
+        # One product for all components; the means' own, (K, d) or (B, K, d), are small or rare.
+        turned = (x_t[:, 0] @ self._flat_axes()).unflatten(1, self.eigenvalues.shape)
+        u = turned - alpha_t * torch.einsum("...kd,kde->...ke", self.means, self.axes)
         v = alpha_t**2 * self.eigenvalues + sigma_t**2
         return u, v, self.log_weights - (u**2 / v + torch.log(2 * math.pi * v)).sum(2) / 2
 
@@ -294,7 +312,7 @@ class GaussianMixture(nn.Module):
         """log N(y; A μ_k, A S_k Aᵀ + σ_y² I) up to a constant, E_k[x_0 | y] - μ_k, Cov_k[x_0 | y].
 
         Arguments:
-            residuals: y - A μ_k, of shape (K, m).
+            residuals: y - A μ_k, of shape (K, m) or, for many y, (B, K, m).
             matrix: A, of shape (m, d).
             sigma_y: σ_y, at least 0.
         """
@@ -305,10 +323,10 @@ class GaussianMixture(nn.Module):
             raise ValueError("without noise (sigma_y=0) A S_k Aᵀ must have an inverse for every k")
         rank, loadings = g.shape[1], factors @ vh.mT  # L_k V
         variance = pad(g, (0, m - rank)) ** 2 + sigma_y**2
-        e = torch.einsum("km,kmn->kn", residuals, u)
-        log_evidence = -(e**2 / variance + variance.log()).sum(1) / 2
+        e = torch.einsum("...km,kmn->...kn", residuals, u)
+        log_evidence = -(e**2 / variance + variance.log()).sum(-1) / 2
         gain = g / variance[:, :rank]
-        shifts = torch.einsum("kdr,kr->kd", loadings[..., :rank], gain * e[:, :rank])
+        shifts = torch.einsum("kdr,...kr->...kd", loadings[..., :rank], gain * e[..., :rank])
         g = pad(g, (0, d - rank))
         # What was not measured stays as it was, also without noise, where the ratio is 0 / 0.
         shrinkage = torch.where(g > 0, sigma_y**2 / (g**2 + sigma_y**2), 1.0)

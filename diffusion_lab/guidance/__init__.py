@@ -1,8 +1,19 @@
 """Posterior methods: from an observation to samples of p(x_0 | y). One file a method."""
 
-__all__ = ["MMSE", "Guidance", "Guided", "Observation", "Residual", "Truncated"]
+__all__ = [
+    "DAPS", "DDNM", "DDRM", "ILVR", "MMSE", "DiffPIR", "Guidance", "Guided", "Observation",
+    "PnPDM", "REDDiff", "Replacement", "Residual", "Truncated",
+]  # fmt: skip
 
 from diffusion_lab.guidance.base import Guidance, Guided, Observation
+from diffusion_lab.guidance.daps import DAPS
+from diffusion_lab.guidance.ddnm import DDNM
+from diffusion_lab.guidance.ddrm import DDRM
+from diffusion_lab.guidance.diffpir import DiffPIR
+from diffusion_lab.guidance.ilvr import ILVR
 from diffusion_lab.guidance.mmse import MMSE
+from diffusion_lab.guidance.pnpdm import PnPDM
+from diffusion_lab.guidance.reddiff import REDDiff
+from diffusion_lab.guidance.replacement import Replacement
 from diffusion_lab.guidance.residual import Residual
 from diffusion_lab.guidance.truncated import Truncated

@@ -9,7 +9,9 @@ Its `UNet2DModel` is our U-Net where config.json says what google/ddpm-celebahq-
 
 None of them is the default there, and none shows in the weights. The tensors of both libraries are
 the same, bit by bit, under other names. Attention has two sets of names in the files of diffusers:
-query, key, value, proj_attn are the old one; we read both and write the new one.
+query, key, value, proj_attn are the old one; we read both and write the new one. A network with
+twice as many `out_channels` as `in_channels` has learned the variance, in the way that their
+schedulers call `learned_range`.
 
 Sources:
     diffusers 0.42.1: models/unets/unet_2d.py (defaults), models/modeling_utils.py (old names).
@@ -76,6 +78,15 @@ SUPPORTED_SCHEDULE = {
     "trained_betas": [None],
     "rescale_betas_zero_snr": [False],
     "prediction_type": ["epsilon"],  # else ε would be read from what is not ε
+    # Not "learned", which is log Σ itself and not a share.
+    "variance_type": [
+        "fixed_small",
+        "fixed_large",
+        "learned_range",
+        "fixed_small_log",
+        "fixed_large_log",
+        None,
+    ],
 }
 
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -149,7 +160,7 @@ def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     attending = {widths[-1], *(widths[level] for level in levels)}  # the last is the middle's too
     derived = {
         "up_block_types": [[name.replace("Down", "Up") for name in reversed(down)]],
-        "out_channels": [settings["in_channels"]],
+        "out_channels": [settings["in_channels"], 2 * settings["in_channels"]],
         "time_embedding_dim": [None, 4 * widths[0]],
         "attn_norm_num_groups": [None, groups],
         # A head as wide as its level is the only one there.
@@ -164,6 +175,7 @@ def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         "groups": groups,
         "dropout": dropout,
         "image_channels": settings["in_channels"],
+        "learn_variance": settings["out_channels"] == 2 * settings["in_channels"],
     }
 
 

@@ -40,9 +40,11 @@ class UNet(nn.Module):
             middle always has attention.
         groups: Groups of the group norms; divides every width.
         dropout: Dropout probability, in [0, 1).
-        image_channels: Channels of input and output.
+        image_channels: Channels of input and prediction.
         classes: The number K of classes of images that it is told, 0 for none; the label K stands
             for no class.
+        learn_variance: Whether the output has a second half of its channels, for the variance of
+            the reverse steps; see `NetworkDenoiser`.
 
     Raises:
         ValueError: If a width is not a multiple of `groups`, or a level does not exist.
@@ -58,6 +60,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         image_channels: int = 3,
         classes: int = 0,
+        learn_variance: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -73,6 +76,7 @@ class UNet(nn.Module):
             )
         features = 4 * channels
         self.image_channels, self.classes = image_channels, classes
+        self.learn_variance = learn_variance
         self.downsampling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         self.time_embedding = TimeEmbedding(channels, features)
         if classes:  # a new network does not tell the classes apart
@@ -117,7 +121,8 @@ class UNet(nn.Module):
             self.up.append(stage)
 
         self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
-        self.conv_out = initialise(nn.Conv2d(width, image_channels, 3, padding=1), NEARLY_ZERO)
+        outputs = 2 * image_channels if learn_variance else image_channels
+        self.conv_out = initialise(nn.Conv2d(width, outputs, 3, padding=1), NEARLY_ZERO)
 
     def forward(
         self, x: Tensor, index: Tensor | float, label: Tensor | int | None = None

@@ -6,22 +6,45 @@ functions on batches, never matrices:
     Vᵀ x: image -> coefficients,      V c: coefficients -> image,
     U c:  coefficients -> y,          Uᵀ y: y -> coefficients,
 
-with as many coefficients as the image has numbers, V orthogonal, and U orthogonal between y and
-those coefficients that y has (U drops the others, Uᵀ fills them with zeros). From them follow
+with as many coefficients as the image has numbers and as many axes, V orthogonal, and U orthogonal
+between y and those coefficients that y has (U drops the others, Uᵀ fills them with zeros). From
+them follow
 
     A x = U S Vᵀ x,    Aᵀ y = V S Uᵀ y,    A⁺ y = V S⁺ Uᵀ y,    f(A Aᵀ) y = U f(S²) Uᵀ y.
 
-Coefficients may be complex (a Fourier transform); S is real. Draw noise as an image and turn it,
-not as coefficients: then it is white whatever they are.
+Everything is real (of a Fourier transform there is a real form), so that inner products of
+coefficients are those of images and white noise is white in either. Draw noise as an image and
+turn it all the same: then it is the same noise for every operator.
+
+Matrices and tables are kept in float64 and rounded to the type of what they meet.
 """
 
-__all__ = ["Identity", "LinearOperator", "Operator"]
+__all__ = ["CUT", "Identity", "LinearOperator", "Operator", "image_shape"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+# Of a blur, singular values below this part of the largest count as zero. In float32 y carries an
+# error of about 1e-7, which A⁺ multiplies by up to 1 / CUT: 1% of the image's scale. What A loses
+# is as small as its rounding in float32: 3e-6 on a photograph of 256 x 256, blurred by 3 pixels.
+CUT = 1e-5
+
+
+def image_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    """Returns (C, H, W), the shape of one image that an operator called `name` is made for.
+
+    Raises:
+        ValueError: If it is not the shape of an image.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"shape={tuple(shape)} is not allowed; {name} is for images, of shape (C, H, W)"
+        )
+    channels, height, width = map(int, shape)
+    return channels, height, width
 
 
 class Operator(nn.Module, ABC):
@@ -110,7 +133,7 @@ class Identity(LinearOperator):
 
     @property
     def singular_values(self) -> Tensor:
-        return torch.ones(())
+        return torch.ones((), dtype=torch.float64)
 
     def vt(self, x: Tensor) -> Tensor:
         return x

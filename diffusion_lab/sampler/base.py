@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.noise import KeyedGenerator, normal_like
+from diffusion_lab.reverse import transition
 from diffusion_lab.sampler.grid import Grid, Uniform
 from diffusion_lab.schedule import Schedule
 
@@ -35,29 +36,18 @@ class State:
         x_t: The state, of shape (B, *).
         denoised: The denoiser's E[x_0 | x_t]; at t = 0 the result itself.
         previous: The state before, for multistep methods.
+        share: What the denoiser has learned of the variance, see `Denoiser.with_share`.
     """
 
     t: float
     x_t: Tensor
     denoised: Tensor
     previous: "State | None" = None
+    share: Tensor | None = None
 
 
 Callback: TypeAlias = Callable[[State], None]
 Noise: TypeAlias = Callable[[Tensor], Tensor]  # draws z ~ N(0, I) like its argument
-
-
-def transition(schedule: Schedule, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, ...]:
-    """Returns α_s, σ_s, α_t, σ_t and v of the step from t to s, float64.
-
-    v = σ_t² - (α_t / α_s)² σ_s² is the variance of q(x_t | x_s) = N(α_t / α_s x_s, v I). It is
-    computed from the ratios, where the difference keeps its digits: α_t² (r_t² - r_s²).
-    """
-    t, s = (torch.as_tensor(u, dtype=torch.float64) for u in (t, s))
-    alpha_s, sigma_s = schedule(s)
-    alpha_t, sigma_t = schedule(t)
-    r_s, r_t = schedule.ratio(s), schedule.ratio(t)
-    return alpha_s, sigma_s, alpha_t, sigma_t, alpha_t**2 * (r_t - r_s) * (r_t + r_s)
 
 
 class Sampler(ABC):
@@ -145,7 +135,8 @@ class Sampler(ABC):
             denoiser = Clipped(denoiser)
         state, x_t = None, start
         for k, (t, s) in enumerate(pairwise(self.times(schedule, t_start))):
-            state = State(float(t), x_t, denoiser(x_t, t), _shortened(state, self.memory))
+            denoised, share = denoiser.with_share(x_t, t)
+            state = State(float(t), x_t, denoised, _shortened(state, self.memory), share)
             state = self.refine(schedule, state)
             if callback is not None:
                 callback(state)

@@ -1,9 +1,9 @@
 """Evaluations of a trained prior. One file a task."""
 
-__all__ = ["Denoise", "Generate", "Interpolate", "Likelihood", "Task"]
+__all__ = ["Generate", "Interpolate", "Likelihood", "Restore", "Task"]
 
 from diffusion_lab.task.base import Task
-from diffusion_lab.task.denoise import Denoise
 from diffusion_lab.task.generate import Generate
 from diffusion_lab.task.interpolate import Interpolate
 from diffusion_lab.task.likelihood import Likelihood
+from diffusion_lab.task.restore import Restore

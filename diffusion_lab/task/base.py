@@ -2,27 +2,33 @@ r"""What all evaluations share: numbered images, shared out over devices, and on
 
 Every random draw for image number k is a function of (seed, k, sample number). Ranks take the
 numbers r, r + W, ..., never a number twice, and the results are put in order at the end: they are
-the same for any batch size and any number of devices.
+the same for any batch size and any number of devices. Each group of results is a file as soon as
+it is there; an evaluation that was interrupted goes on with the images that are missing.
 """
 
 __all__ = ["Row", "Task", "average", "write_results"]
 
 import csv
+import io
+import logging
+import pickle
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from lightning import LightningModule
-from lightning.fabric.utilities.distributed import _distributed_is_initialized
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusion_lab.errors import RunError
-from diffusion_lab.runs import Run
+from diffusion_lab.files import write_atomic
+from diffusion_lab.runs import PARTIAL, Run
+
+log = logging.getLogger(__name__)
 
 Row = tuple[str, str, float, float, int]  # estimate, metric, mean, standard error, n
 
@@ -31,15 +37,16 @@ def average(estimate: str, metric: str, values: Sequence[float]) -> Row:
     """Returns the mean over the images, and its standard error (NaN of a single one)."""
     n = len(values)
     error = stdev(values) / n**0.5 if n > 1 else float("nan")
-    return estimate, metric, fmean(values), error, n
+    return estimate, metric, fmean(values) if n else float("nan"), error, n
 
 
 def write_results(directory: Path, rows: Sequence[Row]) -> None:
     """Writes results.csv."""
-    with open(directory / "results.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
+    writer.writerows(rows)
+    write_atomic(directory / "results.csv", text.getvalue().encode())
 
 
 class Task(LightningModule, ABC):
@@ -58,7 +65,6 @@ class Task(LightningModule, ABC):
         self.denoiser = run.denoiser
         self.directory = directory
         self.seed, self.batch_size = seed, batch_size
-        self.results: list[dict[str, Any]] = []
 
     @property
     @abstractmethod
@@ -74,6 +80,8 @@ class Task(LightningModule, ABC):
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
         """Returns the result of each image of a group, on the CPU; the key `index` is added.
 
+        Results are numbers, texts, tensors and plain containers of them.
+
         Arguments:
             index: The images' numbers, int64, of shape (G,), on the device.
         """
@@ -82,29 +90,71 @@ class Task(LightningModule, ABC):
     def finish(self, results: list[dict[str, Any]]) -> None:
         """Writes files from the results of all images in order; on one rank only."""
 
+    def _done(self) -> list[dict[str, Any]]:
+        """The results that are there, in order; the first of each image."""
+        results: dict[int, dict[str, Any]] = {}
+        for path in sorted((self.directory / PARTIAL).glob("*.pt")):
+            try:
+                part = torch.load(path, map_location="cpu", weights_only=True)
+                for result in part:
+                    results.setdefault(result["index"], result)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, KeyError) as error:
+                raise RunError(
+                    f"{path} is damaged ({str(error).splitlines()[0]}); remove it, and its images "
+                    "are computed again"
+                ) from error
+        return [results[k] for k in sorted(results) if k < self.count]
+
     def test_dataloader(self) -> DataLoader:
-        """Returns this rank's image numbers, in groups."""
-        mine = range(self.trainer.global_rank, self.count, self.trainer.world_size)
-        return DataLoader(mine, batch_size=self.group)
+        """Returns the numbers of this rank's images that are not done, in groups."""
+        done = {result["index"] for result in self._done()}
+        if done:
+            log.info("%d of %d images are done already", len(done), self.count)
+        mine = list(range(self.trainer.global_rank, self.count, self.trainer.world_size))
+        # The groups are those of an uninterrupted evaluation: so are the results, to the last bit.
+        groups = [mine[k : k + self.group] for k in range(0, len(mine), self.group)]
+        missing = [[k for k in group if k not in done] for group in groups]
+        return DataLoader([torch.tensor(group) for group in missing if group], batch_size=None)
 
     def test_step(self, index: Tensor, batch_idx: int) -> None:
-        """Computes one group of images."""
-        for k, result in zip(index.tolist(), self.compute(index), strict=True):
-            self.results.append({"index": k, **result})
-
-    def on_test_epoch_end(self) -> None:
-        """Gathers the results of all ranks and finishes."""
-        results = self.results
-        if _distributed_is_initialized():
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.results)
-            results = list(chain.from_iterable(gathered))
-        if not self.trainer.is_global_zero:
-            return
+        """Computes one group of images and keeps the results."""
+        numbers = index.tolist()
+        results = [
+            {"index": k, **result} for k, result in zip(numbers, self.compute(index), strict=True)
+        ]
+        buffer = io.BytesIO()
+        torch.save(results, buffer)
+        name = f"{numbers[0]:08d}-{len(numbers)}.pt"
         try:
-            self.finish(sorted(results, key=lambda result: result["index"]))
+            write_atomic(self.directory / PARTIAL / name, buffer.getvalue())
         except OSError as error:
             raise RunError(
-                f"cannot write results to {self.directory}: {error}; free space there, or choose "
-                "another hydra.run.dir"
+                f"cannot write results to {self.directory}: {error}; free space there and go on "
+                f"with: python eval.py resume={self.directory}"
             ) from error
+
+    def conclude(self, trainer: Trainer) -> None:
+        """Finishes from the results of all ranks, after `Trainer.test`.
+
+        Not in a hook of it: there is none if all images were done before.
+
+        Raises:
+            RunError: If images are missing, or files cannot be written.
+        """
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        results = self._done()
+        if len(results) < self.count:
+            raise RunError(
+                f"{self.count - len(results)} of {self.count} images are missing in "
+                f"{self.directory}; go on with: python eval.py resume={self.directory}"
+            )
+        try:
+            self.finish(results)
+        except OSError as error:
+            raise RunError(
+                f"cannot write results to {self.directory}: {error}; free space there and go on "
+                f"with: python eval.py resume={self.directory}"
+            ) from error
+        shutil.rmtree(self.directory / PARTIAL)

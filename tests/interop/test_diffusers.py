@@ -307,7 +307,7 @@ def refused(text: str, error: type[Exception] = RunError) -> Any:
         ("attention_head_dim", 8, "only null or 64"),
         ("attn_norm_num_groups", 16, "only null or 8"),
         ("time_embedding_dim", 64, "only null or 128"),
-        ("out_channels", 6, "only 3"),
+        ("out_channels", 4, "only 3 or 6"),
         ("in_channels", 0, "only a positive integer"),
         ("layers_per_block", [1, 2], "only a positive integer"),
         ("norm_num_groups", None, "only a positive integer"),

@@ -1,0 +1,7 @@
+"""Closed-form test beds, and every posterior method graded on them."""
+
+__all__ = ["BEDS", "Bed", "ExactPosterior", "Method", "grade"]
+
+from diffusion_lab.benchmark.beds import BEDS, Bed
+from diffusion_lab.benchmark.exact_posterior import ExactPosterior, grade
+from diffusion_lab.benchmark.methods import Method

@@ -1,0 +1,310 @@
+r"""The leaderboard: every posterior method against posteriors that are known exactly.
+
+On each bed, n_y observations with n samples of each are compared with exact draws, and the ranks
+of the truth among few samples are counted over many observations:
+
+| column | meaning |
+|---|---|
+| nfe, vjp | calls of the denoiser and backward passes for one sample returned |
+| sw2 | sliced W_2 between n samples and n exact draws, mean over y |
+| sw2_floor | the same between two sets of n exact draws: what an exact method would get |
+| mode_tv | total variation between the weights of the posterior's modes |
+| variance_ratio | tr Cov of the samples over the exact one, median over y |
+| bias | error of the mean, in standard deviations of the posterior as a whole, median over y |
+| coverage | share of truths (over coordinates) in the central 90% interval; 0.9 is ideal |
+| rank_chi2 | χ² of the ranks from uniform, over its degrees of freedom |
+
+sw2 / sw2_floor depends on n, so n is fixed. On beds with several modes sw2 is taken within the
+modes: each sample is assigned to its mode and whitened there, so that wrong weights, which
+mode_tv tells, do not count twice. The control is the same sampler with the exact denoiser
+E[x_0 | x_t, y]: what is left to it is the discretisation, and the rest of a method's error is the
+method's own.
+"""
+
+__all__ = ["COLUMNS", "ExactPosterior", "grade", "markdown"]
+
+import csv
+import io
+import logging
+import math
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lab.analytic import Atoms
+from diffusion_lab.benchmark.beds import BEDS, Bed
+from diffusion_lab.benchmark.methods import CONTROL, Counted, Method, methods_table
+from diffusion_lab.errors import ConfigError, SamplingError
+from diffusion_lab.files import write_atomic
+from diffusion_lab.guidance import Observation
+from diffusion_lab.metric import rank_chi2, ranks, sliced_wasserstein, total_variation
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.tracking.report import Curve, Table, write_report
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (
+    "bed", "method", "sampler", "steps", "n_y", "n", "nfe", "vjp", "sw2", "sw2_floor", "mode_tv",
+    "variance_ratio", "bias", "coverage", "rank_chi2", "seconds",
+)  # fmt: skip
+LEVEL = 0.9  # of the central intervals
+
+
+def _sample(
+    bed: Bed, method: Method, y: Tensor, n: int, seed: int
+) -> tuple[Tensor, dict[str, int]]:
+    """n samples for each y, of shape (n_y, n, *), and the rows that they took."""
+    denoiser = Counted(bed.prior.denoiser(method.schedule))
+    observation = Observation(y.repeat_interleave(n, 0), bed.sigma_y, bed.operator, group=n)
+    generator = torch.Generator().manual_seed(seed)
+    x_0 = method.guidance(bed)(denoiser, method.sampler, observation, generator=generator)
+    return x_0.unflatten(0, (len(y), n)), denoiser.counts
+
+
+def _distance(bed: Bed, posterior: Any, x: Tensor, exact: Tensor, seed: int) -> float:
+    """Sliced W_2 of two sets, on beds with modes that of the whitened ones."""
+    if isinstance(bed.prior, Atoms):
+        return math.nan  # the weights say it all
+    if bed.modes:
+        x, exact = posterior.whitened(x)[0], posterior.whitened(exact)[0]
+    return float(sliced_wasserstein(x.flatten(1), exact.flatten(1), seed=seed))
+
+
+def grade(
+    bed: Bed, method: Method, *, n_y: int, n: int, n_coverage: int, n_ranks: int, seed: int
+) -> dict[str, Any]:
+    """Returns one row of the leaderboard.
+
+    Arguments:
+        bed: The bed.
+        method: The method.
+        n_y: Observations for the comparison with exact draws.
+        n: Samples of each.
+        n_coverage: Observations for the ranks; 0 leaves them out.
+        n_ranks: Samples of each for the ranks.
+        seed: Of all draws; truths, observations and exact draws are the same for all methods.
+
+    Raises:
+        SamplingError: If the method diverges.
+    """
+    generator = torch.Generator().manual_seed(int(make_key(seed, bed.name, "truth")))
+    _, y = bed.observe(n_y, generator)
+    start = time.perf_counter()
+    x, counts = _sample(bed, method, y, n, int(make_key(seed, "samples")))
+    seconds = time.perf_counter() - start
+    found: dict[str, list[float]] = {key: [] for key in ("sw2", "floor", "tv", "ratio", "bias")}
+    for k in range(n_y):
+        posterior = bed.prior.posterior(y[k], bed.operator, bed.sigma_y)
+        exact, other = (posterior.sample(n, generator) for _ in range(2))
+        found["sw2"].append(_distance(bed, posterior, x[k], exact, seed))
+        found["floor"].append(_distance(bed, posterior, other, exact, seed))
+        weights = posterior.weights
+        found["tv"].append(
+            float(total_variation(posterior.responsibilities(x[k]).mean(0), weights))
+            if len(weights) > 1
+            else math.nan
+        )
+        mean, variance = _moments(posterior)
+        flat = x[k].flatten(1)
+        found["ratio"].append(float(flat.var(0).sum() / variance))
+        found["bias"].append(float((flat.mean(0) - mean).norm() / variance**0.5))
+    row: dict[str, Any] = {
+        "bed": bed.name, "method": method.name, "sampler": type(method.sampler).__name__,
+        "steps": method.sampler.steps, "n_y": n_y, "n": n,
+        "nfe": counts["nfe"] / (n_y * n), "vjp": counts["vjp"] / (n_y * n),
+        "sw2": fmean(found["sw2"]), "sw2_floor": fmean(found["floor"]),
+        "mode_tv": fmean(found["tv"]),
+        "variance_ratio": _median(found["ratio"]), "bias": _median(found["bias"]),
+        "coverage": math.nan, "rank_chi2": math.nan, "seconds": seconds,
+    }  # fmt: skip
+    if n_coverage:
+        generator.manual_seed(int(make_key(seed, bed.name, "coverage")))
+        x_0, y = bed.observe(n_coverage, generator)
+        x, _ = _sample(bed, method, y, n_ranks, int(make_key(seed, "ranks")))
+        place = ranks(x, x_0, KeyedGenerator(make_key(seed, "ties", torch.arange(n_coverage))))
+        histogram = place.flatten().bincount(minlength=n_ranks + 1)
+        left_out = round((1 - LEVEL) / 2 * (n_ranks + 1))
+        row["coverage"] = float(histogram[left_out : n_ranks + 1 - left_out].sum() / place.numel())
+        row["rank_chi2"] = float(rank_chi2(histogram))
+    return row
+
+
+def _moments(posterior: Any) -> tuple[Tensor, float]:
+    """The mean (d,) and the trace of the covariance."""
+    weights = posterior.weights
+    if isinstance(posterior, Atoms):
+        means, within = posterior.points.flatten(1), 0.0
+    else:
+        means = posterior.means
+        within = weights @ posterior.eigenvalues.sum(1)
+    mean = weights @ means
+    return mean, float(within + weights @ (means - mean).square().sum(1))
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+class ExactPosterior:
+    """Grades methods on beds and writes leaderboard.csv, leaderboard.md and report.html.
+
+    Rows are written as they come; beds and methods are in the order of the tables.
+
+    Arguments:
+        directory: Where the files go.
+        seed: Of all draws.
+        beds: The beds, None for all.
+        methods: The methods by name, None for all; the control is always there.
+        n_y: Observations for the comparison with exact draws, at least 1.
+        n: Samples of each, at least 2.
+        n_coverage: Observations for coverage and ranks, at least 1.
+        n_ranks: Samples of each for those, at least 2; 19 makes the 90% interval exact.
+
+    Raises:
+        ConfigError: If a bed or a method is unknown; names those that there are.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        seed: int = 0,
+        beds: Sequence[str] | None = None,
+        methods: Sequence[str] | None = None,
+        n_y: int = 8,
+        n: int = 1024,
+        n_coverage: int = 512,
+        n_ranks: int = 19,
+    ) -> None:
+        self.directory, self.seed = directory, seed
+        self.sizes = {"n_y": n_y, "n": n, "n_coverage": n_coverage, "n_ranks": n_ranks}
+        self.beds = [_known("beds", name, BEDS)() for name in beds or BEDS]
+        every = {method.name: method for method in methods_table()}
+        wanted = [_known("methods", name, every) for name in methods or every]
+        controls = [method for method in every.values() if method.name == CONTROL]
+        self.methods = [*(m for m in controls if m not in wanted), *wanted]
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Grades all and returns the rows."""
+        rows: list[dict[str, Any]] = []
+        work = [(bed, m) for bed in self.beds for m in self.methods if _defined(m, bed)]
+        for bed, method in tqdm(work, "leaderboard", dynamic_ncols=True, disable=None):
+            try:
+                rows.append(grade(bed, method, seed=self.seed, **self.sizes))
+            except SamplingError as error:
+                log.warning("%s on %s diverged: %s", method.name, bed.name, error)
+                rows.append(_diverged(bed, method, self.sizes))
+            self._write_csv(rows)
+        text = markdown(rows)
+        write_atomic(self.directory / "leaderboard.md", text.encode())
+        self._report(rows)
+        print(f"\n{text}\nleaderboard: {self.directory / 'leaderboard.csv'}")
+        print(f"report: {self.directory / 'report.html'}")
+        return rows
+
+    def _write_csv(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.directory / "leaderboard.csv", text.getvalue().encode())
+
+    def _report(self, rows: list[dict[str, Any]]) -> None:
+        sections: list[Any] = []
+        for bed, group in _by_bed(rows):
+            # A dot a method: how far from exact, at what price.
+            dots = {
+                row["method"]: ([_cost(row)], [row["sw2"] / row["sw2_floor"]])
+                for row in group
+                if row["sw2"] == row["sw2"]
+            }
+            if dots:
+                sections.append(
+                    Curve(
+                        f"{bed}: distance and cost",
+                        "Sliced W_2 over that of exact draws (1 is exact), against network calls "
+                        "plus twice the backward passes, for one sample.",
+                        "nfe + 2 vjp", "sw2 / floor", dots, log_x=True, log_y=True,
+                    )
+                )  # fmt: skip
+            sections.append(
+                Table(bed, "", ["ratio", *COLUMNS[1:]], [
+                    [_figure(row["sw2"] / row["sw2_floor"]), *(_figure(row[c]) for c in COLUMNS[1:])]
+                    for row in group
+                ])
+            )  # fmt: skip
+        write_report(
+            self.directory / "report.html",
+            "Posterior methods against exact posteriors",
+            __doc__.split("\n\n", 1)[1].split("\n\n", 1)[0].replace("\n", " "),
+            sections,
+        )
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the leaderboard as Markdown, a table for each bed."""
+    parts = []
+    for bed, group in _by_bed(rows):
+        lines = [
+            f"### {bed}",
+            "",
+            "| method | sampler, steps | nfe + 2 vjp | sw2 / floor | mode_tv | variance | bias "
+            "| coverage | rank χ² | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in group:
+            figures = [
+                row["sw2"] / row["sw2_floor"], row["mode_tv"], row["variance_ratio"],
+                row["bias"], row["coverage"], row["rank_chi2"], row["seconds"],
+            ]  # fmt: skip
+            cells = [row["method"], f"{row['sampler']}, {row['steps']}", _figure(_cost(row))]
+            lines.append("| " + " | ".join([*cells, *map(_figure, figures)]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_bed(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [(bed, list(group)) for bed, group in groupby(rows, key=lambda row: row["bed"])]
+
+
+def _cost(row: dict[str, Any]) -> float:
+    return row["nfe"] + 2 * row["vjp"]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, str | int):
+        return str(value)
+    return "–" if value != value else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _known(key: str, name: str, options: dict[str, Any]) -> Any:
+    if name not in options:
+        raise ConfigError(f"benchmark.{key}: {name} is unknown; choose from " + ", ".join(options))
+    return options[name]
+
+
+def _defined(method: Method, bed: Bed) -> bool:
+    """Whether a method is graded on a bed: it says so, and is defined there."""
+    if method.beds is not None and bed.name not in method.beds:
+        return False
+    y = torch.zeros_like(bed.operator(torch.zeros(1, *bed.prior.shape, dtype=torch.float64)))
+    try:
+        method.guidance(bed).check(Observation(y, bed.sigma_y, bed.operator))
+    except ValueError:
+        return False
+    return True
+
+
+def _diverged(bed: Bed, method: Method, sizes: dict[str, int]) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan)
+    return row | {
+        "bed": bed.name, "method": f"{method.name} (diverged)",
+        "sampler": type(method.sampler).__name__, "steps": method.sampler.steps,
+        "n_y": sizes["n_y"], "n": sizes["n"],
+    }  # fmt: skip

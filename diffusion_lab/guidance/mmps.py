@@ -1,0 +1,64 @@
+r"""MMPS: both moments of x_0 given x_t, by Tweedie's formulas.
+
+    p(y | x_t) = N(y; A x̂, Σ_y + A V Aᵀ),    V = Cov[x_0 | x_t] = σ_t² / α_t J,
+    E[x_0 | x_t, y] = x̂ + V Aᵀ (Σ_y + A V Aᵀ)⁻¹ (y - A x̂),
+
+where the dependence of V on x_t is left out of the gradient. V is never formed: a product with it
+is a backward pass, and the system is solved by conjugate gradients. It is exact for any Gaussian
+prior, once they are through.
+
+Source:
+    Rozet, Andry, Lanusse, Louppe, "Learning diffusion priors from observations by expectation
+    maximization", 2024, section 4.2 (moment matching posterior sampling).
+"""
+
+__all__ = ["MMPS"]
+
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.guidance.base import Guided, Observation
+from diffusion_lab.guidance.conditional import Conditional
+from diffusion_lab.guidance.jacobian import denoised_and_vjp
+from diffusion_lab.guidance.solve import conjugate_gradients
+
+
+class MMPS(Guided):
+    """One call of the denoiser and k + 1 backward passes a step.
+
+    Arguments:
+        iterations: The number k of conjugate-gradient iterations, at least 1.
+
+    Raises:
+        ValueError: If k is below 1.
+    """
+
+    requires = "linear"
+    isotropic = False
+
+    def __init__(self, iterations: int = 5) -> None:
+        if iterations < 1:
+            raise ValueError(f"iterations={iterations} is not allowed; it is at least 1")
+        self.iterations = iterations
+
+    def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
+        return _MMPS(denoiser, observation, self.iterations)
+
+
+class _MMPS(Conditional):
+    def __init__(self, denoiser: Denoiser, observation: Observation, iterations: int) -> None:
+        super().__init__(denoiser, observation)
+        self.iterations = iterations
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        denoised, vjp = denoised_and_vjp(self.denoiser, x_t, t)
+        scale, a = self.scale(x_t, t), self.operator
+
+        def pull(v: Tensor) -> Tensor:
+            """V Aᵀ v."""
+            return scale * vjp(a.transpose(v))
+
+        v = conjugate_gradients(
+            lambda v: self.sigma_y**2 * v + a(pull(v)), self.y - a(denoised), self.iterations
+        )
+        return denoised + pull(v)

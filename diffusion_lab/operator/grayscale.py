@@ -1,0 +1,72 @@
+"""Colourisation: the brightness of every pixel is seen, its colour is not."""
+
+__all__ = ["Grayscale"]
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.operator.base import LinearOperator, image_shape
+
+LUMA = (0.299, 0.587, 0.114)  # red, green, blue of ITU-R BT.601, as in JPEG
+
+
+class Grayscale(LinearOperator):
+    """y = Σ_c w_c x_c, of shape (B, 1, H, W): a weighted mean of the channels.
+
+    In every pixel the coefficients are three numbers: that along w, with S = |w|, and two across
+    it, which are not seen.
+
+    Arguments:
+        shape: The shape (C, H, W) of one image x_0.
+        weights: w, at least 0, one for each channel; divided by their sum.
+
+    Raises:
+        ValueError: If the weights are not as many as channels, negative or all zero.
+    """
+
+    basis: Tensor
+    s: Tensor
+
+    def __init__(self, shape: Sequence[int], weights: Sequence[float] = LUMA) -> None:
+        channels, _, _ = image_shape(shape, "colourisation")
+        w = torch.as_tensor(weights, dtype=torch.float64)
+        if w.ndim != 1 or not bool((w >= 0).all()) or not 0 < float(w.sum()) < float("inf"):
+            raise ValueError(
+                f"weights={weights} is not allowed; it is numbers, at least 0, not all zero"
+            )
+        if len(w) != channels:
+            raise ValueError(
+                f"weights={weights} is not allowed for images of shape {tuple(shape)}: "
+                f"{len(w)} numbers for {channels} channels; give one for each channel"
+            )
+        super().__init__(shape)
+        w = w / w.sum()
+        basis = torch.linalg.svd(w[None], full_matrices=True).Vh
+        basis[0] = w / w.norm()  # LAPACK may have turned it round
+        s = torch.zeros(channels, 1, 1, dtype=torch.float64)
+        s[0] = w.norm()
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("s", s, persistent=False)
+
+    @property
+    def singular_values(self) -> Tensor:
+        return self.s
+
+    def vt(self, x: Tensor) -> Tensor:
+        return torch.einsum("kc,bchw->bkhw", self.basis.to(x), x)
+
+    def v(self, c: Tensor) -> Tensor:
+        return torch.einsum("kc,bkhw->bchw", self.basis.to(c), c)
+
+    def u(self, c: Tensor) -> Tensor:
+        return c[:, :1]
+
+    def ut(self, y: Tensor) -> Tensor:
+        zeros = y.new_zeros(()).expand(len(y), len(self.basis) - 1, *y.shape[2:])
+        return torch.cat([y, zeros], dim=1)
+
+    def picture(self, y: Tensor) -> Tensor:
+        """Returns y in every channel."""
+        return y.expand(-1, len(self.basis), -1, -1)

@@ -1,0 +1,133 @@
+"""The pictures and charts of a restoration's report."""
+
+__all__ = ["KINDS", "histogram", "sections"]
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.data.module import to_model
+from diffusion_lab.metric import expected_coverage
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.operator import Identity
+from diffusion_lab.sampler.base import transition
+from diffusion_lab.schedule import Schedule
+from diffusion_lab.tracking.grid import labelled_grid, save_png, std_map
+from diffusion_lab.tracking.report import Curve, Picture, Section
+
+if TYPE_CHECKING:
+    from diffusion_lab.task.restore import Restore
+
+MOMENTS = 9  # times of the diffusion row
+KINDS = {"pixels": "single pixels", "patches": "means of patches", "random": "random projections"}
+
+
+def histogram(results: list[dict[str, Any]], kind: str) -> Tensor:
+    """How often the truth took each rank 0..M, over all images, int64, of shape (M + 1,)."""
+    total: Counter[int] = Counter()
+    for result in results:
+        total.update(dict(enumerate(result["ranks"][kind])))
+    return torch.tensor([total[k] for k in sorted(total)])
+
+
+def sections(task: "Restore", results: list[dict[str, Any]]) -> list[Section]:
+    """Returns what a report shows of the images that a method did not fail on."""
+    folder = task.directory / "samples"
+    folder.mkdir(exist_ok=True)
+    shown = [result for result in results if "shown" in result]
+    found: list[Section] = [_images(task, shown, folder)] if shown else []
+    if any("ranks" in result for result in results):
+        found += _calibration([result for result in results if "ranks" in result])
+    if isinstance(task.operator, Identity) and shown and "clean" in shown[0]:
+        x_0 = to_model(shown[0]["clean"].permute(1, 2, 0)[None])[0]
+        found.append(_diffusion(task.denoiser.schedule, x_0, task.seed, folder))
+    path = next((result["path"] for result in results if "path" in result), None)
+    if path:
+        captions = [_moment(task.denoiser.schedule, t) for t in path["t"]]
+        rows = [path["x_t"], path["denoised"]]
+        picture = labelled_grid(rows, captions, ["x_t", "E[x_0 | x_t]"])
+        caption = "The way of one posterior sample, from the left to the right."
+        found.append(Picture("Denoising", caption, save_png(picture, folder / "denoising.png")))
+    return found
+
+
+def _images(task: "Restore", shown: list[dict[str, Any]], folder: Path) -> Picture:
+    maps, largest = std_map(torch.stack([result["std"] for result in shown]))
+    # Everything is shown at the size of x_0: small observations are enlarged by their operator.
+    rows = [
+        torch.cat([torch.stack(list(result["shown"].values())), m[None]])
+        for result, m in zip(shown, maps, strict=True)
+    ]
+    columns = [*shown[0]["shown"], "std"]
+    level = f"; {task.level}" if task.level else ""
+    return Picture(
+        "Images",
+        f"The observation is y, clipped for display{level}. The last column is the standard "
+        f"deviation of the samples, mean over the channels: dark blue is 0, pale yellow "
+        f"{largest:.3f}.",
+        save_png(labelled_grid(rows, columns), folder / "grid.png"),
+    )
+
+
+def _calibration(results: list[dict[str, Any]]) -> list[Curve]:
+    """Rank histograms and the coverage of random balls, over all images."""
+    series = {}
+    for kind, name in KINDS.items():
+        counts = histogram(results, kind)
+        places = torch.linspace(0, 1, len(counts)).tolist()
+        series[name] = (places, (counts / counts.float().mean()).tolist())
+    ranks = Curve(
+        "Rank histograms",
+        "How often the truth has a rank among the samples, from below all (0) to above all (1), "
+        "over the mean: 1 everywhere for an exact posterior. A valley says that the samples are "
+        "spread too little, a hill too much, a slope that they are shifted.",
+        "rank of the truth / M",
+        "frequency / mean",
+        series,
+    )
+    samples = len(results[0]["ranks"]["pixels"]) - 1
+    levels, found = expected_coverage(torch.tensor([r["tarp"] for r in results]), samples)
+    balls = Curve(
+        "Expected coverage",
+        "TARP: how often a ball around a random image that holds a share of the samples holds the "
+        f"truth. The diagonal for an exact posterior, up to about {1.6 / len(results) ** 0.5:.2f} "
+        f"for {len(results)} image(s).",
+        "share of the samples",
+        "share of the truths",
+        {
+            "found": (levels.tolist(), found.tolist()),
+            "exact": (levels.tolist(), levels.tolist()),
+        },
+    )
+    return [ranks, balls]
+
+
+def _moment(schedule: Schedule, t: float) -> str:
+    _, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
+    return f"t = {t:.2f} σ = {float(sigma_t):.2f}"
+
+
+def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Picture:
+    """The forward process on the first image: with one noise for all times, and as a path."""
+    shape, zero = x_0.shape, torch.zeros(1, dtype=torch.int64)
+    noise = KeyedGenerator(make_key(seed, "diffusion", zero)).normal(*shape)[0]
+    generator = KeyedGenerator(make_key(seed, "diffusion path", zero))
+    times = torch.linspace(0, 1, MOMENTS).tolist()
+    direct, path = [], [x_0]
+    for s, t in zip([0.0, *times[:-1]], times, strict=True):
+        alpha_s, _, alpha_t, sigma_t, v = (float(c) for c in transition(schedule, t, s))
+        direct.append(alpha_t * x_0 + sigma_t * noise)
+        step = v**0.5 * generator.normal(*shape)[0]
+        path.append(alpha_t / alpha_s * path[-1] + step)
+    rows = [torch.stack(states) for states in (direct, path[1:])]
+    captions = [_moment(schedule, t) for t in times]
+    return Picture(
+        "Diffusion",
+        f"x_t over t, on the schedule of the evaluation ({type(schedule).__name__}). Above, "
+        "x_t = α_t x_0 + σ_t ε with one ε for all times; below, a path of the process, each x_t "
+        "drawn from q(x_t | x_s) of the one before.",
+        save_png(labelled_grid(rows, captions, ["one noise", "a path"]), folder / "diffusion.png"),
+    )

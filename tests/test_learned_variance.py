@@ -1,0 +1,727 @@
+r"""The learned variance against closed forms, hand-written bounds, and the fixed variances.
+
+For x_0 ~ N(m, c I), x_s given x_t is normal, of the variance Σ = V_s v / V_t with V_t = α_t² c +
+σ_t² the variance of x_t. As Σ = v (σ_s² / σ_t²)^{1 - share}, the share is known:
+
+    share = 1 - log (V_t / V_s) / log (σ_t² / σ_s²).
+"""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Command
+from gaussian import MEAN, GaussianDenoiser, sampler_moments
+from omegaconf import OmegaConf
+from scipy.stats import norm
+from torch import Tensor, nn
+
+from diffusion_lab import load_run
+from diffusion_lab import parameterization as kinds
+from diffusion_lab.config import check_train
+from diffusion_lab.denoiser import (
+    ClassifierFree,
+    Clipped,
+    Denoiser,
+    NetworkDenoiser,
+    Rescheduled,
+    broadcast,
+)
+from diffusion_lab.errors import ConfigError, RunError
+from diffusion_lab.interop import load_schedule, load_unet, save_unet
+from diffusion_lab.likelihood import bound
+from diffusion_lab.loss import Hybrid, Loss, Simple
+from diffusion_lab.module import DiffusionModule
+from diffusion_lab.nn import UNet
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.reverse import last_variance, pixel_nats, step_nats, step_variance, transition
+from diffusion_lab.runs import compose
+from diffusion_lab.sampler import DDIM, Ancestral, State
+from diffusion_lab.schedule import VP, Cosine, DiscreteSchedule, Linear
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+TWENTY = Linear(1e-4, 0.6, steps=20)  # whose last step, which adds no noise, is a small one
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(*shape: int, seed: int = 0) -> Tensor:
+    """Images of 8 bits in [-1, 1], float32, both ends of the range among them."""
+    p = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed))
+    p.flatten()[:2] = torch.tensor([0, 255])
+    return p.float() / 127.5 - 1
+
+
+def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
+    """The share for x_0 of variance c and the chain's own step, of t's shape; 1 for the last."""
+    s = t - 1 / schedule.steps
+    last = s < 0.5 / schedule.steps
+    _, sigma_s, _, sigma_t, _ = transition(schedule, t, torch.where(last, t / 2, s))
+    ratios = [schedule(u.double()) for u in (t, torch.where(last, t / 2, s))]
+    v_t, v_s = (alpha**2 * c + sigma**2 for alpha, sigma in ratios)
+    share = 1 - torch.log(v_t / v_s) / torch.log(sigma_t**2 / sigma_s**2)
+    return torch.where(last, 1.0, share)
+
+
+class Sharing(Denoiser):
+    """Another denoiser, with a share that is a function of t."""
+
+    def __init__(self, denoiser: Denoiser, share) -> None:
+        super().__init__(denoiser.schedule)
+        self.denoiser, self.share = denoiser, share
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser(x_t, t).to(x_t.dtype)
+
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        share = broadcast(torch.as_tensor(self.share(t)), x_t)
+        return self(x_t, t), share.expand(x_t.shape)
+
+
+class Gaussians(GaussianDenoiser):
+    """x_0 ~ N(m, c I), and the share that is right for it."""
+
+    def __init__(self, schedule: DiscreteSchedule, c: float) -> None:
+        super().__init__(schedule, MEAN, c * torch.eye(4, dtype=torch.float64))
+        self.c = c
+
+    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x_t, t), exact_share(self.schedule, t, self.c).expand(x_t.shape)
+
+
+# --- the variance of a step ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [0.05, 0.25, 0.9])
+def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: float) -> None:
+    """Of all steps of the chain at once; the divergence is then ½ log (Σ / β̃)."""
+    t = torch.arange(2, 21, dtype=torch.float64) / 20
+    share = exact_share(TWENTY, t, c).requires_grad_()
+    assert bool(((share > 0) & (share < 1)).all())
+    s = t - 1 / 20
+    _, sigma_s, alpha_t, sigma_t, v = transition(TWENTY, t, s)
+    v_t, v_s = (alpha**2 * c + sigma**2 for alpha, sigma in (TWENTY(t), TWENTY(s)))
+    variance = step_variance(v, sigma_s, sigma_t, share)
+    torch.testing.assert_close(variance, v * v_s / v_t, rtol=1e-12, atol=0)
+    # By the covariance of x_s and x_t, too.
+    covariance = alpha_t / TWENTY(s)[0] * v_s
+    torch.testing.assert_close(variance, v_s - covariance**2 / v_t, rtol=1e-9, atol=0)
+
+    square = c * sigma_t**2 / v_t  # E (x_0 - x̂)²
+    arguments = TWENTY.ratio(s) ** -2 - TWENTY.ratio(t) ** -2, torch.log(sigma_t**2 / sigma_s**2)
+    nats = step_nats(square, share, *arguments)
+    small = v * sigma_s**2 / sigma_t**2
+    torch.testing.assert_close(nats, torch.log(variance / small) / 2, rtol=1e-9, atol=1e-12)
+    (gradient,) = torch.autograd.grad(nats.sum(), share)
+    torch.testing.assert_close(gradient, torch.zeros_like(t), rtol=0, atol=1e-12)
+    for away in (-0.05, 0.05, -share, 1 - share):
+        assert bool((step_nats(square, share + away, *arguments) > nats).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("share", "variance"), [(0.0, "small"), (1.0, "large")])
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=["linear", "cosine"])
+def test_the_ends_of_the_share_are_the_fixed_variances(
+    schedule: DiscreteSchedule, share: float, variance: str, dtype: torch.dtype
+) -> None:
+    """Bit by bit, on a grid of 50 steps."""
+    prior, start = GaussianDenoiser(schedule), normal(16, 4, dtype=dtype)
+    learned, fixed = (
+        Ancestral(50, name)(
+            Sharing(prior, lambda t: share), start, generator=torch.Generator().manual_seed(1)
+        )
+        for name in ("learned", variance)
+    )
+    assert learned.dtype == dtype and torch.equal(learned, fixed)
+    other = Ancestral(50, "learned")(
+        Sharing(prior, lambda t: 0.5), start, generator=torch.Generator().manual_seed(1)
+    )
+    assert not torch.equal(other, fixed)
+
+
+@pytest.mark.parametrize("c", [0.05, 0.25])
+def test_twenty_steps_have_the_variance_of_the_data(c: float) -> None:
+    """To rounding until the last step, which adds no noise: E[x_0 | x_t] has a known variance.
+
+    The fixed variances are off by more than a tenth.
+    """
+    denoiser, found = Gaussians(TWENTY, c), {}
+    start = denoiser.marginal(1.0)
+    for variance in ("small", "large", "learned"):
+        mean, covariance = sampler_moments(Ancestral(20, variance), denoiser, *start)
+        torch.testing.assert_close(mean, MEAN, rtol=0, atol=1e-9)
+        found[variance] = covariance
+    alpha, sigma = TWENTY(torch.tensor(1 / 20, dtype=torch.float64))
+    last = c * alpha**2 * c / (alpha**2 * c + sigma**2)
+    assert 0.997 < float(last / c) < 1
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(found["learned"], last * identity, rtol=1e-9, atol=1e-12)
+    assert float(found["small"][0, 0]) < 0.7 * c
+    assert float(found["large"][0, 0]) > 1.1 * c
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_a_step_over_many_indices_is_between_the_ends_of_its_own(steps: int) -> None:
+    """Both ends are those of the step from t to s, not of DDPM's: noise alone, of known size."""
+    schedule, states = Cosine(), list[State]()
+    still = Sharing(GaussianDenoiser(schedule, 0 * MEAN), lambda t: 0.3 + 0.4 * t)
+    start = normal(1, 4)
+    Ancestral(steps, "learned")(
+        still, start, generator=torch.Generator().manual_seed(0), callback=states.append
+    )
+    generator = torch.Generator().manual_seed(0)
+    for now, then in pairwise(states[:-1]):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            map(float, schedule(torch.tensor(u, dtype=torch.float64))) for u in (now.t, then.t)
+        )
+        v = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+        share, small = 0.3 + 0.4 * now.t, v * sigma_s**2 / sigma_t**2
+        std = math.exp((share * math.log(v) + (1 - share) * math.log(small)) / 2)
+        mean = alpha_t / alpha_s * sigma_s**2 * now.x_t + alpha_s * v * now.denoised
+        z = torch.randn(1, 4, dtype=torch.float64, generator=generator)
+        expected = mean / sigma_t**2 + std * z
+        torch.testing.assert_close(then.x_t, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", [999, 412, 1, 0])
+def test_a_step_is_that_of_diffusers(index: int) -> None:
+    """Every index: on a coarser grid diffusers takes β of the single index for the larger end."""
+    import diffusers
+
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    scheduler.betas, scheduler.alphas_cumprod = beta, (1 - beta).cumprod(0)
+    scheduler.set_timesteps(1000)
+    x_t, output = normal(2, 3, 4, 4), normal(2, 6, 4, 4, seed=1)
+    expected = scheduler.step(
+        output, index, x_t, generator=torch.Generator().manual_seed(3)
+    ).prev_sample
+    schedule = Linear()
+    denoiser = NetworkDenoiser(Says(output), schedule, kinds.Epsilon())
+    t, s = (torch.tensor(i / 1000, dtype=torch.float64) for i in (index + 1, index))
+    denoised, share = denoiser.with_share(x_t, t)
+    state = State(float(t), x_t, denoised, share=share)
+    z = normal(2, 3, 4, 4, seed=3)
+    actual = Ancestral(variance="learned").step(denoiser, state, s, lambda x: z)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+# --- denoisers ----------------------------------------------------------------------------------
+
+
+class Says(nn.Module):
+    """A network of twice as many channels that says what it is told to, and counts its calls."""
+
+    learn_variance = True
+
+    def __init__(self, says: Tensor) -> None:
+        super().__init__()
+        self.says, self.calls = says, 0
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        self.calls += 1
+        return self.says
+
+
+def test_half_of_the_output_is_the_share() -> None:
+    output, x_t, t = normal(2, 6, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor(0.3).double()
+    network = Says(output)
+    denoiser = NetworkDenoiser(network, Cosine(), kinds.X0())
+    denoised, share = denoiser.with_share(x_t, t)
+    assert network.calls == 1
+    assert torch.equal(denoised, output[:, :3]) and torch.equal(share, (output[:, 3:] + 1) / 2)
+    assert torch.equal(denoiser(x_t, t), denoised)
+    assert torch.equal(denoiser.output(x_t, t), output[:, :3])
+    clipped, kept = Clipped(denoiser).with_share(x_t, t)
+    assert torch.equal(clipped, denoised.clamp(-1, 1)) and torch.equal(kept, share)
+
+    other = NetworkDenoiser(Says(normal(2, 6, 4, 4, seed=2)), Cosine(), kinds.X0())
+    for strength in (1.0, 2.0):
+        guided, kept = ClassifierFree(denoiser, other, strength).with_share(x_t, t)
+        expected = other(x_t, t) + strength * (denoised - other(x_t, t))
+        torch.testing.assert_close(guided, expected)
+        assert torch.equal(kept, share)
+    assert Rescheduled(denoiser, VP()).with_share(x_t, t)[1] is None
+    assert GaussianDenoiser(Cosine()).with_share(normal(2, 4), t)[1] is None
+
+
+def test_a_sampler_asks_once_a_step_and_others_ignore_the_share() -> None:
+    network = Says(0.5 * normal(2, 6, 4, 4))
+    denoiser, states = NetworkDenoiser(network, Linear(), kinds.X0()), list[State]()
+    start = normal(2, 3, 4, 4)
+    Ancestral(5, "learned", clip=True)(denoiser, start, callback=states.append)
+    assert network.calls == 5
+    assert all(torch.equal(s.share, (network.says[:, 3:] + 1) / 2) for s in states[:-1])
+    plain = Sharing(denoiser, lambda t: 9.9)
+    assert torch.equal(DDIM(5)(denoiser, start), DDIM(5)(plain, start))
+
+
+def test_without_a_learned_variance_the_way_out_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Ancestral(3, "learned")(GaussianDenoiser(Linear()), normal(2, 4))
+    for text in (
+        "sampler.variance=learned", "sampler.variance=small or large",
+        "network.learn_variance=true loss=hybrid",
+    ):  # fmt: skip
+        assert text in str(caught.value)
+
+
+def test_a_network_without_it_is_what_it_was() -> None:
+    """The same names and numbers, and twice as many in the last layer with it."""
+    arguments = {"channels": 8, "multipliers": (1, 1), "attention_levels": (), "groups": 4}
+    torch.manual_seed(0)
+    plain = UNet(**arguments, blocks=1).state_dict()
+    torch.manual_seed(0)
+    learned = UNet(**arguments, blocks=1, learn_variance=True).state_dict()
+    assert plain.keys() == learned.keys()
+    assert plain["conv_out.weight"].shape == (3, 8, 3, 3)
+    assert learned["conv_out.weight"].shape == (6, 8, 3, 3)
+    assert learned["conv_out.bias"].shape == (6,)
+    assert all(torch.equal(plain[k], learned[k]) for k in plain if "conv_out" not in k)
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+PARAMETERIZATIONS = {
+    "epsilon": kinds.Epsilon(),
+    "score": kinds.Score(),
+    "x0": kinds.X0(),
+    "v": kinds.V(),
+    "flow": kinds.Flow(),
+    "edm": kinds.EDM(0.4),
+}
+EIGHT = torch.tensor([1, 2, 3, 50, 300, 600, 999, 1000], dtype=torch.float64) / 1000
+
+
+def drawn(kind: str, schedule: DiscreteSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    """x_0, the output, its target and the estimate x̂ for images of 3 x 4 x 4, and the share."""
+    x_0, epsilon = levels(len(t), 3, 4, 4), normal(len(t), 3, 4, 4).float()
+    alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
+    target = PARAMETERIZATIONS[kind].target(x_0, epsilon, alpha_t, sigma_t)
+    # It errs in x̂ by about half of the noise, as a network does.
+    gain = PARAMETERIZATIONS[kind].gain(alpha_t, sigma_t)
+    away = 0.5 * sigma_t / torch.hypot(alpha_t, sigma_t)
+    output = target + gain * away * normal(*x_0.shape, seed=1).float()
+    x_t = (alpha_t * x_0 + sigma_t * epsilon).double()
+    alpha_t, sigma_t = (broadcast(c, x_t) for c in schedule(t))
+    denoised = PARAMETERIZATIONS[kind].denoised(output.double(), x_t, alpha_t, sigma_t)
+    share = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(2))
+    return x_0, output, target, denoised, share
+
+
+def term_by_hand(x_0: Tensor, denoised: Tensor, share: Tensor, t: float) -> Tensor:
+    """The term of one image in bits, from DDPM's β alone: KL of two normals, or a pixel's mass."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    bar = (1 - beta).cumprod(0)
+    i = round(t * 1000) - 1
+    x_0 = x_0.double()
+
+    def posterior_variance(i: int) -> Tensor:
+        return beta[i] * (1 - bar[i - 1]) / (1 - bar[i])
+
+    low = posterior_variance(max(i, 1))
+    std = torch.exp((share * torch.log(beta[i]) + (1 - share) * torch.log(low)) / 2)
+    if i == 0:
+        p = torch.distributions.Normal(denoised, std)
+        above, below = p.cdf(x_0 + 1 / 255), p.cdf(x_0 - 1 / 255)
+        above, below = torch.where(x_0 == 1, 1, above), torch.where(x_0 == -1, 0, below)
+        return -torch.log2(above - below).mean()
+    of_x_0 = bar[i - 1].sqrt() * beta[i] / (1 - bar[i])  # what x_t adds is the same in both
+    q = torch.distributions.Normal(of_x_0 * x_0, low.sqrt())
+    p = torch.distributions.Normal(of_x_0 * denoised, std)
+    return torch.distributions.kl_divergence(q, p).mean() / math.log(2)
+
+
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
+def test_the_loss_and_its_gradients_are_those_of_the_paper(kind: str) -> None:
+    """The mean's gradient is L_simple's bit by bit, the share's that of the bound by hand."""
+    schedule, t = Linear(), EIGHT
+    x_0, output, target, denoised, share = drawn(kind, schedule, t)
+    arguments = target, schedule, PARAMETERIZATIONS[kind], t
+    output.requires_grad_()
+    share.requires_grad_()
+    hybrid = Hybrid(0.002)(output, *arguments, share, x_0)
+    of_mean, of_share = torch.autograd.grad(hybrid.sum(), (output, share))
+    simple = Simple()(output, *arguments)
+    assert torch.equal(of_mean, torch.autograd.grad(simple.sum(), output)[0])
+
+    exact = share.detach().double().requires_grad_()
+    terms = torch.stack(
+        [
+            term_by_hand(*row, float(time))
+            for *row, time in zip(x_0, denoised, exact, t, strict=True)
+        ]
+    )
+    assert float(terms.min()) > 1e-7
+    (expected,) = torch.autograd.grad(0.002 * 1000 * terms.sum(), exact)
+    torch.testing.assert_close(
+        (hybrid - simple).detach().double() / 2, terms.detach(), rtol=2e-4, atol=2e-6
+    )
+    for got, wanted in zip(of_share.double(), expected, strict=True):
+        # In float32 gain and KL cancel to rounding where a step changes hardly anything.
+        atol = max(1e-12, 1e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=atol)
+
+
+def test_the_error_of_other_times_does_no_harm() -> None:
+    """Of a network that is far off: finite, and finite gradients, also of the first index."""
+    x_0, t = levels(8, 3, 4, 4), EIGHT
+    share = torch.full_like(x_0, 0.5).requires_grad_()
+    output = (30 * normal(8, 3, 4, 4).float()).requires_grad_()
+    for name in ("epsilon", "x0", "v"):
+        loss = Hybrid()(
+            output, torch.zeros_like(output), Cosine(), PARAMETERIZATIONS[name], t, share, x_0
+        )
+        assert bool(loss.isfinite().all())
+        gradients = torch.autograd.grad(loss.sum(), (output, share))
+        assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_the_module_trains_both_halves() -> None:
+    """By one step on one batch: the loss is L_simple and a thousandth of T terms."""
+
+    class Half(nn.Module):
+        learn_variance = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.tensor(0.7))
+            self.o = nn.Parameter(torch.tensor(0.2))
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return torch.cat([self.mean * x, self.o.expand(x.shape)], 1)
+
+    def loss(network: nn.Module, kind: Loss) -> Tensor:
+        module = DiffusionModule(
+            network, Linear(), kinds.Epsilon(), kind, lambda p: None, lambda o, n: None
+        )
+        t, x_0 = EIGHT, levels(8, 3, 4, 4)
+        return module._losses(x_0, t, normal(8, 3, 4, 4).float(), ema=False).sum()
+
+    network = Half()
+    whole = loss(network, Hybrid())
+    whole.backward()
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return network.mean * x
+
+    simple = loss(Mean(), Simple())
+    (gradient,) = torch.autograd.grad(simple, network.mean)
+    assert float(network.mean.grad) == pytest.approx(float(gradient), rel=1e-6)
+    assert float(network.o.grad.abs()) > 1e-5
+
+    x_0, epsilon = levels(8, 3, 4, 4), normal(8, 3, 4, 4).float()
+    alpha_t, sigma_t = (broadcast(c, x_0.double()) for c in Linear()(EIGHT))
+    x_t = alpha_t * x_0 + sigma_t * epsilon
+    denoised = (x_t - sigma_t * 0.7 * x_t) / alpha_t
+    share = torch.full(x_0.shape, 0.6, dtype=torch.float64)
+    rows = zip(x_0, denoised, share, EIGHT, strict=True)
+    terms = [term_by_hand(*row, float(t)) for *row, t in rows]
+    expected = float(simple.detach()) + float(sum(terms))
+    assert float(whole.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+# --- the last step ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean", [-1.02, -0.4, 0.0, 0.7, 1.0])
+@pytest.mark.parametrize("std", [0.002, 0.01, 0.4])
+def test_the_masses_of_all_levels_are_one(mean: float, std: float) -> None:
+    variance = torch.tensor(std**2, dtype=torch.float64)
+    nats = pixel_nats(LEVELS, torch.full_like(LEVELS, mean), variance)
+    assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-12)
+    edges = np.concatenate([[-np.inf], (LEVELS[:-1] + 1 / 255).numpy(), [np.inf]])
+    near = np.abs(LEVELS.numpy() - mean) < 5 * std
+    expected = np.diff(norm.cdf(edges, mean, std))[near]
+    np.testing.assert_allclose(np.exp(-nats.numpy())[near], expected, rtol=1e-7)
+    assert bool(nats.isfinite().all())
+
+
+def test_the_last_variance_is_between_that_of_the_pixels_and_that_of_the_step_before() -> None:
+    beta = np.linspace(1e-4, 0.02, 1000)
+    before = beta[1] * beta[0] / (1 - (1 - beta[0]) * (1 - beta[1]))
+    for share, expected in ((0.0, before), (1.0, beta[0]), (0.5, math.sqrt(before * beta[0]))):
+        actual = last_variance(Linear(), 0.001, 0.002, torch.tensor(share).double())
+        assert float(actual) == pytest.approx(expected, rel=1e-9)
+
+
+# --- the bound ----------------------------------------------------------------------------------
+
+
+class Chosen(KeyedGenerator):
+    """The same uniform number for every image, and no noise."""
+
+    def __init__(self, count: int, u: float) -> None:
+        super().__init__(make_key(0, torch.arange(count)))
+        self.u = u
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((len(self.key), *shape), self.u, dtype=dtype)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(len(self.key), *shape, dtype=dtype)
+
+
+class Shrink(Denoiser):
+    """x̂ = 0.9 x_t / α_t."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, _ = (broadcast(c, x_t) for c in self.schedule(t))
+        return 0.9 * x_t / alpha_t
+
+
+def masses(schedule: DiscreteSchedule) -> Tensor:
+    """How the bound shares its terms out over the steps, T - 1 cumulative numbers up to 1."""
+    t = torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    snr = schedule.ratio(t) ** -2
+    mass = ((snr[:-1] - snr[1:]) / (1 + snr[1:])).cumsum(0)
+    return torch.cat([mass.new_zeros(1), mass / mass[-1]])
+
+
+@pytest.mark.parametrize("schedule", [TWENTY, Cosine(steps=12)], ids=["linear", "cosine"])
+def test_the_terms_of_the_loss_are_those_of_the_bound(schedule: DiscreteSchedule) -> None:
+    """Step by step, each drawn alone; and their sum with KL(q(x_1 | x_0) ‖ p) is the bound."""
+    p = torch.randint(256, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    x_0 = p.double() / 127.5 - 1
+    denoiser = Sharing(Shrink(schedule), lambda t: 0.2 + 0.6 * t)
+    mass, steps = masses(schedule), schedule.steps
+
+    def term(k: int) -> Tensor:
+        """That of the step from (k + 1) / T, of x_t without noise."""
+        t = torch.full((3,), (k + 1) / steps, dtype=torch.float64)
+        alpha_t, _ = (broadcast(c, x_0) for c in schedule(t))
+        denoised, share = denoiser.with_share(alpha_t * x_0, t)
+        return Hybrid.term(denoised - x_0, share, x_0, schedule, t)
+
+    alpha, sigma = (float(c) for c in schedule(torch.ones((), dtype=torch.float64)))
+    prior = 0.5 * (alpha**2 * x_0**2 + sigma**2 - 1 - 2 * math.log(sigma))
+    rest = prior.flatten(1).mean(1) / math.log(2) + term(0)
+    total = rest.clone()
+    for k in range(1, steps):
+        probability = float(mass[k] - mass[k - 1])
+        middle = float(mass[k] + mass[k - 1]) / 2
+        found = (bound(denoiser, p, Chosen(3, middle), terms=1) - rest) * probability
+        torch.testing.assert_close(found, term(k), rtol=1e-5, atol=1e-7)
+        total += found
+    expected = rest + sum(term(k) for k in range(1, steps))
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+
+
+def test_the_bound_of_the_small_variance_is_the_bound_without_a_share() -> None:
+    """But for the last step, which is the network's own where it has a share."""
+    p = torch.randint(256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    x_0, schedule = p.double() / 127.5 - 1, Linear()
+    plain, key = Shrink(schedule), make_key(0, torch.arange(4))
+    learned = Sharing(plain, lambda t: 0.0)
+    with_share, without = (bound(d, p, KeyedGenerator(key), terms=20) for d in (learned, plain))
+    generator = KeyedGenerator(key)
+    for _ in range(20):
+        generator.uniform(dtype=torch.float64)
+        generator.normal(3, 4, 4, dtype=torch.float64)
+    r = float(schedule.ratio(0.001))
+    v = x_0 + r * generator.normal(3, 4, 4, dtype=torch.float64)
+    logits = -((v[..., None] - LEVELS) ** 2) / (2 * r**2)
+    of_levels = -logits.log_softmax(-1).gather(-1, p.long()[..., None])[..., 0]
+    variance = float(last_variance(schedule, 0.001, 0.002, torch.zeros(()).double()))
+    of_network = pixel_nats(x_0, 0.9 * v.float().double(), torch.tensor(variance).double())
+    difference = (of_network - of_levels).flatten(1).mean(1) / math.log(2)
+    torch.testing.assert_close(with_share - without, difference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
+    """With the exact share, E KL = ½ log (Σ / β̃) at every step: 0.5 bits less in all."""
+    mu, tau, schedule = -0.05, 0.25, Linear()
+
+    class Pixels(Denoiser):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t.double()))
+            gain = alpha_t * tau**2 / (alpha_t**2 * tau**2 + sigma_t**2)
+            return mu + gain * (x_t - alpha_t * mu)
+
+    level = mu + tau * normal(256, 3, 4, 4)
+    p = ((level + 1) * 127.5).round().clamp(0, 255).byte()
+    key, plain = make_key(0, torch.arange(256)), Pixels(schedule)
+    learned = Sharing(plain, lambda t: exact_share(schedule, t, tau**2))
+    shorter = bound(learned, p, KeyedGenerator(key), terms=50)
+    longer = bound(plain, p, KeyedGenerator(key), terms=50)
+
+    t = torch.arange(2, 1001, dtype=torch.float64) / 1000
+    r = schedule.ratio(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    square = tau**2 / (1 + tau**2 / r[1:] ** 2)
+    small = ((r[:-1] ** -2 - r[1:] ** -2) / 2 * square).sum()
+    sigma = schedule(torch.arange(1, 1001, dtype=torch.float64) / 1000)[1]
+    gain = exact_share(schedule, t, tau**2) * torch.log(sigma[1:] ** 2 / sigma[:-1] ** 2)
+    # The pixels, by the network: N(x̂, β_0), and by the levels: a softmax, around x_t / α_t.
+    first = float(r[0])
+    n = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weight = torch.exp(-(n**2) / 2) / torch.exp(-(n**2) / 2).sum()
+    off = n * tau * first / math.hypot(tau, first)
+    variance = schedule(torch.tensor(0.001).double())[1] ** 2
+    own = pixel_nats(torch.zeros_like(off), off, variance)
+    j = torch.arange(-40, 41, dtype=torch.float64) / 127.5
+    logits = -((n[:, None] * first - j) ** 2) / (2 * first**2)
+    levels_ = -logits.log_softmax(1)[:, 40]
+    expected = (gain.sum() / 2 - small + (weight * (own - levels_)).sum()) / math.log(2)
+
+    difference = shorter - longer
+    error = float(difference.std()) / 16
+    assert float(expected) < -0.45 and error < 0.01
+    assert abs(float(difference.mean() - expected)) < 4 * error
+
+
+# --- diffusers ----------------------------------------------------------------------------------
+
+
+def test_a_network_of_diffusers_with_twice_the_channels(tmp_path: Path) -> None:
+    """Loads with its values, is asked for its share, and is written back bit by bit."""
+    from diffusers import UNet2DModel
+
+    d, u = "DownBlock2D", "UpBlock2D"
+    config = {
+        "in_channels": 3, "out_channels": 6, "block_out_channels": [16, 16],
+        "down_block_types": [d, d], "up_block_types": [u, u], "layers_per_block": 1,
+        "norm_num_groups": 4, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
+        "norm_eps": 1e-6, "attention_head_dim": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    theirs = UNet2DModel(**config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    ours = load_unet(tmp_path / "a")
+    assert ours.learn_variance and ours.image_channels == 3
+    x = normal(2, 3, 8, 8).float()
+    with torch.no_grad():
+        expected = theirs(x, torch.tensor([499, 499])).sample
+        output, share = NetworkDenoiser(ours, Linear(), kinds.Epsilon()).outputs(
+            x, torch.tensor(0.5)
+        )
+    torch.testing.assert_close(output, expected[:, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(share, (expected[:, 3:] + 1) / 2, rtol=1e-4, atol=1e-5)
+
+    save_unet(ours, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["out_channels"] == 6
+    again = UNet2DModel.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in theirs.state_dict().items())
+    plain = UNet(16, (1, 1), 1, (), 4)
+    save_unet(plain, tmp_path / "c")
+    assert not load_unet(tmp_path / "c").learn_variance
+
+
+def test_a_variance_that_is_no_share_is_refused(tmp_path: Path) -> None:
+    settings = {
+        "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+        "num_train_timesteps": 1000,
+    }  # fmt: skip
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps(settings | {"variance_type": "learned_range"}))
+    assert load_schedule(tmp_path).steps == 1000
+    path.write_text(json.dumps(settings | {"variance_type": "learned"}))
+    with pytest.raises(RunError, match=r'variance_type="learned" is not supported.*learned_range'):
+        load_schedule(tmp_path)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+LEARNED = ["loss=hybrid", "network.learn_variance=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "texts"),
+    [
+        (["loss=hybrid"], ["loss=hybrid", "network.learn_variance=true", "loss=simple"]),
+        (LEARNED[1:], ["network.learn_variance=true", "loss=hybrid"]),
+        (["loss=min_snr", LEARNED[1]], ["network.learn_variance=true", "loss=hybrid"]),
+        ([*LEARNED, "schedule=vp"], ["schedule=VP", "schedule=linear", "loss=hybrid"]),
+        ([*LEARNED, "time=importance"], ["time=Importance", "set time=uniform"]),
+        (
+            ["sampler.variance=learned"],
+            ["sampler.variance=learned", "sampler.variance=small", "network.learn_variance=true"],
+        ),
+        ([*LEARNED, "loss.vlb_weight=0"], ["loss.vlb_weight=0"]),
+        ([LEARNED[0], "network.learn_variance=1"], ["network.learn_variance=1", "true or false"]),
+        (["sampler.variance=big"], ["sampler.variance=big", "learned"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: list[str], texts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_train(compose("train", [*overrides, "++paths.output_dir=out"]))
+    assert all(text in str(caught.value) for text in texts), caught.value
+
+
+def test_what_goes_together_is_not_refused() -> None:
+    for more in ([], ["time.stratified=true"], ["sampler.variance=learned"], ["schedule=cosine"]):
+        check_train(compose("train", [*LEARNED, *more, "++paths.output_dir=out"]))
+
+
+def test_the_module_and_the_loss_refuse_by_themselves() -> None:
+    parts = (Linear(), kinds.Epsilon())
+    for network, loss in ((nn.Identity(), Hybrid()), (Says(torch.zeros(1)), Simple())):
+        with pytest.raises(ConfigError, match=r"loss=hybrid"):
+            DiffusionModule(network, *parts, loss, lambda p: None, lambda o, n: None)
+    x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"VP has none; choose schedule=linear"):
+        Hybrid()(x, x, VP(), kinds.Epsilon(), torch.tensor([0.5]).double(), x, x)
+    with pytest.raises(ValueError, match=r"vlb_weight=0"):
+        Hybrid(0.0)
+
+
+# --- by command ---------------------------------------------------------------------------------
+
+
+def test_a_run_learns_its_variance_and_samples_with_it(lab: Command, tiny: Command) -> None:
+    result = tiny(
+        *LEARNED, "sampler.variance=learned", "trainer.max_steps=3", "hydra.run.dir=a",
+        "optimizer.lr=0.01",
+    )  # fmt: skip
+    assert result.code == 0, result.text
+    assert Path("a/samples/grid-0000003.png").is_file()
+    network = load_run("a", ema=False).network
+    assert network.learn_variance
+    assert float(network.conv_out.weight[3:].abs().max()) > 1e-4  # the share's half has moved
+
+    common = ["sampler.steps=3", "num_samples=2", "trainer.accelerator=cpu", "task=generate"]
+    images = []
+    for variance in ("learned", "small"):
+        where = f"hydra.run.dir={variance}"
+        result = lab("eval", "run=a", f"sampler.variance={variance}", where, *common)
+        assert result.code == 0, result.text
+        images.append(np.load(f"{variance}/samples.npy").astype(int))
+    assert np.abs(images[0] - images[1]).max() > 3
+    refused = lab("eval", "run=a", "sampler.variance=learned", "schedule=vp", *common)
+    assert refused.code == 1 and "sampler.variance=small or large" in refused.text
+    assert "Traceback" not in refused.text
+
+    result = lab(
+        "eval", "run=a", "task=likelihood", "num_images=1", "task.terms=3", "sampler.rtol=0.1",
+        "sampler.atol=0.1", "trainer.accelerator=cpu", "hydra.run.dir=l",
+    )  # fmt: skip
+    assert result.code == 0, result.text
+    assert "bound" in result.text
+
+
+def test_a_run_from_before_loads_and_goes_on(lab: Command, tiny: Command) -> None:
+    """Neither its configuration nor its checkpoint knows the key."""
+    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    file = Path("a/.hydra/config.yaml")
+    config = OmegaConf.load(file)
+    del config.network["learn_variance"]
+    OmegaConf.save(config, file)
+    last = Path("a/checkpoints/last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["diffusion_lab"]["config"]["network"]["learn_variance"]
+    torch.save(checkpoint, last)
+    assert load_run("a").with_share(torch.zeros(1, 3, 16, 16), torch.tensor(0.5))[1] is None
+    result = tiny("resume=a", "trainer.max_steps=3")
+    assert result.code == 0, result.text
+    result = tiny("resume=a", "trainer.max_steps=4", *LEARNED)
+    assert result.code == 1 and "network.learn_variance: None -> True" in result.text
+    common = ["sampler.steps=2", "num_samples=2", "trainer.accelerator=cpu", "task=generate"]
+    refused = lab("eval", "run=a", "sampler.variance=learned", *common)
+    assert refused.code == 1 and "network.learn_variance=true loss=hybrid" in refused.text
+    assert TINY[0] == "network=unet_tiny"
