@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.data.images import Split
-from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.denoiser import Denoiser, Rescheduled
 from diffusion_lab.instantiate import instantiate
 from diffusion_lab.metric import EfficientNetLite0, Moments, frechet_distance
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.runs import rebuild
 from diffusion_lab.sampler import DDIM, SEEDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.schedule import EDM
 from diffusion_lab.tracking.grid import to_uint8
 
 ROOT = Path(__file__).parent.parent
-IMAGES, SEEDS_TAKEN, BATCH, SHAPE = 256, 3, 64, (3, 32, 32)
+IMAGES, SEEDS_TAKEN, BATCH, SHAPE = 128, 3, 64, (3, 32, 32)
+LOWER = 10.0  # σ/α of the rows that start lower than t = 1
 SAMPLERS: dict[str, Sampler] = {
     "ancestral, 250": Ancestral(250, clip=True),
     "ddim, 50": DDIM(50, clip=True),
@@ -37,6 +40,12 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc, 20": UniPC(20, clip=True),
     "heun, 10": Heun(10, clip=True),
     "seeds, 10": SEEDS(10, clip=True),
+}
+# From N(0, LOWER² I) at σ/α = LOWER: where the network's error is largest nothing is asked of it.
+FROM_LOWER: dict[str, Sampler] = {
+    "ancestral, 250, from σ/α = 10": Ancestral(250, clip=True, grid=LogSNR()),
+    "dpm_solver, SDE, 20, from σ/α = 10": DPMSolver(20, stochastic=True, clip=True),
+    "dpm_solver, 20, from σ/α = 10": DPMSolver(20, clip=True),
 }
 
 
@@ -79,11 +88,14 @@ def main() -> None:
         f"| | training images | {mean(least):.2f} ± {stdev(least):.2f} | |",
     ]
     for run in runs:
-        for name, sampler in SAMPLERS.items():
+        lower = Rescheduled(run.denoiser, EDM(sigma_min=0.01, sigma_max=LOWER))
+        work = [(run.denoiser, *item) for item in SAMPLERS.items()]
+        work += [(lower, *item) for item in FROM_LOWER.items()]
+        for denoiser, name, sampler in work:
             found, seconds = [], []
             for seed in range(SEEDS_TAKEN):
                 start = time.perf_counter()
-                drawn = draw(run.denoiser, sampler, seed)
+                drawn = draw(denoiser, sampler, seed)
                 seconds.append((time.perf_counter() - start) * 100 / IMAGES)
                 found.append(frechet_distance(features(network, drawn), reference))
             rows.append(

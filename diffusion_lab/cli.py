@@ -189,7 +189,7 @@ def prior_of(config: DictConfig) -> runs.Run:
 
 
 def restoration(config: DictConfig, run: runs.Run) -> dict[str, Any]:
-    """Makes what a restoration is of: operator, noise, method, and images of one's own.
+    """Makes what a restoration is of: operator, noise, and images of one's own.
 
     Raises:
         ConfigError: If they do not go together.
@@ -197,9 +197,6 @@ def restoration(config: DictConfig, run: runs.Run) -> dict[str, Any]:
     schedule, size = run.denoiser.schedule, run.config["data"]["size"]
     shape = (run.config["network"].get("image_channels", 3), size, size)
     parts: dict[str, Any] = {"shape": shape}
-    if config.guidance is None:
-        raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
-    parts["guidance"] = instantiate(config.guidance, "guidance")
     sigma_y = config.sigma_y
     if "sigma_t" in config:
         values = {key: config[key] for key in noise_level.KEYS}
@@ -227,6 +224,8 @@ def evaluate(config: DictConfig) -> None:
     if config.get("benchmark") is not None:
         instantiate(config.benchmark, "benchmark", directory=directory, seed=config.seed)()
         return
+    restores = "sigma_y" in config  # such a task is named by its operator
+    guidance = instantiate(config.guidance, "guidance") if restores else None
     run = prior_of(config)
     schedule = run.denoiser.schedule
     check_sampler(config, schedule.steps)
@@ -253,8 +252,8 @@ def evaluate(config: DictConfig) -> None:
             node["source"] = config.data.source
         parts["data"] = instantiate(node, "data")
         parts["data"].setup("test")
-    if "sigma_y" in config:  # a restoration is named by its operator
-        task = Restore(**parts, **restoration(config, run))
+    if restores:
+        task = Restore(**parts, **restoration(config, run), guidance=guidance)
     else:
         task = instantiate(config.task, "task", **parts)
     trainer = instantiate(

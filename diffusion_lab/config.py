@@ -175,8 +175,18 @@ EVAL = COMMON | {
     "num_images": COUNT,
     "num_samples": COUNT,
     "data.source": _null_or(TEXT),
+    "resume": _null_or(TEXT),
+    "image": _null_or(TEXT),
+    "observation": _null_or(TEXT),
+    "resize": FLAG,
+    "rate": _null_or(POSITIVE),
+    "truth": _one_of("data", "model"),
     "guidance.strength": NOT_NEGATIVE,
     "guidance.start": _one_of("noise", "y"),
+    "benchmark.n_y": COUNT,
+    "benchmark.n": ("a whole number >= 2", _number(int, lambda v: v >= 2)),
+    "benchmark.n_coverage": COUNT,
+    "benchmark.n_ranks": ("a whole number >= 2", _number(int, lambda v: v >= 2)),
     "task.terms": COUNT_OR_0,
     "task.points": COUNT_OR_0,
     "task.ratio": POSITIVE,
@@ -337,6 +347,14 @@ def check_eval(config: DictConfig) -> None:
         raise ConfigError(f"{text} exclude each other; each names the prior")
     if config.get("schedule") is not None:
         _check_schedule(config.schedule)
+    if "sigma_y" in config:
+        if config.guidance is None:
+            raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
+        if config.image is not None and config.observation is not None:
+            raise ConfigError(
+                f"image={config.image} and observation={config.observation} exclude each other: "
+                "noise is added to the one, the other is used as it is"
+            )
     if "sigma_t" in config:
         noise_level.chosen({key: config[key] for key in noise_level.KEYS})
 

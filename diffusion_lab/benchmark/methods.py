@@ -113,9 +113,8 @@ class Control(Guided):
 
 def methods_table() -> list[Method]:
     """Returns all rows, the cheap controls first."""
-    linear, edm = Linear(), EDM(sigma_min=0.01, sigma_max=30.0)
+    linear, edm = Linear(), EDM(sigma_min=0.02, sigma_max=30.0)
     few, many, all_ = EulerMaruyama(128), EulerMaruyama(512), Ancestral(1000, variance="large")
-    geometric = EulerMaruyama(128, grid=LogSNR())
 
     def row(
         name: str, guidance: Callable[[Bed], Guidance], sampler: Sampler,
@@ -156,7 +155,9 @@ def methods_table() -> list[Method]:
         row("mmps 4", lambda _: MMPS(4), few),
         row("mmps full", lambda bed: MMPS(_numbers(bed)), few),
         row("jfps", lambda bed: JFPS(covariance=bed.covariance), few),
-        row("tds", lambda _: TDS(), geometric, edm),
+        row("tds", lambda _: TDS(data_std=1.0), EulerMaruyama(64, grid=LogSNR()), edm),
+        row("tds 128", lambda _: TDS(data_std=1.0), EulerMaruyama(128, grid=LogSNR()), edm),
+        row("tds, 2 particles", lambda _: TDS(2.0, 1.0), EulerMaruyama(64, grid=LogSNR()), edm),
     ]
 
 

@@ -1,8 +1,9 @@
 """Posterior methods: from an observation to samples of p(x_0 | y). One file a method."""
 
 __all__ = [
-    "DAPS", "DDNM", "DDRM", "ILVR", "MMSE", "DiffPIR", "Guidance", "Guided", "Observation",
-    "PnPDM", "REDDiff", "Replacement", "Residual", "Truncated",
+    "DAPS", "DDNM", "DDRM", "DMPS", "DPS", "ILVR", "JFPS", "MMPS", "MMSE", "SDA", "TDS", "TMPD",
+    "DiffPIR", "Fused", "Guidance", "Guided", "Observation", "PiGDM", "PnPDM", "REDDiff",
+    "Replacement", "Residual", "Truncated",
 ]  # fmt: skip
 
 from diffusion_lab.guidance.base import Guidance, Guided, Observation
@@ -10,10 +11,19 @@ from diffusion_lab.guidance.daps import DAPS
 from diffusion_lab.guidance.ddnm import DDNM
 from diffusion_lab.guidance.ddrm import DDRM
 from diffusion_lab.guidance.diffpir import DiffPIR
+from diffusion_lab.guidance.dmps import DMPS
+from diffusion_lab.guidance.dps import DPS
+from diffusion_lab.guidance.fused import Fused
 from diffusion_lab.guidance.ilvr import ILVR
+from diffusion_lab.guidance.jfps import JFPS
+from diffusion_lab.guidance.mmps import MMPS
 from diffusion_lab.guidance.mmse import MMSE
+from diffusion_lab.guidance.pigdm import PiGDM
 from diffusion_lab.guidance.pnpdm import PnPDM
 from diffusion_lab.guidance.reddiff import REDDiff
 from diffusion_lab.guidance.replacement import Replacement
 from diffusion_lab.guidance.residual import Residual
+from diffusion_lab.guidance.sda import SDA
+from diffusion_lab.guidance.tds import TDS
+from diffusion_lab.guidance.tmpd import TMPD
 from diffusion_lab.guidance.truncated import Truncated

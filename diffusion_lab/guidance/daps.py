@@ -38,6 +38,7 @@ from diffusion_lab.operator import LinearOperator
 from diffusion_lab.sampler import DDIM
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
 from diffusion_lab.sampler.grid import Karras
+from diffusion_lab.schedule import LARGEST
 
 
 def misfit_gradient(observation: Observation, x: Tensor) -> Tensor:
@@ -147,7 +148,8 @@ class DAPSSampler(Sampler):
         for u in self.ode.times(schedule, state.t)[1:]:
             x_u = self.ode.step(denoiser, inner, u, noise)
             inner = State(float(u), x_u, denoiser(x_u, u) if u > 0 else x_u)
-        x_0 = self.coupling(inner.x_t, float(sigma_t / alpha_t), noise)
+        # From pure noise on, r_t is any large number: x_s would be far off its level for nothing.
+        x_0 = self.coupling(inner.x_t, min(float(sigma_t / alpha_t), LARGEST), noise)
         return alpha_s.to(x_0) * x_0 + sigma_s.to(x_0) * noise(x_0)
 
 

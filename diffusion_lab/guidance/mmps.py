@@ -20,7 +20,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.guidance.conditional import Conditional
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
-from diffusion_lab.guidance.solve import conjugate_gradients
+from diffusion_lab.guidance.solve import gmres
 
 
 class MMPS(Guided):
@@ -58,7 +58,7 @@ class _MMPS(Conditional):
             """V Aᵀ v."""
             return scale * vjp(a.transpose(v))
 
-        v = conjugate_gradients(
+        v = gmres(
             lambda v: self.sigma_y**2 * v + a(pull(v)), self.y - a(denoised), self.iterations
         )
         return denoised + pull(v)

@@ -14,6 +14,9 @@ with ρ_k = max(ρ_max a^k, ρ_min) for k = 0, 1, ..., K - 1: large at first, wh
 fast. Two turns are the more alike the smaller ρ is, so that one image's modes are hardly ever
 changed once ρ is small. The image is the last x of its own chain.
 
+Errors of the draw of x add up along the chain: the sampler needs all of the noise (DDIM with η < 1
+makes the samples spread too little), and the small variance needs more steps than Euler-Maruyama.
+
 Sources:
     Vono, Dobigeon, Chainais, "Split-and-augmented Gibbs sampler", 2019.
     Wu et al., "Principled probabilistic imaging using diffusion models as plug-and-play priors",
@@ -91,7 +94,7 @@ class PnPDM(Coupled):
         if not sampler.stochastic:
             log.warning(
                 "%s without noise does not draw x given z, and the samples spread too little; "
-                "use sampler=euler_maruyama, sampler=ancestral, or an eta above 0",
+                "use sampler=euler_maruyama, sampler=ancestral, or sampler.eta=1",
                 type(sampler).__name__,
             )
         x = torch.zeros_like(observation.noise(generator))

@@ -1,1 +1,188 @@
-PLACEHOLDER
+r"""How far samples are from the posterior p(x_0 | y), without a truth and without exact samples.
+
+A distribution with score s has E[s(x) f(x) + ∇ f(x)] = 0 for every smooth f. The kernel Stein
+discrepancy is the worst failure of samples over all f of a ball of functions. With the kernel
+
+    k(x, x') = q^{-1/2},    q = c² + |x - x'|² / h²
+
+(inverse multiquadric, which no sequence of samples deceives by wandering off) its square is the
+mean over pairs of samples of
+
+    u(x, x') = s·s' k + s·∇' k + s'·∇ k + ∇·∇' k
+             = s·s' q^{-1/2} + ((s - s')·(x - x') + d) q^{-3/2} / h² - 3 |x - x'|² q^{-5/2} / h⁴,
+
+s = s(x), s' = s(x'). The score of a posterior is that of the prior, which a denoiser knows at any
+noise level, plus that of the likelihood. So the samples get noise of a level t > 0,
+x_t = α_t x_0 + σ_t z, and are held against
+
+    ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t).
+
+For y = x_0 + σ_y n this is exact: x_t / α_t and y are two noisy images of one x_0, equivalent to
+their mean with weights 1 / r_t² and 1 / σ_y², an image of the noise level r_c,
+1 / r_c² = 1 / r_t² + 1 / σ_y², so that E[x_0 | x_t, y] is what the denoiser makes of that mean.
+Any other observation takes, with x̂ = E[x_0 | x_t] and J = ∂x̂ / ∂x_t,
+
+    ∇ log p(y | x_t) ≈ ∇ log N(y; A x̂, σ_y² I + r_t² A Aᵀ)
+                     ≈ Jᵀ Aᵀ (σ_y² I + r_t² A Aᵀ)⁻¹ (y - A x̂):
+
+the covariance of x_0 given x_t is near r_t² I where the prior is wide, and where it is narrow J
+vanishes. The error is of the order of r_t² / σ_y²: take r_t of at most 0.3 σ_y. There it is below
+4% of the score on mixtures of Gaussians, and 40% with x_t / α_t in place of x̂ and no J.
+
+What it does not see: the shares of modes that are apart by more than the noise, since between
+them, where the score would tell, there are no samples. At r_t = 0.3 σ_y four modes with equal
+shares instead of one pass as exact. A larger t makes the modes meet: with an observed whole image
+r_t = σ_y shows them, but less of the shape of each.
+
+It weighs errors by the score: in directions of small variance a shift counts far more than in a
+Wasserstein distance. So compare methods on one problem, at one t and with one h.
+
+Sources:
+    Liu, Lee, Jordan, "A kernelized Stein discrepancy for goodness-of-fit tests", 2016.
+    Gorham, Mackey, "Measuring sample quality with kernels", 2017 (the kernel).
+    Qiu et al., "Beyond accuracy: evaluating posterior fidelity of diffusion inverse solvers",
+    2026 (arXiv 2602.04189): the idea of taking a diffusion prior's score; form and level are ours.
+    Song et al., "Pseudoinverse-guided diffusion models for inverse problems", 2023 (the
+    likelihood, whose r² is σ_t² / (α_t² + σ_t²) there).
+"""
+
+__all__ = ["kernel_stein_discrepancy", "posterior_score", "stein_discrepancy"]
+
+import torch
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.guidance.base import Observation
+from diffusion_lab.noise import KeyedGenerator, normal_like
+from diffusion_lab.operator import Identity, LinearOperator
+
+
+def stein_discrepancy(
+    denoiser: Denoiser,
+    x_0: Tensor,
+    t: Tensor | float,
+    observation: Observation,
+    *,
+    generator: KeyedGenerator | torch.Generator | None = None,
+    scale: Tensor | float | None = None,
+) -> Tensor:
+    """Returns the squared discrepancy of posterior samples at noise level t, of shape (N,).
+
+    Arguments:
+        denoiser: The prior, E[x_0 | x_t].
+        x_0: The samples, of shape (N M, *): M that follow each other are of one y.
+        t: The time of the noise, one number; r_t about 0.3 σ_y is a good one, see above.
+        observation: What was seen, as it was given to the method, with `group` M.
+        generator: Where the noise comes from, see `normal_like`.
+        scale: See `kernel_stein_discrepancy`.
+
+    Raises:
+        ValueError: See `posterior_score` and `kernel_stein_discrepancy`.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64, device=x_0.device)
+    alpha_t, sigma_t = (broadcast(c, x_0) for c in denoiser.schedule(t))
+    x_t = alpha_t * x_0 + sigma_t * normal_like(x_0, generator)
+    score = posterior_score(denoiser, x_t, t, observation)
+    groups = (-1, observation.group)
+    return kernel_stein_discrepancy(
+        x_t.unflatten(0, groups), score.unflatten(0, groups), scale=scale
+    )
+
+
+@torch.no_grad()
+def posterior_score(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, observation: Observation
+) -> Tensor:
+    """Returns ∇ log p(x_t | y), of shape (B, *): exact for y = x_0 + σ_y n, else for small t.
+
+    Where A is not linear, or σ_y not one number, r_t² A Aᵀ is left out: take r_t far below σ_y.
+
+    Arguments:
+        denoiser: The prior, E[x_0 | x_t].
+        x_t: The noisy samples, of shape (B, *).
+        t: Their time, of shape () or (B,), above 0.
+        observation: What was seen, a row of y for each of x_t.
+
+    Raises:
+        ValueError: If σ_y is not above 0: then there is no density.
+    """
+    y, operator = observation.y, observation.operator
+    sigma_y = torch.as_tensor(observation.sigma_y).to(y)
+    if not bool((sigma_y > 0).all()):
+        raise ValueError(f"sigma_y={observation.sigma_y}: without noise there is no score")
+    alpha_t, sigma_t = (broadcast(c, x_t) for c in denoiser.schedule(t))
+    ratio_t, isotropic = sigma_t / alpha_t, sigma_y.numel() == 1
+    if isinstance(operator, Identity) and isotropic:
+        share = ratio_t**2 / (ratio_t**2 + sigma_y**2)  # of y in the mean of both images
+        mean = torch.lerp(x_t / alpha_t, y, share.expand(x_t.shape))
+        ratio = denoiser.schedule.ratio(t)
+        t_c = denoiser.schedule.t_from_ratio(ratio / (1 + (ratio / sigma_y.double()) ** 2).sqrt())
+        denoised = denoiser(broadcast(denoiser.schedule(t_c)[0], x_t) * mean, t_c)
+        return (alpha_t * denoised - x_t) / sigma_t**2
+    with torch.enable_grad():
+        variable = x_t.detach().requires_grad_()
+        denoised = denoiser(variable, t)
+        fit = operator(denoised)
+    residual = y - fit.detach()
+    if isinstance(operator, LinearOperator) and isotropic:
+        weighted = operator.solve(residual, ratio_t**2, sigma_y**2)
+    else:
+        weighted = residual / sigma_y**2
+    (likelihood,) = torch.autograd.grad(fit, variable, weighted)
+    return (alpha_t * denoised.detach() - x_t) / sigma_t**2 + likelihood
+
+
+def kernel_stein_discrepancy(
+    x: Tensor,
+    score: Tensor,
+    *,
+    scale: Tensor | float | None = None,
+    c: float = 1.0,
+    unbiased: bool = True,
+) -> Tensor:
+    """Returns the squared kernel Stein discrepancy over d, in float64, of shape (N,).
+
+    The unbiased mean over pairs of different samples (U-statistic) is 0 in the mean for exact
+    samples, so it may be negative. The mean over all pairs (V-statistic) is at least 0.
+
+    Arguments:
+        x: N sets of M samples each, of shape (N, M, *).
+        score: The score of what they should be samples of, at each, of the same shape.
+        scale: The length h, one number or of shape (N,). By default the median distance between
+            samples of a set; samples of too small a spread then get a kernel as narrow as they.
+        c: The c of the kernel, above 0.
+        unbiased: Whether to leave out the pairs of a sample with itself.
+
+    Raises:
+        ValueError: If the shapes differ, a set has fewer than 2 samples, or half of its distances
+            are 0.
+    """
+    if x.shape != score.shape or x.ndim < 3 or x.shape[1] < 2:
+        raise ValueError(
+            f"samples of shape {tuple(x.shape)} and scores of {tuple(score.shape)} do not belong "
+            "together; both are (N, M, *), M at least 2"
+        )
+    x, s = x.double().flatten(2), score.double().flatten(2)
+    x = x - x.mean(1, keepdim=True)  # products of centred samples keep the digits of distances
+    m, d = x.shape[1:]
+    products = x @ x.mT
+    squares = products.diagonal(dim1=1, dim2=2)
+    distances = (squares[:, :, None] + squares[:, None] - 2 * products).clamp(min=0)  # squared
+    i, j = torch.triu_indices(m, m, 1, device=x.device)
+    if scale is None:
+        h2 = distances[:, i, j].median(1).values
+        if not bool((h2 > 0).all()):
+            raise ValueError("half of the samples of a set are equal; add noise, or give a scale")
+    else:
+        h2 = torch.as_tensor(scale).to(x) ** 2
+    h2 = h2.reshape(-1, 1, 1)
+    q = c**2 + distances / h2
+    cross = s @ x.mT
+    own = cross.diagonal(dim1=1, dim2=2)
+    slopes = own[:, :, None] + own[:, None] - cross - cross.mT  # (s - s')·(x - x')
+    u = (
+        s @ s.mT * q**-0.5
+        + (slopes + d) / h2 * q**-1.5
+        - 3 * distances / h2**2 * q**-2.5
+    )  # fmt: skip
+    return (u[:, i, j].mean(1) if unbiased else u.mean((1, 2))) / d

@@ -143,7 +143,9 @@ def test_jpeg_is_pillows_but_for_the_rounding_to_8_bits(
     theirs, _ = pillow(x, quality)
     loss = rmse(theirs, x)  # what JPEG does to the image
     assert rmse(y, x) == pytest.approx(loss, rel=0.02)
-    assert rmse(y, theirs) < max(0.15 * loss, 0.5 * 2 / 255)
+    # Half of all numbers are within a grey level; some coefficients round to the other side.
+    assert float((y - theirs).abs().median()) < 2 / 255
+    assert rmse(y, theirs) < 0.5 * loss
     assert float(y.abs().max()) <= 1
 
 
@@ -166,9 +168,9 @@ def test_the_gradient_of_jpeg_is_that_without_rounding() -> None:
     v = draw(*x.shape)
     close(vjp(v)[0], v)
     # Over differences that are longer than the steps, it is the slope of A itself.
-    fine, direction = JPEG((3, 21, 30), quality=95), 0.2 * v
+    fine, direction = JPEG((3, 21, 30), quality=100), 0.15 * v.clamp(-3, 3)
     slope = (fine(0.3 * x + direction) - fine(0.3 * x - direction)) / 2
-    assert rmse(slope, direction) < 0.1 * rmse(direction, torch.zeros_like(direction))
+    assert rmse(slope, direction) < 0.02 * rmse(direction, torch.zeros_like(direction))
 
 
 REFUSED = [

@@ -19,7 +19,9 @@ def test_counts_have_the_quantiles_of_poissons_distribution(mean: float) -> None
     z = torch.linspace(-6.6, 6.6, 1999, dtype=torch.float64)
     counts = poisson_quantile(z, torch.full_like(z, mean))
     expected = scipy.stats.poisson.ppf(scipy.stats.norm.cdf(z.numpy()), mean).clip(0)
-    np.testing.assert_array_equal(counts.numpy(), expected)
+    differences = np.abs(counts.numpy() - expected)
+    # Of a million photons, rounding in either program may move a count of a thousand by one.
+    assert differences.max() <= (mean > 1e5) and (differences > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("noise", [Gaussian(0.3), Poisson(12.0)], ids=["gaussian", "poisson"])

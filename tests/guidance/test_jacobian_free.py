@@ -1,0 +1,863 @@
+"""Methods without the network's Jacobian: each against its paper's formulas, and exact statements.
+
+The formulas are written in numpy, on a matrix whose singular values are one above and one below
+y's noise over the state's, with one direction that y says nothing of. The draws are the method's
+own, in its order.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from gaussian import COVARIANCE, MEAN, BasisNoise, GaussianDenoiser, moments
+from torch import Tensor
+
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import SamplingError
+from diffusion_lab.guidance import (
+    DAPS,
+    DDNM,
+    DDRM,
+    ILVR,
+    DiffPIR,
+    Guidance,
+    Observation,
+    PnPDM,
+    REDDiff,
+    Replacement,
+    Truncated,
+)
+from diffusion_lab.guidance.daps import Coupling, DAPSSampler
+from diffusion_lab.guidance.ddnm import DDNMSampler
+from diffusion_lab.guidance.ddrm import DDRMSampler, Spectrum
+from diffusion_lab.guidance.diffpir import DiffPIRSampler
+from diffusion_lab.guidance.reddiff import red_gradient
+from diffusion_lab.guidance.replacement import Travelling
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.operator import (
+    AveragePool,
+    BoxInpainting,
+    Grayscale,
+    Identity,
+    Matrix,
+    MotionBlur,
+    Operator,
+)
+from diffusion_lab.sampler import (
+    DDIM,
+    Ancestral,
+    DPMSolver,
+    EulerMaruyama,
+    ProbabilityFlow,
+    Sampler,
+    State,
+    UniPC,
+)
+from diffusion_lab.sampler.grid import Grid, LogSNR
+from diffusion_lab.schedule import EDM, VE, VP, Linear, Schedule
+
+D = 4
+U, _, VT = np.linalg.svd(np.cos(np.arange(12.0).reshape(3, 4)))
+S = np.array([1.5, 0.6, 0.05])
+A = U @ np.diag(S) @ VT[:3]
+PINV = np.linalg.pinv(A)
+MATRIX = Matrix(torch.from_numpy(A))
+SCHEDULES = {"linear": Linear(), "vp": VP(), "ve": VE(), "edm": EDM()}
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+with_and_without_noise = pytest.mark.parametrize("sigma_y", [0.0, 0.3])
+N = 8
+
+# Every method once; few calls each.
+METHODS = {
+    "replacement": Replacement(),
+    "repaint": Replacement(repeats=3, jump=2),
+    "ilvr": ILVR(),
+    "ddrm": DDRM(),
+    "ddnm": DDNM(),
+    "ddnm_travel": DDNM(repeats=2, jump=3),
+    "diffpir": DiffPIR(),
+    "daps": DAPS(ode_steps=2),
+    "pnpdm": PnPDM(iterations=3),
+    "reddiff": REDDiff(),
+}
+every_method = pytest.mark.parametrize("guidance", METHODS.values(), ids=METHODS.keys())
+
+
+class Disguised(Operator):
+    """A matrix that no method may take for linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return MATRIX(x)
+
+    def picture(self, y: Tensor) -> Tensor:
+        return y
+
+
+class Ratios(Grid):
+    """Given noise levels after the first: the same for all schedules."""
+
+    def __init__(self, *ratios: float) -> None:
+        self.ratios = torch.tensor([*ratios, 0.0], dtype=torch.float64)
+
+    def __call__(self, schedule: Schedule, steps: int, t_start: float) -> Tensor:
+        times = schedule.t_from_ratio(self.ratios)
+        return torch.cat([torch.tensor([t_start], dtype=torch.float64), times])
+
+
+def keyed(count: int, seed: int = 0) -> KeyedGenerator:
+    return KeyedGenerator(make_key(seed, "test", torch.arange(count)))
+
+
+def draws(count: int) -> Callable[[], np.ndarray]:
+    """The noise that a method gets from `keyed`, one image after the other."""
+    generator = keyed(count)
+    return lambda: generator.normal(D, dtype=torch.float64).numpy()
+
+
+def numbers(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def denoised(x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+    """E[x_0 | x_t] for x_0 ~ N(m, C), row by row."""
+    m, c = MEAN.numpy(), COVARIANCE.numpy()
+    gain = alpha * c @ np.linalg.inv(alpha**2 * c + sigma**2 * np.eye(D))
+    return m + (x - alpha * m) @ gain.T
+
+
+def ladder(sampler: Sampler, schedule: Schedule) -> list[tuple[float, float]]:
+    """α_t and σ_t at the sampler's times."""
+    return [tuple(float(c) for c in schedule(t)) for t in sampler.times(schedule)]
+
+
+def run(
+    guidance: Guidance, sampler: Sampler, schedule: Schedule, y: Tensor, sigma_y: float,
+    operator: Operator = MATRIX, **settings,
+) -> Tensor:  # fmt: skip
+    observation = Observation(y, sigma_y, operator)
+    settings.setdefault("generator", keyed(len(y)))
+    return guidance(GaussianDenoiser(schedule), sampler, observation, **settings)
+
+
+def close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-9) -> None:
+    expected = torch.as_tensor(expected)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- each step as its paper has it --------------------------------------------------------------
+
+
+@every_schedule
+@with_and_without_noise
+@pytest.mark.parametrize("eta, eta_b", [(0.85, 1.0), (0.0, 0.4), (1.0, 0.0)])
+def test_ddrm_is_the_papers_rule(schedule, sigma_y: float, eta: float, eta_b: float) -> None:
+    """In the paper's coordinates, x̄ = Vᵀ x_t / α_t with noise r; the fourth has s = 0."""
+    y, draw = numbers(3, 3), draws(3)
+    levels = ladder(DDIM(N), schedule)
+    r_1, (alpha_1, _) = levels[0][1] / levels[0][0], levels[0]
+    z = draw() @ VT.T
+    bar_y = (y.numpy() @ U) / S
+    bar = schedule.prior_std / alpha_1 * z
+    for i in range(3):
+        nu = sigma_y / S[i]
+        if r_1 >= nu:
+            bar[:, i] = bar_y[:, i] + (r_1**2 - nu**2) ** 0.5 * z[:, i]
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(levels):
+        r, r_s = sigma_t / alpha_t, sigma_s / alpha_s
+        hat = denoised(alpha_t * bar @ VT, alpha_t, sigma_t) @ VT.T
+        z = draw() @ VT.T
+        new = hat + (1 - eta**2) ** 0.5 * r_s * (bar - hat) / r + eta * r_s * z  # s = 0
+        for i in range(3):
+            nu = sigma_y / S[i]
+            if r_s < nu:
+                pull = (bar_y[:, i] - hat[:, i]) / nu
+                new[:, i] = hat[:, i] + (1 - eta**2) ** 0.5 * r_s * pull + eta * r_s * z[:, i]
+            else:
+                std = (r_s**2 - eta_b**2 * nu**2) ** 0.5
+                new[:, i] = (1 - eta_b) * hat[:, i] + eta_b * bar_y[:, i] + std * z[:, i]
+        bar = new
+    close(run(DDRM(eta, eta_b), DDIM(N), schedule, y, sigma_y), bar @ VT, 1e-7)
+
+
+@every_schedule
+@pytest.mark.parametrize("eta", [0.85, 0.0])
+def test_ddnm_without_noise_is_the_papers_rule(schedule: Schedule, eta: float) -> None:
+    y, draw = numbers(3, 3), draws(3)
+    x = schedule.prior_std * draw()
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
+        hat = denoised(x, alpha_t, sigma_t)
+        epsilon = (x - alpha_t * hat) / sigma_t
+        corrected = hat - (hat @ A.T - y.numpy()) @ PINV.T
+        x = alpha_s * corrected + sigma_s * (eta * draw() + (1 - eta**2) ** 0.5 * epsilon)
+    close(run(DDNM(eta), DDIM(N), schedule, y, 0.0), x, 1e-7)
+
+
+@every_schedule
+@pytest.mark.parametrize("eta", [0.85, 0.0])
+def test_ddnm_with_noise_is_the_papers_rule(schedule: Schedule, eta: float) -> None:
+    """x̂' = x̂ - Σ A⁺ (A x̂ - y), x_s = α_s x̂' + noise of covariance Φ, all as matrices."""
+    sigma_y, y, draw = 0.3, numbers(3, 3), draws(3)
+    x = schedule.prior_std * draw()
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
+        lam, of_z, of_epsilon = np.ones(D), np.zeros(D), np.zeros(D)
+        of_z[3], of_epsilon[3] = eta * sigma_s, (1 - eta**2) ** 0.5 * sigma_s
+        for i in range(3):
+            if sigma_s < alpha_s * sigma_y / S[i]:
+                lam[i] = S[i] * sigma_s * (1 - eta**2) ** 0.5 / (alpha_s * sigma_y)
+                of_z[i] = eta * sigma_s
+            else:
+                of_z[i] = (sigma_s**2 - alpha_s**2 * sigma_y**2 / S[i] ** 2) ** 0.5
+        hat = denoised(x, alpha_t, sigma_t)
+        epsilon = (x - alpha_t * hat) / sigma_t
+        corrected = hat - (hat @ A.T - y.numpy()) @ (VT.T @ np.diag(lam) @ VT @ PINV).T
+        x = alpha_s * corrected + (draw() @ VT.T * of_z + epsilon @ VT.T * of_epsilon) @ VT
+    close(run(DDNM(eta), DDIM(N), schedule, y, sigma_y), x, 1e-7)
+
+
+@every_schedule
+@pytest.mark.parametrize("sigma_y", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("strength, zeta", [(7.0, 0.3), (0.5, 1.0), (1.0, 0.0)])
+def test_diffpir_is_the_papers_rule(schedule, sigma_y: float, strength: float, zeta) -> None:
+    y, draw = numbers(3, 3), draws(3)
+    x = schedule.prior_std * draw()
+    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
+        rho = strength * sigma_y**2 / (sigma_t / alpha_t) ** 2
+        hat = denoised(x, alpha_t, sigma_t)
+        if sigma_y > 0:  # the minimum, by the normal equations
+            right = y.numpy() @ A + rho * hat
+            hat = np.linalg.solve(A.T @ A + rho * np.eye(D), right.T).T
+        else:
+            hat = hat - (hat @ A.T - y.numpy()) @ PINV.T
+        epsilon = (x - alpha_t * hat) / sigma_t
+        x = alpha_s * hat + sigma_s * ((1 - zeta) ** 0.5 * epsilon + zeta**0.5 * draw())
+    # Where ρ is 1e-6 of A's smallest value the normal equations lose six digits, not the method.
+    close(run(DiffPIR(strength, zeta), DDIM(N), schedule, y, sigma_y), x, 1e-6)
+
+
+def ancestral(x: np.ndarray, t: tuple, s: tuple, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """The step of DDPM with the small variance, q(x_s | x_t, x̂)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s), hat = t, s, denoised(x, *t)
+    v = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
+    mean = (alpha_t / alpha_s * sigma_s**2 * x + alpha_s * v * hat) / sigma_t**2
+    return mean + (v**0.5 * sigma_s / sigma_t) * draw()
+
+
+def replaced(x: np.ndarray, y: np.ndarray, s: tuple, sigma_y: float, z: np.ndarray) -> np.ndarray:
+    alpha_s, sigma_s = s
+    c, z, c_y = x @ VT.T, z @ VT.T, (y @ U) / S
+    for i in range(3):
+        rest = sigma_s**2 - (alpha_s * sigma_y / S[i]) ** 2
+        if rest >= 0:
+            c[:, i] = alpha_s * c_y[:, i] + rest**0.5 * z[:, i]
+    return c @ VT
+
+
+@every_schedule
+@with_and_without_noise
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repaint_is_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int) -> None:
+    y, draw = numbers(3, 3), draws(3)
+    x = schedule.prior_std * draw()
+    for t, s in pairwise(ladder(Ancestral(N), schedule)):
+        for u in range(repeats):
+            x = ancestral(x, t, s, draw)
+            x = replaced(x, y.numpy(), s, sigma_y, draw())
+            if s[1] == 0:
+                break
+            if u < repeats - 1:
+                a = t[0] / s[0]
+                x = a * x + (t[1] ** 2 - (a * s[1]) ** 2) ** 0.5 * draw()
+    close(run(Replacement(repeats), Ancestral(N), schedule, y, sigma_y), x, 1e-7)
+
+
+@every_schedule
+@pytest.mark.parametrize("until", [0.0, 0.4])
+def test_ilvr_is_algorithm_1(schedule: Schedule, until: float) -> None:
+    y, draw = numbers(3, 3), draws(3)
+    x, low = schedule.prior_std * draw(), PINV @ A
+    times = Ancestral(N).times(schedule).tolist()
+    for k, (t, s) in enumerate(pairwise(ladder(Ancestral(N), schedule))):
+        x = ancestral(x, t, s, draw)
+        if times[k + 1] >= until:
+            reference = s[0] * y.numpy() @ PINV.T + s[1] * draw() @ low.T
+            x = reference + x - x @ low.T
+    result = run(ILVR(until), Ancestral(N), schedule, y, 0.5)
+    close(result, x, 1e-7)
+    torch.testing.assert_close(run(ILVR(until), Ancestral(N), schedule, y, 0.0), result)
+    assert (until == 0) == bool((MATRIX(result) - y).abs().max() < 1e-9)
+
+
+@every_schedule
+@with_and_without_noise
+def test_daps_is_algorithm_1(schedule: Schedule, sigma_y: float) -> None:
+    """Euler's method in r for the ODE on a grid even in r^{1/7}, then the draw, by matrices."""
+    y, draw, steps = numbers(3, 3), draws(3), 3
+    x = schedule.prior_std * draw()
+    times = DDIM(N).times(schedule)
+    for t, ((alpha_t, sigma_t), (alpha_s, sigma_s)) in zip(
+        times, pairwise(ladder(DDIM(N), schedule)), strict=False
+    ):
+        r_t, u = sigma_t / alpha_t, x / alpha_t
+        last = float(schedule.ratio(min(schedule.t_min, float(t) / 2)))
+        rungs = [*np.linspace(r_t ** (1 / 7), last ** (1 / 7), steps) ** 7, 0.0]
+        for r, r_new in pairwise(rungs):
+            alpha = float(schedule(schedule.t_from_ratio(r))[0])
+            u = u + (r_new - r) * (u - denoised(alpha * u, alpha, alpha * r)) / r
+        c, z = u @ VT.T, draw() @ VT.T
+        c[:, 3] += r_t * z[:, 3]
+        for i in range(3):
+            variance = 1 / (1 / r_t**2 + S[i] ** 2 / sigma_y**2) if sigma_y else 0.0
+            weight = variance / r_t**2
+            c[:, i] = weight * c[:, i] + (1 - weight) * (y.numpy() @ U)[:, i] / S[i]
+            c[:, i] += variance**0.5 * z[:, i]
+        x = alpha_s * c @ VT + sigma_s * draw()
+    close(run(DAPS(steps), DDIM(N), schedule, y, sigma_y), x, 1e-6)
+
+
+@every_schedule
+def test_pnpdm_is_the_split_gibbs_sampler(schedule: Schedule) -> None:
+    """ρ_k = max(ρ_max a^k, ρ_min); z by the exact conditional, x by the reverse SDE from there."""
+    y, sigma_y, inner, draw = numbers(3, 3), 0.3, EulerMaruyama(3), keyed(3)
+    x = torch.zeros_like(draw.normal(D, dtype=torch.float64))
+    for rho in (2.0, 1.0, 0.5, 0.4):
+        precision = A.T @ A / sigma_y**2 + np.eye(D) / rho**2
+        mean = np.linalg.solve(precision, (y.numpy() @ A / sigma_y**2 + x.numpy() / rho**2).T).T
+        noise = draw.normal(D, dtype=torch.float64).numpy() @ VT.T
+        std = 1 / np.sqrt(np.append(S, 0) ** 2 / sigma_y**2 + 1 / rho**2)
+        z = torch.from_numpy(mean + (std * noise) @ VT)
+        x = Truncated()(
+            GaussianDenoiser(schedule), inner, Observation(z, rho), generator=draw
+        )  # fmt: skip
+    actual = run(PnPDM(4, rho_max=2.0, rho_min=0.4, decay=0.5), inner, schedule, y, sigma_y)
+    torch.testing.assert_close(actual, x, rtol=1e-7, atol=1e-7)
+
+
+@every_schedule
+@with_and_without_noise
+def test_reddiff_is_adam_on_the_papers_loss(schedule: Schedule, sigma_y: float) -> None:
+    y, draw, strength, lr = numbers(3, 3), draws(3), 0.25, 0.1
+    mu, first, second, epsilon = y.numpy() @ PINV.T, 0.0, 0.0, draw()
+    times = ladder(DDIM(N), schedule)
+    for k, (alpha_t, sigma_t) in enumerate(times[:-1], start=1):
+        x = alpha_t * mu + sigma_t * epsilon
+        epsilon_hat = (x - alpha_t * denoised(x, alpha_t, sigma_t)) / sigma_t
+        slope = D / 3 * (mu @ A.T - y.numpy()) @ A
+        slope = slope + strength * sigma_t / alpha_t * (epsilon_hat - epsilon)
+        first, second = 0.9 * first + 0.1 * slope, 0.99 * second + 0.01 * slope**2
+        mu = mu - lr * first / (1 - 0.9**k) / (np.sqrt(second / (1 - 0.99**k)) + 1e-8)
+        epsilon = draw() if k < len(times) - 1 else None
+    close(run(REDDiff(strength, lr), DDIM(N), schedule, y, sigma_y), mu, 1e-5)
+
+
+# --- what follows from the formulas -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.85, 0.3])
+def test_ddnm_with_noise_is_ddrm_that_trusts_y(eta: float) -> None:
+    """From the same state: their starts differ."""
+    spectrum = Spectrum.of(Observation(numbers(5, 3), 0.3, MATRIX))
+    denoiser, x, z = GaussianDenoiser(Linear()), numbers(5, D), numbers(2, 5, D)[1]
+    for t, s in pairwise(DDIM(12).times(Linear())):
+        state = State(float(t), x, denoiser(x, t))
+        one, other = (
+            method.step(denoiser, state, s, lambda _: z)
+            for method in (
+                DDNMSampler(DDIM(12), spectrum, eta),
+                DDRMSampler(DDIM(12), spectrum, eta, 1.0),
+            )
+        )
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+CONSISTENT = {k: METHODS[k] for k in METHODS if k not in ("pnpdm", "reddiff")}
+
+
+@pytest.mark.parametrize("guidance", CONSISTENT.values(), ids=CONSISTENT.keys())
+@every_schedule
+def test_without_noise_the_image_fits_the_observation(guidance, schedule: Schedule) -> None:
+    y = numbers(3, 3)
+    result = run(guidance, Ancestral(5), schedule, y, 0.0)
+    torch.testing.assert_close(MATRIX(result), y, rtol=1e-9, atol=1e-9)
+    noisy = run(guidance, Ancestral(5), schedule, y, 0.3)
+    if not isinstance(guidance, ILVR):  # which takes y for clean
+        assert float((MATRIX(noisy) - y).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("guidance", CONSISTENT.values(), ids=CONSISTENT.keys())
+def test_images_fit_the_observation_by_any_operator(guidance: Guidance) -> None:
+    shape = (3, 8, 8)
+    x_0 = numbers(2, *shape).clamp(-1, 1)
+    operators = (
+        BoxInpainting(shape),
+        AveragePool(shape, 2),
+        Grayscale(shape),
+        MotionBlur(shape, 3.0),
+    )
+    for operator in operators:
+        y = operator(x_0)
+        denoiser, observation = Shrink(Linear()), Observation(y, 0.0, operator)
+        result = guidance(denoiser, DDIM(3), observation, generator=keyed(2))
+        assert result.shape == x_0.shape
+        torch.testing.assert_close(operator(result), y, rtol=1e-6, atol=1e-6)
+
+
+class Shrink(Denoiser):
+    """E[x_0 | x_t] for x_0 ~ N(0, I), on images."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = self.schedule(t.double())
+        return (alpha_t / (alpha_t**2 + sigma_t**2)).to(x_t) * x_t
+
+
+def test_replacement_of_the_whole_image() -> None:
+    """A = I: without noise y itself; with noise the truncated reverse SDE from the last level
+    that is noisier than y, whose steps these are, and so the same law if y lies on a level."""
+    y = numbers(3, D)
+    result = run(Replacement(2), Ancestral(5), Linear(), y, 0.0, Identity())
+    torch.testing.assert_close(result, y, rtol=0, atol=0)
+    t = torch.tensor(12 / 20, dtype=torch.float64)
+    sigma_y = float(Linear().ratio(t)) * (1 - 1e-12)
+    whole = exact_moments(Replacement(), EulerMaruyama(20), y[0], sigma_y, Identity(), 41)
+    part = exact_moments(Truncated(), EulerMaruyama(12), y[0], sigma_y, Identity(), 13)
+    for one, other in zip(whole, part, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def exact_moments(
+    guidance: Guidance, sampler: Sampler, y: Tensor, sigma_y: float, operator: Operator,
+    count: int, schedule: Schedule = SCHEDULES["linear"],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean and covariance of a method's output that draws at most `count` times."""
+    noise = BasisNoise(count, D)
+    observation = Observation(y.expand(noise.rows, -1), sigma_y, operator)
+    return moments(guidance(GaussianDenoiser(schedule), sampler, observation, generator=noise))
+
+
+def test_one_repeat_is_plain_replacement_whatever_the_length() -> None:
+    y = numbers(3, 3)
+    plain = run(Replacement(), Ancestral(N), Linear(), y, 0.3)
+    assert torch.equal(run(Replacement(1, jump=3), Ancestral(N), Linear(), y, 0.3), plain)
+    assert not torch.equal(run(Replacement(2, jump=3), Ancestral(N), Linear(), y, 0.3), plain)
+
+
+@pytest.mark.parametrize("steps, repeats, jump", [(250, 10, 10), (20, 3, 4), (7, 2, 1), (5, 2, 9)])
+def test_repaint_walks_the_papers_path(steps: int, repeats: int, jump: int) -> None:
+    """The paper's appendix: indices down from T - 1, with r - 1 jumps up from every j-th."""
+    jumps = Counter({i: repeats - 1 for i in range(0, steps - jump, jump)})
+    i, visited = steps, []
+    while i > 0:
+        i -= 1
+        visited.append(i)
+        if jumps[i] > 0:
+            jumps[i] -= 1
+            visited[-1] = i + jump  # the next step is from where the jump ended
+            i += jump
+    # Each entry is where a step starts, as an index; the grid of N = T has them as times.
+    path = Travelling(Ancestral(steps), Linear(), repeats, jump).times(Linear())
+    assert path[-1] == 0 and len(path) == len(visited) + 1
+    assert [round(steps * t) - 1 for t in path[:-1].tolist()] == visited
+    assert len(visited) == steps + (repeats - 1) * jump * ((steps - 1) // jump)
+    if steps == 250:
+        assert len(visited) == 2410
+
+
+@every_method
+def test_how_often_the_network_is_called(guidance: Guidance) -> None:
+    calls = {
+        "Replacement": 6 + 2 * 2 * 2 if getattr(guidance, "repeats", 1) > 1 else 6,
+        "DDNM": 6 + 3 if getattr(guidance, "repeats", 1) > 1 else 6,
+        "DAPS": 6 * 2,
+        "PnPDM": 6 * 3,
+    }.get(type(guidance).__name__, 6)
+    denoiser = Counting(GaussianDenoiser(Linear()))
+    guidance(denoiser, Ancestral(6), Observation(numbers(2, 3), 0.3, MATRIX))
+    assert denoiser.calls == calls
+
+
+class Counting(Denoiser):
+    """Counts its calls, and gives no numbers after the first few."""
+
+    def __init__(self, denoiser: Denoiser, good: int = 10**9) -> None:
+        super().__init__(denoiser.schedule)
+        self.denoiser, self.good, self.calls = denoiser, good, 0
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.denoiser(x_t, t) if self.calls <= self.good else torch.full_like(x_t, np.nan)
+
+
+# --- draws that are exact -----------------------------------------------------------------------
+
+
+def conditional(centre: Tensor, rho: float, y: Tensor, sigma_y: float) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of N(x; centre, ρ²) N(y; A x, σ_y²), by adding precisions."""
+    a = torch.from_numpy(A)
+    identity = torch.eye(D, dtype=torch.float64)
+    covariance = torch.linalg.inv(a.T @ a / sigma_y**2 + identity / rho**2)
+    return covariance @ (a.T @ y / sigma_y**2 + centre / rho**2), covariance
+
+
+def coupling_moments(
+    operator: Operator, centre: Tensor, rho: float, y: Tensor, sigma_y: float, steps: int = 1,
+    size: float = 0.1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    basis = BasisNoise(steps, D)
+    observation = Observation(y.expand(basis.rows, -1), sigma_y, operator)
+    coupling = Coupling(observation, steps, size)
+    return moments(coupling(centre.expand(basis.rows, -1), rho, lambda _: basis.normal(D)))
+
+
+@pytest.mark.parametrize("rho", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("sigma_y", [0.01, 0.5])
+def test_the_draw_of_daps_and_pnpdm_is_the_conditional(rho: float, sigma_y: float) -> None:
+    centre, y = numbers(D), numbers(3)
+    mean, covariance = coupling_moments(MATRIX, centre, rho, y, sigma_y)
+    expected = conditional(centre, rho, y, sigma_y)
+    torch.testing.assert_close(mean, expected[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(covariance, expected[1], rtol=1e-8, atol=1e-8)
+
+
+def test_without_noise_the_draw_is_that_on_the_plane() -> None:
+    centre, y = numbers(D), numbers(3)
+    mean, covariance = coupling_moments(MATRIX, centre, 0.7, y, 0.0)
+    close(mean, centre.numpy() + PINV @ (y.numpy() - A @ centre.numpy()))
+    close(covariance, 0.7**2 * (np.eye(D) - PINV @ A))
+
+
+@pytest.mark.parametrize("size, tolerance", [(0.1, 0.12), (0.02, 0.025)])
+def test_langevin_draws_the_same_for_operators_that_are_not_linear(size, tolerance) -> None:
+    """Its likelihood has the scale of σ_y: to first order in the step the same law.
+
+    The singular values are at most 1.5, so that size 0.1 is up to 0.1 1.5² / 2 = 11% off.
+    """
+    centre, y, rho, sigma_y = numbers(D), numbers(3), 0.4, 0.3
+    steps = round(40 / size)
+    mean, covariance = coupling_moments(Disguised(), centre, rho, y, sigma_y, steps, size)
+    expected = conditional(centre, rho, y, sigma_y)
+    torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
+    values = torch.linalg.eigvals(torch.linalg.solve(expected[1], covariance)).real
+    # Of an eigenvalue p of the precision: 1 / (1 - h p / 2) too much, and never too little.
+    precision = torch.cat([torch.from_numpy(S) ** 2 / sigma_y**2, torch.zeros(1)]) + 1 / rho**2
+    h = size / (1 / sigma_y**2 + 1 / rho**2)
+    excess = (1 / (1 - h * precision / 2)).double()
+    torch.testing.assert_close(values.sort().values, excess.sort().values, rtol=1e-4, atol=1e-4)
+    assert 1 < float(excess.max()) < 1 + tolerance
+
+
+def test_a_gradient_has_nothing_of_other_rows() -> None:
+    observation = Observation(numbers(5, 3), 0.3, Disguised((D,)))
+    mu, target = numbers(5, D), numbers(2, 5, D)[1]
+    whole = red_gradient(observation, mu, target, 0.25)
+    linear = red_gradient(Observation(observation.y, 0.3, MATRIX), mu, target, 0.25)
+    torch.testing.assert_close(whole, linear)
+    one = red_gradient(Observation(observation.y[3:4], 0.3, Disguised((D,))), mu[3:4],
+                       target[3:4], 0.25)  # fmt: skip
+    torch.testing.assert_close(one, whole[3:4], rtol=1e-14, atol=1e-14)
+
+
+# --- PnP-DM's invariant distribution ------------------------------------------------------------
+
+
+def split_posterior(y: Tensor, sigma_y: float, rho: float) -> tuple[Tensor, Tensor]:
+    """π_ρ(x) ∝ p(x) N(y; A x, σ_y² I + ρ² A Aᵀ); the posterior for ρ = 0."""
+    a, precision = torch.from_numpy(A), torch.linalg.inv(COVARIANCE)
+    noise = sigma_y**2 * torch.eye(3, dtype=torch.float64) + rho**2 * a @ a.T
+    covariance = torch.linalg.inv(precision + a.T @ torch.linalg.solve(noise, a))
+    right = precision @ MEAN + a.T @ torch.linalg.solve(noise, y)
+    return covariance @ right, covariance
+
+
+def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Of the means in the other's deviations, and of the covariances relative to the other's."""
+    shift = torch.linalg.solve(torch.linalg.cholesky(other[1]), one[0] - other[0]).norm()
+    return float(shift + (one[1] - other[1]).norm() / other[1].norm())
+
+
+@pytest.mark.parametrize("rho, iterations, tolerance", [(0.6, 24, 0.035), (0.3, 60, 0.015)])
+def test_pnpdm_draws_from_the_split_posterior(rho, iterations: int, tolerance: float) -> None:
+    """At a fixed ρ; what is left is the sampler's discretisation, of first order."""
+    y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
+    guidance, errors = PnPDM(iterations, rho_max=rho, rho_min=rho), []
+    for steps in (8, 16):
+        count = iterations * (1 + steps) + 1
+        actual = exact_moments(guidance, EulerMaruyama(steps), y, sigma_y, MATRIX, count)
+        errors.append(distance(actual, split_posterior(y, sigma_y, rho)))
+    assert errors[1] < tolerance and errors[1] < 0.7 * errors[0]
+    assert distance(actual, split_posterior(y, sigma_y, 0.0)) > 0.4  # ρ is still large
+
+
+def test_a_chain_needs_a_sampler_with_all_of_the_noise() -> None:
+    """DDIM with η < 1 has the right law of x but not that of x given z: the chain shrinks."""
+    y, sigma_y, spreads = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3, []
+    for eta in (0.5, 1.0):
+        sampler, guidance = DDIM(16, eta=eta), PnPDM(24, rho_max=0.6, rho_min=0.6)
+        actual = exact_moments(guidance, sampler, y, sigma_y, MATRIX, 24 * 17 + 1)
+        spreads.append(float(actual[1].trace() / split_posterior(y, sigma_y, 0.6)[1].trace()))
+    assert spreads[0] < 0.65 and spreads[1] > 0.75
+
+
+def test_the_split_posterior_tends_to_the_posterior() -> None:
+    """As ρ², with the conditionals that the two draws above were found to be."""
+    y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
+    exact, identity = split_posterior(y, sigma_y, 0.0), torch.eye(D, dtype=torch.float64)
+    errors = []
+    for rho in (0.1, 0.05):
+        # x -> z -> x: z | x as in the test of the draw, x | z by the denoiser.
+        zero, gain = torch.zeros(D, dtype=torch.float64), torch.linalg.inv(
+            torch.linalg.inv(COVARIANCE) + identity / rho**2
+        )  # fmt: skip
+        offset, spread = conditional(zero, rho, y, sigma_y)
+        step = gain @ spread / rho**4
+        shift = gain @ (torch.linalg.solve(COVARIANCE, MEAN) + offset / rho**2)
+        noise = gain + gain @ spread @ gain / rho**4
+        mean = torch.linalg.solve(identity - step, shift)
+        kron = torch.eye(D * D, dtype=torch.float64) - torch.kron(step, step)
+        covariance = torch.linalg.solve(kron, noise.flatten()).reshape(D, D)
+        expected = split_posterior(y, sigma_y, rho)
+        torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(covariance, expected[1], rtol=1e-6, atol=1e-6)
+        errors.append(distance((mean, covariance), exact))
+    assert errors[1] < 0.02 and 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_daps_spreads_too_far_and_more_levels_do_not_help() -> None:
+    """As documented: N(x̂, r²) is wider than p(x_0 | x_t)."""
+    y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
+    exact = split_posterior(y, sigma_y, 0.0)[1].trace()
+    for levels in (20, 80):
+        sampler = DDIM(levels, grid=LogSNR())
+        moments_ = exact_moments(DAPS(6), sampler, y, sigma_y, MATRIX, 2 * levels + 1)
+        assert 1.1 < float(moments_[1].trace() / exact) < 3
+
+
+# --- RED-diff -----------------------------------------------------------------------------------
+
+
+def test_reddiffs_gradient_is_that_of_the_loss() -> None:
+    """L = d/m ½ |y - A μ|² + λ r sg[ε̂ - ε]ᵀ μ, by automatic differentiation."""
+    schedule, t = Linear(), torch.tensor(0.37, dtype=torch.float64)
+    alpha, sigma = schedule(t)
+    y, mu, epsilon = numbers(6, 3), numbers(6, D), numbers(2, 6, D)[1]
+    denoiser = GaussianDenoiser(schedule)
+    target = denoiser(alpha * mu + sigma * epsilon, t)
+    mu = mu.requires_grad_()
+    epsilon_hat = (alpha * mu + sigma * epsilon - alpha * target) / sigma
+    misfit = D / 3 * (y - MATRIX(mu)).square().sum() / 2
+    loss = misfit + 0.7 * sigma / alpha * ((epsilon_hat - epsilon).detach() * mu).sum()
+    (expected,) = torch.autograd.grad(loss, mu)
+    actual = red_gradient(Observation(y, 0.3, MATRIX), mu.detach(), target, 0.7)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def fixed_point(y: Tensor, strength: float, ratio: float) -> Tensor:
+    """d/m Aᵀ (A μ - y) + λ r² (C + r²)⁻¹ (μ - m) = 0."""
+    a, identity = torch.from_numpy(A), torch.eye(D, dtype=torch.float64)
+    prior = strength * ratio**2 * torch.linalg.inv(COVARIANCE + ratio**2 * identity)
+    return torch.linalg.solve(D / 3 * a.T @ a + prior, D / 3 * a.T @ y + prior @ MEAN)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_reddiffs_fixed_point_on_a_gaussian_prior(t: float) -> None:
+    """There the gradient vanishes in the mean over ε: ±ε have it exactly, x̂ being linear."""
+    schedule, t = Linear(), torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = schedule(t)
+    y, epsilon, denoiser = numbers(3), numbers(7, D), GaussianDenoiser(schedule)
+    mu = fixed_point(y, 0.7, float(sigma / alpha)).expand(14, -1)
+    target = denoiser(alpha * mu + sigma * torch.cat([epsilon, -epsilon]), t)
+    slope = red_gradient(Observation(y.expand(14, -1), 0.3, MATRIX), mu, target, 0.7)
+    assert float(slope.abs().max()) > 1e-3
+    assert float(slope.mean(0).abs().max()) < 1e-10
+
+
+def test_reddiff_arrives_at_its_fixed_point_and_does_not_spread_like_a_posterior(caplog) -> None:
+    steps, ratio, y, sigma_y = 800, 0.5, torch.tensor([0.4, -0.5, 0.02]).double(), 0.3
+    grid = Ratios(*np.linspace(ratio + 1e-3, ratio, steps - 1))
+    with caplog.at_level(logging.WARNING):
+        result = run(
+            REDDiff(0.7, lr=0.01), DDIM(steps, grid=grid), Linear(), y.expand(32, -1), sigma_y
+        )
+    torch.testing.assert_close(result.mean(0), fixed_point(y, 0.7, ratio), rtol=0, atol=0.01)
+    assert float(result.var(0).sum()) < 0.05 * float(split_posterior(y, sigma_y, 0.0)[1].trace())
+    assert "not a posterior" in caplog.text and not REDDiff.stochastic
+
+
+# --- any schedule, any batch, any sampler -------------------------------------------------------
+
+
+STEPS = {
+    "ddrm": lambda s, o: DDRMSampler(s, Spectrum.of(o), 0.85, 0.7),
+    "ddnm": lambda s, o: DDNMSampler(s, Spectrum.of(o), 0.85),
+    "diffpir": lambda s, o: DiffPIRSampler(s, Spectrum.of(o), 7.0, 0.3),
+    "daps": lambda s, o: DAPSSampler(s, Coupling(o, 1, 0.1), DDIM(3, grid=Ratios(0.5, 0.2))),
+}
+
+
+@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize("r_t, r_s", [(20.0, 5.0), (0.8, 0.6), (0.7, 0.0)])
+def test_a_step_is_the_same_under_any_schedule(make: Callable, r_t: float, r_s: float) -> None:
+    """In u = x_t / α_t, between the same two ratios."""
+    u, z, results = numbers(5, D), numbers(3, 5, D)[1], []
+    method = make(DDIM(4), Observation(numbers(5, 3), 0.3, MATRIX))
+    for schedule in (Linear(), VP(), VE(), EDM()):
+        t, s = (schedule.t_from_ratio(r) for r in (r_t, r_s))
+        denoiser, (alpha_t, _), (alpha_s, _) = GaussianDenoiser(schedule), schedule(t), schedule(s)
+        state = State(float(t), alpha_t * u, denoiser(alpha_t * u, t))
+        results.append(method.step(denoiser, state, s, lambda _: z) / alpha_s)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-7, atol=1e-7)
+
+
+def test_a_chain_is_the_same_under_any_schedule() -> None:
+    sampler, y = DDIM(4, eta=0.7, grid=Ratios(0.2, 0.1, 0.05)), numbers(3, 3)
+    guidance = PnPDM(5, rho_max=1.0, rho_min=0.3, decay=0.7)
+    first, *others = (run(guidance, sampler, s, y, 0.3) for s in (Linear(), VP(), VE(), EDM()))
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-6)
+
+
+@every_method
+@pytest.mark.parametrize("operator", [MATRIX, Disguised((D,))], ids=["linear", "not"])
+def test_an_image_does_not_depend_on_its_batch(guidance: Guidance, operator: Operator) -> None:
+    if guidance.requires == "linear" and operator is not MATRIX:
+        return
+    y = numbers(5, 3)
+
+    def draw(chosen: list[int]) -> Tensor:
+        generator = KeyedGenerator(make_key(1, torch.tensor(chosen)))
+        return run(guidance, Ancestral(5), Linear(), y[chosen], 0.3, operator, generator=generator)
+
+    whole = draw([0, 1, 2, 3, 4])
+    assert float((whole[0] - whole[1]).abs().max()) > 1e-3
+    torch.testing.assert_close(draw([3, 1]), whole[[3, 1]], rtol=1e-9, atol=1e-9)
+
+
+@every_method
+def test_every_step_is_reported(guidance: Guidance) -> None:
+    states: list[State] = []
+    result = run(guidance, Ancestral(6), Linear(), numbers(2, 3), 0.3, callback=states.append)
+    assert torch.equal(states[-1].x_t, result) and torch.equal(states[-1].denoised, result)
+    assert [state.t for state in states].count(0.0) == 1 and states[-1].t == 0
+    expected = 3 if isinstance(guidance, PnPDM) else 0
+    if not expected:
+        denoiser = Counting(GaussianDenoiser(Linear()))
+        guidance(denoiser, Ancestral(6), Observation(numbers(2, 3), 0.3, MATRIX))
+        expected = denoiser.calls // getattr(guidance, "ode_steps", 1)
+        assert states[0].t == 1
+    assert len(states) == expected + 1
+    denoiser = GaussianDenoiser(Linear())
+    for state in states[:-1]:
+        estimate = denoiser(state.x_t, torch.tensor(state.t, dtype=torch.float64))
+        torch.testing.assert_close(state.denoised, estimate)
+    assert not result.requires_grad
+
+
+@every_method
+def test_the_estimate_is_clipped_if_the_sampler_says_so(guidance: Guidance) -> None:
+    denoiser = GaussianDenoiser(Linear(), 3 * MEAN, COVARIANCE)
+    for clip in (False, True):
+        states: list[State] = []
+        guidance(
+            denoiser, Ancestral(6, clip=clip), Observation(numbers(4, 3), 0.3, MATRIX),
+            generator=keyed(4), callback=states.append,
+        )  # fmt: skip
+        largest = max(float(state.denoised.abs().max()) for state in states[:-1])
+        assert (largest <= 1) == clip
+
+
+@every_method
+def test_a_state_that_is_not_finite_is_named(guidance: Guidance) -> None:
+    per_level = getattr(guidance, "ode_steps", 1)
+    denoiser = Counting(GaussianDenoiser(Linear()), good=2 * per_level)
+    pattern = r"not finite after step 3 of \d+ \(from t="
+    if isinstance(guidance, PnPDM):
+        denoiser.good, pattern = 8, r"iteration 2 of 3: .*" + pattern
+    with pytest.raises(SamplingError, match=pattern):
+        guidance(denoiser, Ancestral(6), Observation(numbers(2, 3), 0.3, MATRIX))
+
+
+@every_method
+@pytest.mark.parametrize("schedule", [VE(), Linear(zero_terminal_snr=True)], ids=["ve", "no_snr"])
+def test_float32_stays_float32_and_finite(guidance: Guidance, schedule: Schedule) -> None:
+    """Also from pure noise, where σ / α is 1e13."""
+    observation = Observation(numbers(2, 3).float(), 0.3, MATRIX)
+    for sampler in (Ancestral(6), Ancestral(6, grid=LogSNR())):
+        result = guidance(Shrink(schedule), sampler, observation, generator=keyed(2))
+        assert result.dtype == torch.float32 and float(result.abs().max()) < 100
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: Replacement(0), "repeats=0 .*at least 1"),
+        (lambda: Replacement(jump=0), "jump=0 .*at least 1"),
+        (lambda: ILVR(1.0), r"until=1.0 .*\[0, 1\)"),
+        (lambda: DDRM(eta=1.1), r"eta=1.1 .*\[0, 1\]"),
+        (lambda: DDRM(eta_b=-0.1), r"eta_b=-0.1 .*\[0, 1\]"),
+        (lambda: DDNM(eta=float("nan")), r"eta=nan .*\[0, 1\]"),
+        (lambda: DDNM(repeats=0), "repeats=0 .*at least 1"),
+        (lambda: DiffPIR(strength=0.0), "strength=0.0 .*above 0"),
+        (lambda: DiffPIR(zeta=2.0), r"zeta=2.0 .*\[0, 1\]"),
+        (lambda: DAPS(ode_steps=0), "ode_steps=0 .*at least 1"),
+        (lambda: DAPS(langevin_steps=0), "langevin_steps=0 .*at least 1"),
+        (lambda: DAPS(step_size=2.0), r"step_size=2.0 .*\(0, 2\)"),
+        (lambda: PnPDM(iterations=0), "iterations=0 .*at least 1"),
+        (lambda: PnPDM(rho_max=0.1), "rho_min=0.3 and rho_max=0.1 .*0 < rho_min <= rho_max"),
+        (lambda: PnPDM(rho_min=0.0), "rho_min=0.0 and rho_max=10.0"),
+        (lambda: PnPDM(decay=1.1), r"decay=1.1 .*\(0, 1\]"),
+        (lambda: REDDiff(strength=-1.0), "strength=-1.0 .*at least 0"),
+        (lambda: REDDiff(lr=0.0), "lr=0.0 .*above 0"),
+    ],
+)
+def test_bad_settings_are_named(make: Callable, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@every_method
+def test_operators_and_noise_that_a_method_is_not_for(guidance: Guidance) -> None:
+    denoiser, y = GaussianDenoiser(Linear()), numbers(2, 3)
+
+    def draw(sigma_y, operator=MATRIX) -> Tensor:
+        return guidance(denoiser, Ancestral(2), Observation(y, sigma_y, operator))
+
+    if guidance.requires == "linear":
+        with pytest.raises(ValueError, match="Disguised is not linear; choose another guidance"):
+            draw(0.3, Disguised((D,)))
+    elif guidance.stochastic:
+        with pytest.raises(ValueError, match=r"sigma_y=0.0: .* set sigma_y above 0"):
+            draw(0.0, Disguised((D,)))
+    draw(torch.tensor(0.3))
+    if guidance.isotropic:
+        with pytest.raises(ValueError, match="noise of one standard deviation"):
+            draw(torch.tensor([0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize("guidance", [Replacement(), ILVR()])
+def test_a_solver_that_would_undo_the_change_is_refused(guidance: Guidance) -> None:
+    for sampler in (ProbabilityFlow(), UniPC()):
+        with pytest.raises(ValueError, match=r"would undo what .* choose another sampler"):
+            run(guidance, sampler, Linear(), numbers(2, 3), 0.3)
+    run(guidance, DPMSolver(4), Linear(), numbers(2, 3), 0.3)
+
+
+def test_a_solver_that_looks_back_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"guidance.repeats=1 or choose another sampler"):
+        run(Replacement(2), DPMSolver(4), Linear(), numbers(2, 3), 0.3)
+
+
+def test_pnpdm_knows_the_range_of_the_schedule_and_of_samplers(caplog) -> None:
+    with pytest.raises(ValueError, match=r"rho_max=500.0 is outside .* set guidance.rho_max"):
+        run(PnPDM(rho_max=500.0), Ancestral(2), VE(), numbers(2, 3), 0.3)
+    with caplog.at_level(logging.WARNING):
+        run(PnPDM(2), Ancestral(2), Linear(), numbers(2, 3), 0.3)
+        assert not caplog.records
+        run(PnPDM(2), DDIM(2), Linear(), numbers(2, 3), 0.3)
+    assert "DDIM without noise does not draw x given z" in caplog.text

@@ -1,0 +1,195 @@
+"""Twisted sequential Monte Carlo: its weights, its limits, and how its error falls."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_lab.analytic import Gaussian, GaussianMixture
+from diffusion_lab.benchmark import BEDS, Method, grade
+from diffusion_lab.guidance import TDS, Observation
+from diffusion_lab.guidance.tds import _Swarm, systematic
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.operator import BoxInpainting, Matrix
+from diffusion_lab.sampler import DDIM, EulerMaruyama
+from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.schedule import EDM, VP, Cosine, Linear
+
+SCHEDULE = EDM(sigma_min=0.02, sigma_max=30.0)
+MATRIX = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def steps(count: int) -> EulerMaruyama:
+    return EulerMaruyama(count, grid=LogSNR())
+
+
+def test_systematic_draws_are_right_in_number() -> None:
+    """Whole numbers of copies are exact; else the mean over u is, and each is floor or ceil."""
+    weights = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.1, 0.37, 0.33, 0.2]], dtype=torch.float64)
+    log_weights = weights.log()
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    counts = torch.stack(
+        [
+            torch.stack(
+                [row.bincount(minlength=4) for row in systematic(log_weights, 8, v.expand(2))]
+            )
+            for v in u
+        ]
+    ).double()
+    assert bool((counts[:, 0] == torch.tensor([4.0, 2, 0, 2])).all())
+    torch.testing.assert_close(counts[:, 1].mean(0), 8 * weights[1], atol=4e-3, rtol=0)
+    assert float((counts[:, 1] - 8 * weights[1]).abs().max()) < 1
+    everything = systematic(torch.zeros(1, 6, dtype=torch.float64), 6, torch.tensor([0.999]))
+    assert everything.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_a_step_has_the_stated_densities() -> None:
+    """log p(z'|z) - log proposal, and the twist, by numpy's dense Gaussians."""
+    sigma_y, std, r, s = 0.3, 0.8, 1.7, 1.1
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, 3, generator=generator, dtype=torch.float64).repeat_interleave(2, 0)
+    observation = Observation(y, sigma_y, Matrix(MATRIX), group=2)
+    swarm = _Swarm(observation, 4, std, generator)
+    z, denoised = swarm.normal(), swarm.normal()
+    twist, pull = swarm.twist(denoised, r)
+    moved, ratio = swarm.move(z, denoised, pull, r, s)
+
+    a, c = MATRIX.numpy(), std**2
+    v, v_s = (x**2 * c / (x**2 + c) for x in (r, s))
+    q, j = s**2 / r**2, c / (s**2 + c)
+    tau2 = s**2 * (1 - q) + (1 - q) ** 2 * v
+    cov_y = sigma_y**2 * np.eye(3) + v * a @ a.T
+
+    def log_normal(x: np.ndarray, covariance: np.ndarray) -> float:
+        return -0.5 * (x @ np.linalg.solve(covariance, x) + np.linalg.slogdet(covariance)[1])
+
+    # The proposal's covariance: prior N(., τ²) and y given z' as if x̂' had the slope j.
+    precision = np.eye(5) / tau2 + j**2 * a.T @ np.linalg.solve(
+        sigma_y**2 * np.eye(3) + v_s * a @ a.T, a
+    )
+    covariance = np.linalg.inv(precision)
+    twists, offset = [], None
+    for g in range(2):
+        for n in range(4):
+            x, e = denoised[g, n].numpy(), y[2 * g].numpy() - a @ denoised[g, n].numpy()
+            mean = q * z[g, n].numpy() + (1 - q) * x
+            shifted = mean + tau2 * c / (r**2 + c) * a.T @ np.linalg.solve(cov_y, e)
+            new = moved[g, n].numpy()
+            expected = log_normal(new - mean, tau2 * np.eye(5)) - log_normal(
+                new - shifted, covariance
+            )
+            assert float(ratio[g, n]) == pytest.approx(expected, abs=1e-9)
+            twists.append(float(twist[g, n]) - log_normal(e, cov_y))
+    offset = twists[0]  # of the directions that y has no part of: the same for all
+    np.testing.assert_allclose(twists, offset, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, Linear(), Cosine(), VP()])
+def test_it_samples_the_posterior_of_a_gaussian_that_its_twist_is_exact_for(schedule) -> None:
+    """p(x_0) = N(0, s² I): mean and covariance of 4,000 samples within their errors."""
+    std, sigma_y = 0.6, 0.2
+    prior = Gaussian(torch.zeros(5), std**2 * torch.eye(5))
+    y = torch.tensor([0.7, -0.4, 0.9], dtype=torch.float64)
+    exact = prior.posterior(y, MATRIX, sigma_y)
+    count = 4000
+    observation = Observation(y.expand(count, 3), sigma_y, Matrix(MATRIX), group=count)
+    x_0 = TDS(2.0, std, ratio_max=30)(
+        prior.denoiser(schedule), steps(48), observation,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    scale = exact.covariances[0].diagonal().sqrt()
+    # Systematic resampling lowers the error of the mean below that of independent draws.
+    assert float(((x_0.mean(0) - exact.means[0]) / scale).abs().max()) < 0.06
+    whitened = torch.linalg.solve(torch.linalg.cholesky(exact.covariances[0]), x_0.T.cov())
+    whitened = torch.linalg.solve(torch.linalg.cholesky(exact.covariances[0]), whitened.T)
+    assert float((whitened - torch.eye(5)).abs().max()) < 0.12
+
+
+def test_the_error_falls_with_the_number_of_particles() -> None:
+    bed = BEDS["mixture_mask"]()
+    found = []
+    for particles in (1.0, 8.0):
+        method = Method("tds", lambda _, p=particles: TDS(p, 1.0), steps(64), SCHEDULE)
+        row = grade(bed, method, n_y=8, n=64, n_coverage=0, n_ranks=2, seed=0)
+        found.append(row["sw2"] / row["sw2_floor"])
+        assert row["nfe"] == 64 * particles and row["vjp"] == 0
+    assert found[1] < 0.85 * found[0] and found[1] < 1.35
+
+
+def test_groups_have_nothing_to_do_with_each_other() -> None:
+    """Nor has the number of particles that go through the network at once."""
+    prior = GaussianMixture(
+        torch.tensor([0.4, 0.6]), torch.tensor([[1.0] * 5, [-1.0] * 5]),
+        torch.stack([0.1 * torch.eye(5), 0.2 * torch.eye(5)]),
+    )  # fmt: skip
+    y = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    keys = make_key(0, torch.arange(12))
+
+    def run(chosen: list[int], **options) -> torch.Tensor:
+        rows = torch.cat([torch.arange(4 * k, 4 * k + 4) for k in chosen])
+        observation = Observation(y[chosen].repeat_interleave(4, 0), 0.3, Matrix(MATRIX), group=4)
+        guidance = TDS(3.0, 1.0, ratio_max=30, **options)
+        return guidance(
+            prior.denoiser(SCHEDULE), steps(12), observation, generator=KeyedGenerator(keys[rows])
+        )
+
+    whole = run([0, 1, 2])
+    torch.testing.assert_close(run([2, 0]), torch.cat([whole[8:], whole[:4]]))
+    torch.testing.assert_close(run([0, 1, 2], batch_size=5), whole)
+    assert len(whole.unique(dim=0)) == 12  # no duplicate is left
+
+
+def test_it_runs_on_images_and_reports_its_steps() -> None:
+    shape = (3, 16, 16)
+    prior = Gaussian(torch.zeros(768), 0.25 * torch.eye(768), shape=shape)
+    operator = BoxInpainting(shape)
+    x = prior.sample(1, torch.Generator().manual_seed(0))
+    y = operator(x).repeat_interleave(2, 0)
+    states = []
+    x_0 = TDS(2.0, 0.5, ratio_max=30)(
+        prior.denoiser(Cosine()), steps(10), Observation(y, 0.01, operator, group=2),
+        generator=torch.Generator().manual_seed(1), callback=states.append,
+    )  # fmt: skip
+    assert x_0.shape == (2, *shape) and [s.t == 0 for s in states] == [False] * 10 + [True]
+    assert all(s.x_t.shape == s.denoised.shape == (2, *shape) for s in states)
+    seen = operator(x_0) - y
+    assert float(seen.std()) == pytest.approx(0.01, rel=0.1)  # the noise, and nothing else
+    hidden = (x_0 - operator.transpose(operator(x_0))).flatten()
+    assert float(hidden[hidden != 0].std()) == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"particles": 0.5}, "particles=0.5 is not allowed; it is at least 1"),
+     ({"data_std": 0}, "data_std=0"), ({"threshold": 0}, "threshold=0"),
+     ({"batch_size": 0}, "batch_size=0"), ({"ratio_max": math.nan}, "ratio_max=nan")],
+)  # fmt: skip
+def test_bad_settings_are_named(options: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        TDS(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_masked_mixture_within_a_quarter_of_exact_draws(seed: int) -> None:
+    """At a sixth of the cost of what was best before; and the weights of several modes."""
+    method = Method("tds", lambda _: TDS(5.0, 1.0), steps(64), SCHEDULE)
+    sizes = {"n_y": 8, "n": 1024, "n_coverage": 512, "n_ranks": 19, "seed": seed}
+    row = grade(BEDS["mixture_mask"](), method, **sizes)
+    assert row["sw2"] / row["sw2_floor"] <= 1.25 and row["nfe"] == 320 and row["vjp"] == 0
+    assert row["variance_ratio"] == pytest.approx(1, abs=0.08)
+    assert row["coverage"] == pytest.approx(0.9, abs=0.02)
+    assert grade(BEDS["mixture_ambiguous"](), method, **sizes)["mode_tv"] <= 0.05
+
+
+def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:
+    prior = Gaussian(torch.zeros(5), torch.eye(5))
+    observation = Observation(torch.zeros(2, 3, dtype=torch.float64), 0.3, Matrix(MATRIX))
+    one, other = (
+        TDS(1.0, 1.0, ratio_max=30)(
+            prior.denoiser(SCHEDULE), sampler, observation, generator=KeyedGenerator(make_key(torch.arange(2)))
+        )
+        for sampler in (DDIM(8, grid=LogSNR()), steps(8))
+    )  # fmt: skip
+    assert torch.equal(one, other)
