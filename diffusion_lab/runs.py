@@ -9,8 +9,8 @@ outputs/train/<experiment>/<time>/
 """
 
 __all__ = [
-    "Run", "begin_evaluation", "conditioned", "finish", "load_checkpoint", "load_run", "newest_run", "pretrained",
-    "rebuild", "resumed_config", "resumed_evaluation", "start_from",
+    "Run", "begin_evaluation", "conditioned", "finish", "load_checkpoint", "load_run",
+    "newest_run", "pretrained", "rebuild", "resumed_config", "resumed_evaluation", "start_from",
 ]  # fmt: skip
 
 import hashlib

@@ -63,10 +63,12 @@ def _arm(cue: str) -> None:
     from diffusion_lab.task import Restore
 
     passed = dict.fromkeys(
-        ["step", "stepped", "validation", "validated", "write", "replace", "written", "packed"]
-        + ["computed", "kept", "finished"],
+        [
+            "step", "stepped", "validation", "validated", "write", "replace", "written", "packed",
+            "computed", "kept", "finished",
+        ],
         0,
-    )
+    )  # fmt: skip
     assert place == "" or place in passed, place
 
     def here(name: str) -> None:

@@ -234,8 +234,9 @@ class ExactPosterior:
                     )
                 )  # fmt: skip
             sections.append(
-                Table(bed, "", ["ratio", *COLUMNS[1:]], [
-                    [_figure(row["sw2"] / row["sw2_floor"]), *(_figure(row[c]) for c in COLUMNS[1:])]
+                Table(bed, "", ["method", "sw2 / floor", *COLUMNS[2:]], [
+                    [row["method"], *map(_figure, [row["sw2"] / row["sw2_floor"],
+                                                   *(row[c] for c in COLUMNS[2:])])]
                     for row in group
                 ])
             )  # fmt: skip

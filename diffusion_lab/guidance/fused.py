@@ -10,13 +10,13 @@ where r_{t'}² = 1 / p, is enough:
 
     E[x_0 | x_t, y] = E[x_0 | x_{t'} = α_{t'} u].
 
-The fused level is below both. It may lie below the smallest level that a network was trained at
-(σ_y near r of t_min). The denoiser is asked there all the same, at the level that u has: to
-claim a higher one would take away noise that is not there. `NetworkDenoiser` tells its network
-the smallest index that it knows, and what is left is x_0 to within the noise of u.
+The fused level is below both, and so below t_min where σ_y is small: below all that a network was
+trained at. The denoiser is asked there all the same, at the level that u really has; a higher one
+would smooth away what u shows. `NetworkDenoiser` tells its network the smallest index that it
+knows, and whatever that answers, the estimate is u to within the tiny noise of u.
 
-Source:
-    The rule of Bayes; for the use in diffusion models see Truncated, whose law it shares.
+It samples what `Truncated` samples, from pure noise and so in more steps; it is the reference for
+methods that start there.
 """
 
 __all__ = ["Fused"]

@@ -30,8 +30,8 @@ class JFPS(Guided):
             [-1, 1] it is about 0.5.
         covariance: Σ_x in place of s² I: of an image's shape * its diagonal, above 0; of shape
             (d, d), for images of d numbers, all of it, symmetric and positive semidefinite.
-        iterations: With `covariance`, the number of conjugate-gradient iterations, at least 1; d
-            of them are exact. They do not call the network.
+        iterations: With `covariance`, the number of conjugate-gradient iterations, at least 1;
+            about d of them make the system exact. They do not call the network.
 
     Raises:
         ValueError: If s is not above 0, the covariance is none, or the iterations are below 1.
@@ -41,7 +41,7 @@ class JFPS(Guided):
     noiseless = True
 
     def __init__(
-        self, data_std: float = 0.5, covariance: Tensor | None = None, iterations: int = 20
+        self, data_std: float = 0.5, covariance: Tensor | None = None, iterations: int = 50
     ) -> None:
         if not data_std > 0 or iterations < 1:
             raise ValueError(
@@ -95,9 +95,9 @@ class _JFPS(Conditional):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         denoised, a = self.denoiser(x_t, t), self.operator
-        l = self.variances.to(x_t).clamp(min=0)
+        data = self.variances.to(x_t).clamp(min=0)
         square = broadcast(self.schedule.ratio(t), x_t.flatten(1)) ** 2
-        variances = square * l / (square + l)
+        variances = square * data / (square + data)
         axes = None if self.axes is None else self.axes.to(x_t)
 
         def pull(v: Tensor) -> Tensor:

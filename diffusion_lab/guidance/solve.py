@@ -8,12 +8,13 @@ Conjugate gradients are for a symmetric and positive M. From v = 0 and d = ρ = 
 
     a = |ρ|² / dᵀ M d,    v <- v + a d,    ρ' = ρ - a M d,    d <- ρ' + |ρ'|² / |ρ|² d.
 
-The covariance that a network's Jacobian stands for is neither. GMRES takes the v of least |b - M v|,
-which is never above |b|: with an orthonormal basis Q_k of the same sums and M Q_k = Q_{k+1} H,
+What a network's Jacobian makes is neither. GMRES takes the v of least |b - M v|, which is never
+above |b|: with an orthonormal basis Q_k of the same sums and M Q_k = Q_{k+1} H,
 
     v = Q_k argmin_c | |b| e_1 - H c |.
 
-On the Jacobian of a trained network conjugate gradients left residuals of 1000 |b| and more.
+On the Jacobian of a small trained network conjugate gradients left residuals of 1000 |b| and
+more.
 
 Sources:
     Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.

@@ -63,10 +63,10 @@ def systematic(log_weights: Tensor, count: int, u: Tensor) -> Tensor:
         count: How many are drawn.
         u: One uniform number in [0, 1) for each group, of shape (G,).
     """
-    ends = log_weights.softmax(1).cumsum(1)
+    ends = log_weights.double().softmax(1).cumsum(1)
     ends = ends / ends[:, -1:]  # rounding must not leave the last place out
-    places = (u[:, None] + torch.arange(count, device=u.device)) / count
-    return torch.searchsorted(ends, places.to(ends), right=True).clamp(max=ends.shape[1] - 1)
+    places = (u.double()[:, None] + torch.arange(count, device=u.device)) / count
+    return torch.searchsorted(ends, places, right=True).clamp(max=ends.shape[1] - 1)
 
 
 class TDS(Guidance):
@@ -127,7 +127,7 @@ class TDS(Guidance):
         ratios = schedule.ratio(times).tolist()
         swarm = _Swarm(observation, math.ceil(self.particles * group), self.data_std, generator)
         z = math.sqrt(self.data_std**2 + ratios[0] ** 2) * swarm.normal()
-        log_weights, before = z.new_zeros(z.shape[:2]), None
+        log_weights, before = z.new_zeros(z.shape[:2], dtype=torch.float64), None
         for k, (r, s) in enumerate(pairwise(ratios)):
             t = times[k]
             denoised = self._denoised(denoiser, z, t)
@@ -136,11 +136,11 @@ class TDS(Guidance):
             if callback is not None:
                 x_t, alpha_t = z[:, :group].flatten(0, 1), schedule(t)[0].to(z)
                 callback(State(float(t), alpha_t * x_t, denoised[:, :group].flatten(0, 1)))
-            if not bool(torch.isfinite(log_weights).all()):
+            if not bool(torch.isfinite(log_weights).all() & torch.isfinite(denoised).all()):
                 raise SamplingError(
-                    f"TDS: the weights are not finite at step {k + 1} of {sampler.steps} (t="
-                    f"{float(t):.6g}); is the denoiser trained at this level? Otherwise take more "
-                    "steps, more particles, or sampler.clip=true"
+                    f"TDS: x_t or its weights are not finite at step {k + 1} of {sampler.steps} "
+                    f"(t={float(t):.6g}); is the denoiser trained at this level? Otherwise take "
+                    "more steps, more particles, or sampler.clip=true"
                 )
             if s == 0:
                 break
@@ -229,7 +229,7 @@ class _Swarm:
         # What y has no part of is 0 in e, and adds the same constant to all.
         variance = self.sigma_y**2 + self._variance(r) * self.a**2
         log_variance = variance.log().expand(e.shape[2:]).sum()
-        log_twist = -((e**2 / variance).flatten(2).sum(2) + log_variance) / 2
+        log_twist = -(_sum(e**2 / variance) + log_variance) / 2
         return log_twist, self.a / variance * e
 
     def move(
@@ -239,11 +239,12 @@ class _Swarm:
         q, j = s**2 / r**2, self.c / (s**2 + self.c)
         tau2 = s**2 * (1 - q) + (1 - q) ** 2 * self._variance(r)
         total = self.sigma_y**2 + (self._variance(s) + j**2 * tau2) * self.a**2
-        f = (1 - tau2 * j**2 * self.a**2 / total).expand(z.shape[2:])
+        f = 1 - tau2 * j**2 * self.a**2 / total
         # White noise stays white when it is turned.
         noise = self._apply(self.operator.vt, self.normal())
-        jump = tau2 * self.c / (r**2 + self.c) * pull + (tau2 * f).sqrt() * noise
-        ratio = (noise**2 - jump**2 / tau2).flatten(2).sum(2) / 2 + f.log().sum() / 2
+        f = f.expand(noise.shape[2:])
+        jump = tau2 * j * pull + (tau2 * f).sqrt() * noise
+        ratio = (_sum(noise**2 - jump**2 / tau2) + f.log().sum()) / 2
         return q * z + (1 - q) * denoised + self._apply(self.operator.v, jump), ratio
 
     def last(self, denoised: Tensor, r: float) -> Tensor:
@@ -254,6 +255,11 @@ class _Swarm:
         step = v * self.a / total * self._residual(denoised)
         spread = (v * self.sigma_y**2 / total).sqrt().expand(noise.shape[2:])
         return denoised + self._apply(self.operator.v, step + spread * noise)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum over all but particles, (G, N): float64, since weights are small differences."""
+    return x.flatten(2).sum(2, dtype=torch.float64)
 
 
 def _take(x: Tensor, chosen: Tensor) -> Tensor:

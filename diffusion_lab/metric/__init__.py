@@ -1,9 +1,10 @@
-"""How good images are, how far two sets are apart, and whether posterior samples are calibrated."""
+"""How good images are, how far sets are apart, and whether posterior samples are calibrated."""
 
 __all__ = [
     "WINDOW", "EfficientNetLite0", "Moments", "coverage", "crps", "energy_score",
-    "expected_coverage", "frechet_distance", "nominal", "projections", "psnr", "rank_chi2",
-    "rank_histogram", "ranks", "sliced_wasserstein", "spread_skill", "spread_skill_ratio", "ssim",
+    "expected_coverage", "frechet_distance", "kernel_stein_discrepancy", "nominal",
+    "posterior_score", "projections", "psnr", "rank_chi2", "rank_histogram", "ranks",
+    "sliced_wasserstein", "spread_skill", "spread_skill_ratio", "ssim", "stein_discrepancy",
     "tarp", "tarp_ranks", "total_variation",
 ]  # fmt: skip
 
@@ -27,3 +28,8 @@ from diffusion_lab.metric.efficientnet import EfficientNetLite0
 from diffusion_lab.metric.frechet import frechet_distance
 from diffusion_lab.metric.restoration import WINDOW, psnr, ssim
 from diffusion_lab.metric.statistics import Moments
+from diffusion_lab.metric.stein import (
+    kernel_stein_discrepancy,
+    posterior_score,
+    stein_discrepancy,
+)
