@@ -15,6 +15,7 @@ from diffusion_lab.data.__main__ import main as data_command
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn import UNet
+from diffusion_lab.task import Restore
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +42,13 @@ def small(command: str) -> list[str]:
     words = shlex.split(command)[2:]
     if "likelihood" in command or "interpolate" in command:
         extra = ["num_images=1", "sampler.rtol=0.1", "sampler.atol=0.1", "trainer.accelerator=cpu"]
+    elif "benchmark=" in command:
+        extra = [
+            "benchmark.beds=[gaussian_denoise]", "benchmark.methods=[truncated 16,mmse]",
+            "benchmark.n=16", "benchmark.n_coverage=4",
+        ]  # fmt: skip
+    elif "eval.py resume=" in command:
+        extra = []
     elif "eval.py" in command:
         extra = [*SMALL_EVAL, *([] if "generate" in command else ["num_images=2"])]
     elif "resume=" in command:
@@ -79,6 +87,15 @@ def test_a_command_of_the_readme_runs(
         kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
         kind += ["loss=hybrid", "network.learn_variance=true"] if "learned" in command else []
         assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}", *kind).code == 0
+    if "eval.py resume=" in command:
+        directory = command.rpartition("=")[2]
+        small_one = ["num_images=2", "num_samples=2", "sampler.steps=2", "trainer.accelerator=cpu"]
+        with monkeypatch.context() as patch:  # the disk is full at the end
+            patch.setattr(Restore, "finish", raise_os_error)
+            assert lab("eval", *small_one, f"hydra.run.dir={directory}").code == 1
+    for name in re.findall(r"(?:image|observation)=(\S+)", command):
+        make_photos(tmp_path / "one", 1, 16 if "observation" in command else 40)
+        (tmp_path / "one" / "000.png").rename(name)
     if "google/" in command:
         save_unet(load_run(RUN).network if "eval.py" in command else tiny_unet(), "folder")
         diffusers.DDPMScheduler().save_pretrained("folder")
@@ -99,6 +116,10 @@ def test_a_command_of_the_readme_runs(
         return
     result = run(lab, command)
     assert result.code == 0, result.text
+
+
+def raise_os_error(*_: object) -> None:
+    raise OSError("No space left on device")
 
 
 def tiny_unet() -> UNet:

@@ -36,7 +36,6 @@ from diffusion_lab.guidance import (
 )
 from diffusion_lab.sampler import (
     DDIM,
-    SEEDS,
     Ancestral,
     EulerMaruyama,
     PredictorCorrector,

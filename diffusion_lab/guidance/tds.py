@@ -16,10 +16,10 @@ in the coefficients of A = U S Vᵀ, S = diag(a), with e = Uᵀ (y - A x̂),
     proposal  N(E[z' | z] + V diag(τ² j a / (σ_y² + v a²)) e, τ² V diag(f) Vᵀ),
     f = 1 - τ² j² a² / (σ_y² + (v' + j² τ²) a²),    weight  p(z' | z) ψ(z') / (proposal ψ(z)).
 
-No derivative of the network is needed: whatever the proposal is, the weights make up for it. Where
-the effective number of particles falls below a share of all they are drawn anew (systematically).
-At the end the weight of p(y | z_N) is kept, n particles are drawn by it, and x_0 is drawn given z_N
-and y, exactly under N(x̂, v_N I): duplicates part again.
+No derivative of the network is needed: whatever the proposal is, the weights make up for it.
+Where the effective number of particles falls below a share of all they are drawn anew
+(systematically). At the end the weight of p(y | z_N) is kept, n particles are drawn by it, and x_0
+is drawn given z_N and y, exactly under N(x̂, v_N I): duplicates part again.
 
 It is exact in the limit of many particles and steps, for any prior: on a mixture of 4 Gaussians in
 16 dimensions of which 4 are seen (σ_y = 0.1), with 5 particles a sample and 64 steps, the sliced
@@ -29,8 +29,8 @@ form) take 3 times the cost for 1.3. Samples of one y share particles: they are 
 and in as many dimensions as an image has few of the particles survive.
 
 Sources:
-    Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and asymptotically exact conditional sampling
-    in diffusion models", 2023 (TDS).
+    Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and asymptotically exact conditional
+    sampling in diffusion models", 2023 (TDS).
     Song, Vahdat, Mardani, Kautz, "Pseudoinverse-guided diffusion models for inverse problems",
     2023 (the twist).
     Kitagawa, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models", 1996
