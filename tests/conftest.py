@@ -109,3 +109,11 @@ def tiny(lab: Command) -> Callable[..., Result]:
         return lab("train", *flags, *([] if resumed else TINY), *rest)
 
     return run
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Result]) -> Path:
+    """A tiny run under outputs/train of an empty directory."""
+    result = tiny("trainer.max_steps=3")
+    assert result.code == 0, result.text
+    return next(Path("outputs/train").rglob("finished.json")).parent

@@ -17,15 +17,6 @@ from diffusion_lab import load_run
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.noise import KeyedGenerator, make_key
 
-
-@pytest.fixture
-def run(tiny: Command) -> Path:
-    """A tiny run under outputs/train of an empty directory."""
-    result = tiny("trainer.max_steps=3")
-    assert result.code == 0, result.text
-    return next(Path("outputs/train").rglob("finished.json")).parent
-
-
 SMALL = ["num_images=5", "num_samples=3", "sampler.steps=3", "trainer.accelerator=cpu"]
 
 

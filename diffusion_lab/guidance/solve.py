@@ -83,7 +83,7 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
         b: The right-hand side, of shape (B, *).
         iterations: k, at least 1; as many as b has numbers make v exact.
     """
-    rounding = torch.finfo(b.dtype).eps
+    rounding = 100 * torch.finfo(b.dtype).eps  # below this part of something is no direction
     size = _dot(b, b).sqrt()
     basis, target = [_divide(b, size)], [size]
     columns: list[list[Tensor]] = []  # of H, turned into a triangle by plane rotations
@@ -105,7 +105,9 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
         radius = torch.hypot(h[j], h[j + 1])
         cos, sin = _divide(h[j], radius), _divide(h[j + 1], radius)
         rotations.append((cos, sin))
-        target[j:] = [cos * target[j], -sin * target[j]]
+        target[j:] = [cos * target[j], -sin * target[j]]  # the last is the residual's size
+        done = target[-1].abs() <= rounding * size
+        basis[-1] = torch.where(done, 0.0, basis[-1])
         columns.append([*h[:j], radius])
     c: list[Tensor] = []
     for i in reversed(range(iterations)):

@@ -1,0 +1,159 @@
+"""Restorations by command: one's own images, what diverges, what is refused, and the chain."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from PIL import Image
+from test_cli_eval import SMALL, table
+
+from diffusion_lab.analytic import Gaussian
+from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.schedule import Cosine, Linear
+from diffusion_lab.task.images import model_pairs, read_image
+
+
+def picture(path: str, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
+    shape = (size[1], size[0], 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return pixels
+
+
+TASKS = ["inpaint_box", "super_resolution", "deblur", "colorize", "compressed_sensing", "hdr"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_runs_with_its_own_method(lab: Command, run: Path, task: str) -> None:
+    result = lab("eval", f"task={task}", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    found = table("e")
+    assert found["sample", "nonfinite"] == (0, pytest.approx(float("nan"), nan_ok=True), 5)
+    assert ("mmse", "psnr") not in found and found["mean", "psnr"][2] == 5
+    assert "Rank histograms" in Path("e/report.html").read_text()
+    with Image.open("e/samples/grid.png") as grid:
+        assert min(grid.size) >= 128
+
+
+def test_an_image_of_ones_own_is_graded(lab: Command, run: Path) -> None:
+    """The noise is that of image 0; the network has nothing to do with PSNR of y."""
+    pixels = picture("own.png", (16, 16))
+    assert torch.equal(
+        read_image("image", "own.png", (3, 16, 16), False)[0].permute(1, 2, 0),
+        torch.from_numpy(pixels).float() / 127.5 - 1,
+    )
+    result = lab("eval", "image=own.png", "sigma_y=0.3", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    noise = KeyedGenerator(make_key(0, "observation", torch.zeros(1).long())).normal(3, 16, 16)
+    psnr = float(10 * torch.log10(4 / (0.3 * noise).square().mean()))
+    mean, _, count = table("e")["noisy", "psnr"]
+    assert mean == pytest.approx(psnr, abs=1e-3) and count == 1
+
+
+def test_an_observation_of_ones_own_is_used_as_it_is(lab: Command, run: Path) -> None:
+    """E[x_0 | y] is the same as from a truth of that very y; nothing can be graded."""
+    picture("noisy.png", (16, 16))
+    result = lab("eval", "observation=noisy.png", "sigma_y=0.3", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    assert set(table("e")) == {("sample", "nonfinite")}
+    assert Path("e/samples/grid.png").exists()
+    picture("small.png", (4, 4))
+    result = lab("eval", "task=super_resolution", "observation=small.png", *SMALL)
+    assert result.code == 0, result.text
+
+
+def test_poisson_noise_is_that_of_its_rate(lab: Command, run: Path) -> None:
+    """y = 2 K / rate - 1: E (y - x_0)² = 2 (x_0 + 1) / rate."""
+    image = np.full((16, 16, 3), 191, dtype=np.uint8)
+    Image.fromarray(image).save("flat.png")
+    result = lab("eval", "task=deblur", "image=flat.png", "rate=50", "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    expected = 10 * np.log10(4 / (2 * (191 / 127.5) / 50))  # a blur leaves a flat image alone
+    assert table("e")["noisy", "psnr"][0] == pytest.approx(expected, abs=0.8)
+    refused = lab("eval", "task=denoise", "rate=50", *SMALL)
+    assert refused.code == 1 and "noise of one standard deviation" in refused.text
+
+
+def test_a_method_that_diverges_says_so_in_its_row(lab: Command, run: Path) -> None:
+    options = ["guidance=residual", "guidance.strength=1e30", "sampler.clip=false"]
+    result = lab("eval", "hydra.run.dir=e", *options, *SMALL)
+    assert result.code == 0, result.text
+    assert table("e") == {
+        ("sample", "nonfinite"): (5.0, pytest.approx(float("nan"), nan_ok=True), 5)
+    }
+    assert "an image is left out" in result.text
+
+
+def test_samples_that_share_particles_do_not_depend_on_the_batch(
+    lab: Command,
+    run: Path,
+) -> None:
+    for size in (3, 64):
+        result = lab("eval", "task=inpaint_box", "guidance=tds", f"batch_size={size}",
+                     f"hydra.run.dir=e{size}", *SMALL)  # fmt: skip
+        assert result.code == 0, result.text
+    assert table("e3")["sample", "psnr"][0] == pytest.approx(
+        table("e64")["sample", "psnr"][0], 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["image=nowhere.png"], "image=nowhere.png does not exist"),
+        (["image=grey.png"], "an image of mode L; the prior is of RGB images"),
+        (["image=big.png"], "20 x 24 pixels, 16 x 16 are wanted; set resize=true"),
+        (["image=text.png"], "cannot be read as an image"),
+        (["task=colorize", "observation=big.png"], "what Grayscale sees is no picture"),
+        (["image=big.png", "observation=big.png"], "exclude each other"),
+        (["task=inpaint_box", "sigma_y=0", "guidance=tds"], "sigma_y=0: TDS divides by it"),
+        (["task=hdr", "guidance=ddrm"], "DDRM is for linear operators, and HDR is not linear"),
+        (["task=phase_retrieval", "guidance=truncated"], "Truncated is for a noisy image"),
+        (["task=super_resolution", "task.factor=5"], "factor=5 is not allowed"),
+        (["task=inpaint_box", "sigma_t=0.5"], "sigma_t"),
+        (["task=deblur", "rate=-1"], "rate=-1 is not allowed"),
+        (["guidance=tds", "guidance.particles=0"], "particles=0"),
+        (["resume=nowhere"], "is not the directory of an evaluation"),
+    ],
+)
+def test_what_does_not_go_together_is_named(
+    lab: Command,
+    run: Path,
+    overrides: list[str],
+    named: str,
+) -> None:
+    picture("grey.png", (16, 16), "L")
+    picture("big.png", (20, 24))
+    Path("text.png").write_text("no image")
+    result = lab("eval", *overrides)
+    assert result.code == 1 and named in result.text and "Traceback" not in result.text
+
+
+def test_a_large_image_is_cropped_to_the_middle_and_scaled(lab: Command) -> None:
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, 20:60] = (200, 100, 0)  # the middle square
+    Image.fromarray(image).save("wide.png")
+    x = read_image("image", "wide.png", (3, 16, 16), True)
+    inner = x[0, :, :, 2:-2].permute(1, 2, 0)  # the filter sees a little beyond the crop's edge
+    expected = (torch.tensor([200, 100, 0]) / 127.5 - 1).expand_as(inner)
+    torch.testing.assert_close(inner, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+@pytest.mark.parametrize("t", [0.2, 0.6])
+def test_pairs_of_the_chain_are_pairs_of_the_prior(schedule, t: float) -> None:
+    """x_t ~ N(0, α² C + σ²) and Cov(x_0, x_t) = α C, as of the forward process."""
+    variances = torch.tensor([0.05, 0.4, 1.5], dtype=torch.float64)
+    prior = Gaussian(torch.zeros(3), torch.diag(variances))
+    x_t, x_0 = model_pairs(prior.denoiser(schedule), (3,), t, 0, torch.arange(4000))
+    alpha_t, sigma_t = (float(c) for c in schedule(torch.tensor(t, dtype=torch.float64)))
+    both = torch.cat([x_t, x_0], 1).double().T.cov()
+    total = alpha_t**2 * variances + sigma_t**2
+    for found, wanted in (
+        (both[:3, :3].diagonal(), total), (both[3:, 3:].diagonal(), variances),
+        (both[:3, 3:].diagonal(), alpha_t * variances),
+    ):  # fmt: skip
+        error = 5 * (total * variances / 4000).sqrt() + 0.03 * wanted  # of draws; of 200 steps
+        assert bool(((found - wanted).abs() < error).all()), (found, wanted)
