@@ -114,6 +114,7 @@ def methods_table() -> list[Method]:
     """Returns all rows, the cheap controls first."""
     linear, edm = Linear(), EDM(sigma_min=0.02, sigma_max=30.0)
     few, many, all_ = EulerMaruyama(128), EulerMaruyama(512), Ancestral(1000, variance="large")
+    corrected = PredictorCorrector(128, DDIM, 4, grid=LogSNR())
     geometric = EulerMaruyama(64, grid=LogSNR())  # TDS takes steps and grid of it
 
     cheap = tuple(name for name in BEDS if name != "image_blur")  # 64 numbers, 3 components
@@ -148,8 +149,8 @@ def methods_table() -> list[Method]:
         row("pnpdm", lambda _: PnPDM(), EulerMaruyama(10), beds=cheap),
         row("dps 0.3", lambda _: DPS(0.3), all_, beds=cheap),
         row("pigdm", lambda _: PiGDM(), few),
-        row("sda", lambda _: SDA(), few),
-        row("sda, 4 corrections", lambda _: SDA(), PredictorCorrector(128, DDIM, 4), beds=cheap),
+        row("sda", lambda _: SDA(0.01), few),
+        row("sda, 4 corrections", lambda _: SDA(0.01), corrected, beds=cheap),
         row("tmpd", lambda _: TMPD(), few),
         row("mmps 4", lambda _: MMPS(4), few),
         row("mmps full", lambda bed: MMPS(_numbers(bed)), few, beds=masks),

@@ -10,7 +10,8 @@ take away what its steps miss.
 
 A process too stiff for its steps runs off to infinity. At small σ_y that takes steps in log SNR
 (sampler/grid=log_snr) that are about as small as γ, and snr² <= γ for the corrections: γ = 0.03
-was stable with 64 steps and snr = 0.16 down to σ_y = 0.01, γ = 0.01 only above σ_y = 0.05.
+was stable with 64 steps and snr = 0.16 down to σ_y = 0.01, γ = 0.01 down to 0.05. Without noise
+the last estimate would overshoot 1 / γ times, so σ_y = 0 is refused.
 
 Detached, the noise ε̂ is held fixed, so that x̂ = (x_t - σ_t ε̂) / α_t has J = I / α_t: no backward
 pass through the network, and
@@ -44,7 +45,6 @@ class SDA(Guided):
         ValueError: If γ is not above 0.
     """
 
-    noiseless = True
     isotropic = False
 
     def __init__(self, gamma: float = 0.03, detach: bool = False) -> None:

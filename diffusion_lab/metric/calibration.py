@@ -250,7 +250,8 @@ def tarp_ranks(
     A ball around a reference point that holds a share of the samples is a credible region of that
     level, so it holds the truth as often; ranks of distances test the joint distribution of all
     numbers. What no symmetric rank can tell is the prior from the posterior: for that, references
-    that depend on y are needed (`references`).
+    that depend on y are needed (`references`). It sees little of a shift, since the points lie on
+    all sides; the ranks of pixels see that far better.
 
     Arguments:
         samples: x_m, of shape (N, M, *).

@@ -89,7 +89,12 @@ def read_observation(
 
 
 def model_pairs(
-    denoiser: Denoiser, shape: tuple[int, ...], t: float, seed: int, index: Tensor
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    t: float,
+    seed: int,
+    index: Tensor,
+    clip: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draws x_t, and x_0 given x_t, from a prior's own reverse chain.
 
@@ -102,6 +107,7 @@ def model_pairs(
         t: The time t in (0, 1].
         seed: Of the draws.
         index: The images' numbers, of shape (G,).
+        clip: Whether the estimates of x_0 above t are clipped to [-1, 1].
 
     Returns:
         x_t and x_0, of shape (G, *).
@@ -114,18 +120,19 @@ def model_pairs(
         if state.t == t:
             found.append(state.x_t)
 
-    chain = Ancestral(2 * HALF, variance="large", grid=_Through(t))
-    x_0 = chain(denoiser, start, generator=generator, callback=keep)
-    return found[0], x_0
+    # A network errs by more than x_0 is large where hardly any image is left: clipped above t.
+    upper = Ancestral(HALF + 1, variance="large", grid=_Through(t), clip=clip)
+    upper(denoiser, start, generator=generator, callback=keep)
+    lower = Ancestral(HALF, variance="large")
+    return found[0], lower(denoiser, found[0], t_start=t, generator=generator)
 
 
 class _Through(Grid):
-    """Half of the steps from t_start to a time t, the others from there to 0."""
+    """All steps but one from t_start to a time t, and the last from there to 0."""
 
     def __init__(self, t: float) -> None:
         self.t = t
 
     def __call__(self, schedule: Schedule, steps: int, t_start: float) -> Tensor:
-        upper = torch.linspace(t_start, self.t, steps // 2 + 1, dtype=torch.float64)
-        lower = torch.linspace(self.t, 0, steps - steps // 2 + 1, dtype=torch.float64)
-        return torch.cat([upper[:-1], lower])
+        upper = torch.linspace(t_start, self.t, steps, dtype=torch.float64)
+        return torch.cat([upper, upper.new_zeros(1)])

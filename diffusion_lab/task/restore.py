@@ -154,8 +154,9 @@ class Restore(Task):
         if self.observed is not None:
             return None, self.observed.to(self.device)
         if self.model_pairs:
-            x_t, x_0 = model_pairs(self.denoiser, self.shape, self.level.t, self.seed, index)
-            alpha_t, _ = self.denoiser.schedule(torch.tensor(self.level.t, dtype=torch.float64))
+            t, seed = self.level.t, self.seed
+            x_t, x_0 = model_pairs(self.denoiser, self.shape, t, seed, index, clip=True)
+            alpha_t, _ = self.denoiser.schedule(torch.tensor(t, dtype=torch.float64))
             return x_0, x_t / alpha_t.to(x_t)
         if self.truth is not None:
             x_0 = self.truth.to(self.device)
