@@ -107,7 +107,9 @@ def main() -> None:
         f"\n\nEfficientNet-Lite0 features of {IMAGES} drawn and {reference.n} test images; mean "
         f"and standard deviation over {SEEDS_TAKEN} seeds. Distances of {IMAGES} images are "
         f"comparable among each other only. Each prior: {runs[0].origin}; on "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+        '"From σ/α = 10" starts at that noise level, under schedule=edm: where hardly any image '
+        "is left the network errs most, and deterministic samplers keep what it says there.\n"
     )
     (ROOT / "benchmarks" / "results" / "samplers.md").write_text(text)
     readme = ROOT / "README.md"
