@@ -63,8 +63,8 @@ def main() -> None:
     ideal = 1 - 2 * max(1, round(0.05 * (samples + 1))) / (samples + 1)
     lines += [
         "",
-        f"{jobs[0][2]} images, {samples} posterior samples of each; PSNR in dB. Coverage is of the "
-        f"central interval, ideally {ideal:.3f}; spread / skill is ideally 1.",
+        f"{jobs[0][2]} images, {samples} posterior samples of each; PSNR in dB. Coverage is that "
+        f"of the central interval, ideally {ideal:.3f}; spread / skill is ideally 1.",
     ]
     path = RESULTS / f"{name}.md"
     path.write_text("\n".join(lines) + "\n")

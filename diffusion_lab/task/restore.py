@@ -35,6 +35,7 @@ from diffusion_lab.metric import (
     spread_skill,
     spread_skill_ratio,
     ssim,
+    stein_discrepancy,
     tarp_ranks,
 )
 from diffusion_lab.noise import KeyedGenerator, make_key
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 SHOWN = 8  # images of the grid
 SHOWN_SAMPLES = 4  # samples of each of them
 MOMENTS = 9  # times of the denoising row
+STEIN = 0.1  # noise level of the Stein discrepancy, over that of y
 LEVEL = 0.9  # of the central intervals whose coverage is in the table
 PROJECTED = 64  # patches and random directions of an image that are ranked
 FRECHET_LEAST = 16  # images from which the Fréchet distance says anything
@@ -63,7 +65,7 @@ ESTIMATES = {
     "mmse": "E[x_0 | y] by one call of the network",
     "posterior": "all samples of an image together, as a distribution",
 }  # of the table, and what they are
-METRICS = ("psnr", "ssim", "crps", "energy_score")
+METRICS = ("psnr", "ssim", "crps", "energy_score", "ksd")
 
 
 class Restore(Task):
@@ -257,6 +259,7 @@ class Restore(Task):
         if self.num_samples > 1:
             scores["posterior", "crps"] = crps(samples, x_0)
             scores["posterior", "energy_score"] = energy_score(samples, x_0)
+            scores["posterior", "ksd"] = self._stein(y, samples, index)
             spread, error = spread_skill(samples, x_0)
             streams = KeyedGenerator(make_key(self.seed, "ties", index))
             place = ranks(samples, x_0, streams)
@@ -282,6 +285,27 @@ class Restore(Task):
             result["scores"] = {key: float(v[k]) for key, v in scores.items()}
             result["clean"] = to_uint8(x_0[k]).cpu()
         return results
+
+    def _stein(self, y: Tensor, samples: Tensor, index: Tensor) -> Tensor:
+        """How far samples are from the prior's own posterior, without the truth, (G,)."""
+        number = torch.arange(self.num_samples, device=index.device)
+        keys = make_key(self.seed, "stein", index[:, None], number).flatten()
+        std = self.noise.std(y)
+        rows = y.repeat_interleave(self.num_samples, 0)
+        if isinstance(std, Tensor):
+            std = std.repeat_interleave(self.num_samples, 0)
+        observation = Observation(rows, std, self.operator, group=self.num_samples)
+        schedule = self.denoiser.schedule
+        # Far below the noise of y, where the score of y given x_t is all but exact.
+        least = float(schedule.ratio(schedule.t_min))
+        level = max(STEIN * float(torch.as_tensor(std).mean()), least)
+        try:
+            return stein_discrepancy(
+                self.denoiser, samples.flatten(0, 1), schedule.t_from_ratio(level), observation,
+                generator=KeyedGenerator(keys),
+            )  # fmt: skip
+        except ValueError:  # y without noise, or samples that are all the same: there is none
+            return samples.new_full((len(samples),), float("nan"))
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         good = [result for result in results if result["finite"]]
