@@ -4,8 +4,9 @@
 
 On the Gaussian bed, σ_t = 0.5, x_{t-1} = ... + λ (y - x_t) in 1000 steps. Beside it the
 variance that λ stands for: λ (y - x_t) is the step of a likelihood N(y; x_t, s² I) with
-s² = β_t / (√a_t λ), while y given x_t has the variance σ_y² + r_t² / (1 + r_t²) around E[x_0 | x_t]
-for data of unit variance. Writes benchmarks/results/residual.md and residual.html.
+s² = β_t / (√a_t λ), while y given x_t has the variance σ_y² + r_t² / (1 + r_t²) around
+E[x_0 | x_t], for data of unit variance. Writes benchmarks/results/residual.md, and the charts to
+outputs/residual.html.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ def main() -> None:
         )
         rows.append(grade(bed, method, n_y=4, n=256, n_coverage=256, n_ranks=19, seed=0))
     lines = [
-        "| λ | variance / exact | bias (posterior std) | coverage of the 90% interval | sw2 / floor |",
+        "| λ | variance / exact | bias (posterior std) | 90% coverage | sw2 / floor |",
         "|---|---|---|---|---|",
         *(
             f"| {x:.2g} | {r['variance_ratio']:.3g} | {r['bias']:.2f} | {r['coverage']:.2f} | "
@@ -58,7 +59,7 @@ def main() -> None:
         "coverage / 0.9": [row["coverage"] / 0.9 for row in rows],
     }
     write_report(
-        RESULTS / "residual.html",
+        RESULTS.parents[1] / "outputs" / "residual.html",
         "The rule λ (y - x_t)",
         "On a Gaussian prior of 16 numbers, σ_t = 0.5; see benchmarks/residual.py.",
         [

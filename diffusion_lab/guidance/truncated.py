@@ -39,7 +39,8 @@ class Truncated(Guidance):
         if not sampler.stochastic:
             log.warning(
                 "%s without noise gives one image for each observation, not a posterior; "
-                "use sampler=euler_maruyama, sampler=ancestral, or an eta above 0",
+                "use sampler=euler_maruyama, sampler=ancestral, or eta=1 (between 0 and 1 the "
+                "spread is too small)",
                 type(sampler).__name__,
             )
         t = denoiser.schedule.t_from_ratio(observation.sigma_y)
