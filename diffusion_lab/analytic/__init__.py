@@ -1,10 +1,10 @@
 """Priors known in closed form, and what follows from them exactly."""
 
 __all__ = [
-    "Atoms", "AtomsDenoiser", "Gaussian", "GaussianMixture", "MixtureDenoiser", "damped_spring",
+    "Atoms", "Gaussian", "GaussianMixture", "MixtureDenoiser", "damped_spring",
     "trajectory",
 ]  # fmt: skip
 
-from diffusion_lab.analytic.atoms import Atoms, AtomsDenoiser
+from diffusion_lab.analytic.atoms import Atoms
 from diffusion_lab.analytic.gaussian_mixture import Gaussian, GaussianMixture, MixtureDenoiser
 from diffusion_lab.analytic.trajectory import damped_spring, trajectory

@@ -11,14 +11,15 @@ the posterior is the same atoms with other weights. It is also what a perfectly 
 knows: the training images.
 """
 
-__all__ = ["Atoms", "AtomsDenoiser"]
+__all__ = ["Atoms"]
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.analytic.gaussian_mixture import MixtureDenoiser
+from diffusion_lab.denoiser import broadcast
 from diffusion_lab.schedule import Schedule
 
 
@@ -97,9 +98,9 @@ class Atoms(nn.Module):
         r = (self.log_weights + log_joint / sigma_t**2).softmax(1)
         return (r @ points).unflatten(1, self.shape)
 
-    def denoiser(self, schedule: Schedule) -> "AtomsDenoiser":
+    def denoiser(self, schedule: Schedule) -> MixtureDenoiser:
         """Returns x_t, t -> E[x_0 | x_t] under a schedule."""
-        return AtomsDenoiser(self, schedule)
+        return MixtureDenoiser(self, schedule)
 
     def posterior(
         self, y: Tensor, operator: Callable[[Tensor], Tensor], sigma_y: float
@@ -124,22 +125,6 @@ class Atoms(nn.Module):
 
     def conditional_denoiser(
         self, schedule: Schedule, y: Tensor, operator: Callable[[Tensor], Tensor], sigma_y: float
-    ) -> "AtomsDenoiser":
+    ) -> MixtureDenoiser:
         """Returns x_t, t -> E[x_0 | x_t, y]; arguments as of `posterior`."""
         return self.posterior(y, operator, sigma_y).denoiser(schedule)
-
-
-class AtomsDenoiser(Denoiser):
-    """E[x_0 | x_t] under a set of atoms: float64 inside, x_t's type outside.
-
-    Arguments:
-        atoms: The prior p(x_0), or a posterior.
-        schedule: The schedule that α_t and σ_t are of.
-    """
-
-    def __init__(self, atoms: Atoms, schedule: Schedule) -> None:
-        super().__init__(schedule)
-        self.atoms = atoms
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.atoms.mean_t(x_t, *self.schedule(t.double())).to(x_t.dtype)

@@ -370,14 +370,14 @@ class Gaussian(GaussianMixture):
 
 
 class MixtureDenoiser(Denoiser):
-    """E[x_0 | x_t] = Σ_k r_k E_k under a mixture of Gaussians: float64 inside, x_t's type outside.
+    """E[x_0 | x_t] under a mixture of Gaussians or atoms: float64 inside, x_t's type outside.
 
     Arguments:
-        mixture: The prior p(x_0), or a posterior.
+        mixture: The prior p(x_0), or a posterior; it has `mean_t`.
         schedule: The schedule that α_t and σ_t are of.
     """
 
-    def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
+    def __init__(self, mixture: nn.Module, schedule: Schedule) -> None:
         super().__init__(schedule)
         self.mixture = mixture
 

@@ -17,16 +17,29 @@ in the coefficients of A = U S Vᵀ, S = diag(a), with e = Uᵀ (y - A x̂),
     f = 1 - τ² j² a² / (σ_y² + (v' + j² τ²) a²),    weight  p(z' | z) ψ(z') / (proposal ψ(z)).
 
 No derivative of the network is needed: whatever the proposal is, the weights make up for it.
-Where the effective number of particles falls below a share of all they are drawn anew
-(systematically). At the end the weight of p(y | z_N) is kept, n particles are drawn by it, and x_0
-is drawn given z_N and y, exactly under N(x̂, v_N I): duplicates part again.
+Where the effective number of particles falls below a share of all, they are drawn anew
+(systematically). At the end the weight of p(y | z_N) is kept, n particles are drawn by it, and
+x_0 is drawn given z_N and y, exactly under N(x̂, v_N I): duplicates part again.
 
-It is exact in the limit of many particles and steps, for any prior: on a mixture of 4 Gaussians in
-16 dimensions of which 4 are seen (σ_y = 0.1), with 5 particles a sample and 64 steps, the sliced
-W_2 of 1,024 samples is 1.05 to 1.15 times that of exact draws, at a cost of 320 calls a sample and
-no backward pass; the same weights with the network's derivative in the proposal (the published
-form) take 3 times the cost for 1.3. Samples of one y share particles: they are not independent,
-and in as many dimensions as an image has few of the particles survive.
+For p(x_0) = N(0, s² I) the proposal is p(z' | z, y): no weight changes, and one particle a sample
+is exact with any number of steps. For any prior it is exact in the limit of many particles and
+steps. Measured on mixtures of 4 Gaussians in 16 dimensions, of which 4 are seen (σ_y = 0.1), with
+log-SNR steps from r_0 = 30: sliced W_2 of 1,024 samples to exact draws, over that of exact draws,
+mean (range) over 4 priors; a backward pass counts as two calls.
+
+| proposal | particles a sample | steps | calls a sample | sliced W_2 |
+|---|---|---|---|---|
+| as above | 5 | 32 | 160 | 1.30 (1.15 to 1.49) |
+| as above | 5 | 64 | 320 | 1.11 (1.02 to 1.16) |
+| as above | 5 | 128 | 640 | 1.10 (1.04 to 1.16) |
+| as above | 10 | 64 | 640 | 1.05 (1.02 to 1.08) |
+| the gradient of log ψ, TDS as published | 5 | 64 | 950 | 1.32 (1.07 to 1.84) |
+| the same | 5 | 128 | 1910 | 1.17 (1.16 to 1.18), 3 priors |
+
+Where 2 numbers are seen with σ_y = 0.5 and several modes remain, their weights are within 0.05 of
+the exact ones (total variation, each y), 0.01 to 0.02 in the mean. At 64 steps the samples spread
+4% too much in variance, at 128 steps 2%. Samples of one y share particles: they are not
+independent, and in as many dimensions as an image has few of the particles survive.
 
 Sources:
     Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and asymptotically exact conditional

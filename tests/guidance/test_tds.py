@@ -191,11 +191,11 @@ def test_bad_settings_are_named(options: dict, named: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_masked_mixture_within_a_quarter_of_exact_draws(seed: int) -> None:
-    """At a sixth of the cost of what was best before; and the weights of several modes."""
-    method = Method("tds", lambda _: TDS(5.0, 1.0), steps(64), SCHEDULE)
+    """At a third of the cost of what was best before; and the weights of several modes."""
+    method = Method("tds", lambda _: TDS(5.0, 1.0), steps(128), SCHEDULE)
     sizes = {"n_y": 8, "n": 1024, "n_coverage": 512, "n_ranks": 19, "seed": seed}
     row = grade(BEDS["mixture_mask"](), method, **sizes)
-    assert row["sw2"] / row["sw2_floor"] <= 1.25 and row["nfe"] == 320 and row["vjp"] == 0
+    assert row["sw2"] / row["sw2_floor"] <= 1.25 and row["nfe"] == 640 and row["vjp"] == 0
     assert row["variance_ratio"] == pytest.approx(1, abs=0.08)
     assert row["coverage"] == pytest.approx(0.9, abs=0.02)
     assert grade(BEDS["mixture_ambiguous"](), method, **sizes)["mode_tv"] <= 0.05
