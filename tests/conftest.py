@@ -17,6 +17,7 @@ import torch
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 from diffusion_lab import cli
 

@@ -157,6 +157,7 @@ def methods_table() -> list[Method]:
         row("jfps", lambda bed: JFPS(covariance=bed.covariance), few),
         row("tds", lambda _: TDS(data_std=1.0), geometric, edm),
         row("tds, 2 particles", lambda _: TDS(2.0, 1.0), geometric, edm),
+        row("tds, 10 particles", lambda _: TDS(10.0, 1.0), geometric, edm),
     ]
 
 
