@@ -95,7 +95,7 @@ def main() -> None:
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     gain = results["mmse", "psnr"][0] - results["tv", "psnr"][0]
     below = results["mmse", "psnr"][0] - results["sample", "psnr"][0]
-    apart = results["mmse", "psnr"][0] - results["mean", "psnr"][0]
+    apart = round(results["mmse", "psnr"][0] - results["mean", "psnr"][0], 2) + 0.0  # not -0
     lines += [
         "",
         f"{IMAGES} test images, sigma_t = {SIGMA_T}; mean ± standard error. E[x₀ given y] is "

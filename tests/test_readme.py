@@ -163,5 +163,5 @@ def test_the_table_is_the_generated_one() -> None:
 @pytest.mark.skipif(not RESULTS.exists(), reason="make results has not been run")
 def test_every_picture_of_the_readme_exists() -> None:
     paths = re.findall(r"!\[.*?\]\((docs/[^)]+)\)", README.replace("[x₀ given y]", ""))
-    assert len(paths) == 4
+    assert len(paths) == 5
     assert all((ROOT / path).is_file() for path in paths)
