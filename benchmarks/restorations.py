@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from diffusion_lab.metric import nominal
+
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("task", "guidance", "sigma_t", "sigma_y", "truth")  # what tells the jobs apart
 FIGURES = {
@@ -60,7 +62,7 @@ def main() -> None:
         lines.append("| " + " | ".join(cells) + " |")
     config = yaml.safe_load((done[0] / ".hydra" / "config.yaml").read_text())
     samples = config["num_samples"]
-    ideal = 1 - 2 * max(1, round(0.05 * (samples + 1))) / (samples + 1)
+    ideal = nominal(samples, 0.9)
     lines += [
         "",
         f"{jobs[0][2]} images, {samples} posterior samples of each; PSNR in dB. Coverage is that "

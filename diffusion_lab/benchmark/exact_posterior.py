@@ -31,7 +31,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -44,7 +44,14 @@ from diffusion_lab.benchmark.methods import CONTROL, Counted, Method, methods_ta
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.files import write_atomic
 from diffusion_lab.guidance import Observation
-from diffusion_lab.metric import rank_chi2, ranks, sliced_wasserstein, total_variation
+from diffusion_lab.metric import (
+    coverage,
+    rank_chi2,
+    rank_histogram,
+    ranks,
+    sliced_wasserstein,
+    total_variation,
+)
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.tracking.report import Curve, Table, write_report
 
@@ -121,7 +128,7 @@ def grade(
         "nfe": counts["nfe"] / (n_y * n), "vjp": counts["vjp"] / (n_y * n),
         "sw2": fmean(found["sw2"]), "sw2_floor": fmean(found["floor"]),
         "mode_tv": fmean(found["tv"]),
-        "variance_ratio": _median(found["ratio"]), "bias": _median(found["bias"]),
+        "variance_ratio": median(found["ratio"]), "bias": median(found["bias"]),
         "coverage": math.nan, "rank_chi2": math.nan, "seconds": seconds,
     }  # fmt: skip
     if n_coverage:
@@ -129,10 +136,8 @@ def grade(
         x_0, y = bed.observe(n_coverage, generator)
         x, _ = _sample(bed, method, y, n_ranks, int(make_key(seed, "ranks")))
         place = ranks(x, x_0, KeyedGenerator(make_key(seed, "ties", torch.arange(n_coverage))))
-        histogram = place.flatten().bincount(minlength=n_ranks + 1)
-        left_out = round((1 - LEVEL) / 2 * (n_ranks + 1))
-        row["coverage"] = float(histogram[left_out : n_ranks + 1 - left_out].sum() / place.numel())
-        row["rank_chi2"] = float(rank_chi2(histogram))
+        row["coverage"] = float(coverage(place, n_ranks, LEVEL).mean())
+        row["rank_chi2"] = float(rank_chi2(rank_histogram(place, n_ranks)))
     return row
 
 
@@ -146,10 +151,6 @@ def _moments(posterior: Any) -> tuple[Tensor, float]:
         within = weights @ posterior.eigenvalues.sum(1)
     mean = weights @ means
     return mean, float(within + weights @ (means - mean).square().sum(1))
-
-
-def _median(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
 class ExactPosterior:
@@ -294,9 +295,8 @@ def _defined(method: Method, bed: Bed) -> bool:
     """Whether a method is graded on a bed: it says so, and is defined there."""
     if method.beds is not None and bed.name not in method.beds:
         return False
-    y = torch.zeros_like(bed.operator(torch.zeros(1, *bed.prior.shape, dtype=torch.float64)))
     try:
-        method.guidance(bed).check(Observation(y, bed.sigma_y, bed.operator))
+        method.guidance(bed).check(Observation(bed.nothing, bed.sigma_y, bed.operator))
     except ValueError:
         return False
     return True

@@ -45,7 +45,7 @@ from diffusion_lab.sampler import Sampler, State
 from diffusion_lab.task.base import Row, Task, average, write_results
 from diffusion_lab.task.facts import run_sections
 from diffusion_lab.task.images import model_pairs
-from diffusion_lab.task.restore_report import KINDS, histogram, sections
+from diffusion_lab.task.restore_report import KINDS, MOMENTS, histogram, sections
 from diffusion_lab.tracking.grid import to_uint8
 from diffusion_lab.tracking.report import Table, write_report
 
@@ -53,7 +53,6 @@ log = logging.getLogger(__name__)
 
 SHOWN = 8  # images of the grid
 SHOWN_SAMPLES = 4  # samples of each of them
-MOMENTS = 9  # times of the denoising row
 STEIN = 0.1  # noise level of the Stein discrepancy, over that of y
 LEVEL = 0.9  # of the central intervals whose coverage is in the table
 PROJECTED = 64  # patches and random directions of an image that are ranked

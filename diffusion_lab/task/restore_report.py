@@ -1,6 +1,6 @@
 """The pictures and charts of a restoration's report."""
 
-__all__ = ["KINDS", "histogram", "sections"]
+__all__ = ["KINDS", "MOMENTS", "histogram", "sections"]
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffusion_lab.tracking.report import Curve, Picture, Section
 if TYPE_CHECKING:
     from diffusion_lab.task.restore import Restore
 
-MOMENTS = 9  # times of the diffusion row
+MOMENTS = 9  # times of the diffusion row and of the denoising row
 KINDS = {"pixels": "single pixels", "patches": "means of patches", "random": "random projections"}
 
 
