@@ -28,6 +28,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.noise import normal_like
 from diffusion_lab.operator import Identity, LinearOperator, Operator
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
+from diffusion_lab.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Observation:
     def shape(self) -> tuple[int, ...]:
         """The shape (B, *) of the images x_0."""
         return (len(self.y), *(self.operator.shape or self.y.shape[1:]))
+
+    def start(self, schedule: Schedule, generator: Generator) -> Tensor:
+        """Draws x_1 ~ N(0, s² I), from where samplers start, as `Schedule.prior` in y's type."""
+        return schedule.prior_std * self.noise(generator)
 
     def noise(self, generator: Generator) -> Tensor:
         """Draws z ~ N(0, I), of the images' shape (B, *) and y's type."""
@@ -158,6 +163,6 @@ class Guided(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        start = denoiser.schedule.prior_std * observation.noise(generator)
+        start = observation.start(denoiser.schedule, generator)
         posterior = self.denoiser(denoiser, observation)
         return sampler(posterior, start, generator=generator, callback=callback)

@@ -188,5 +188,5 @@ class DAPS(Coupled):
     ) -> Tensor:
         ode = DDIM(self.ode_steps, grid=Karras())
         method = DAPSSampler(sampler, self.coupling(observation), ode)
-        start = denoiser.schedule.prior_std * observation.noise(generator)
+        start = observation.start(denoiser.schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

@@ -102,5 +102,5 @@ class DDNM(Guidance):
         schedule = denoiser.schedule
         steps = DDNMSampler(sampler, Spectrum.of(observation), self.eta)
         method = Travelling(steps, schedule, self.repeats, self.jump)
-        start = schedule.prior_std * observation.noise(generator)
+        start = observation.start(schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

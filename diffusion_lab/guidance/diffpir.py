@@ -88,5 +88,5 @@ class DiffPIR(Guidance):
         callback: Callback | None,
     ) -> Tensor:
         method = DiffPIRSampler(sampler, Spectrum.of(observation), self.strength, self.zeta)
-        start = denoiser.schedule.prior_std * observation.noise(generator)
+        start = observation.start(denoiser.schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

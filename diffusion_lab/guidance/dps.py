@@ -84,7 +84,7 @@ class DPS(Guidance):
             limit = distance / slope.flatten(1).square().sum(1).clamp(min=1e-30)
             return x_s - broadcast(limit.clamp(max=size), x_s) * slope
 
-        start = denoiser.schedule.prior_std * observation.noise(generator)
+        start = observation.start(denoiser.schedule, generator)
         return sampler(prior, start, generator=generator, callback=callback, adjust=adjust)
 
 

@@ -64,5 +64,5 @@ class ILVR(Guidance):
             return x + operator.pseudo_inverse(seen)
 
         method = Travelling(sampler, schedule, change=refine)
-        start = schedule.prior_std * observation.noise(generator)
+        start = observation.start(schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

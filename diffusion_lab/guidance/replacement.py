@@ -133,7 +133,7 @@ class Replacement(Guidance):
             return operator.v(spectrum.replaced(c, z, alpha_s, sigma_s))
 
         method = Travelling(sampler, schedule, self.repeats, self.jump, replace)
-        start = schedule.prior_std * observation.noise(generator)
+        start = observation.start(schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from diffusion_lab.data.module import to_model
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.noise import KeyedGenerator, make_key
@@ -59,8 +60,7 @@ def read_image(key: str, path: str, shape: tuple[int, ...], resize: bool) -> Ten
         image = image.resize(
             (width, height), Image.Resampling.LANCZOS, (left, top, left + box[0], top + box[1])
         )
-    pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1
-    return pixels.permute(2, 0, 1)[None]
+    return to_model(torch.from_numpy(np.array(image))[None])
 
 
 def read_observation(
