@@ -58,6 +58,17 @@ class Observation:
         """Draws x_1 ~ N(0, s² I), from where samplers start, as `Schedule.prior` in y's type."""
         return schedule.prior_std * self.noise(generator)
 
+    def at_own_level(self, schedule: Schedule) -> tuple[float, Tensor]:
+        """Returns t* and α_{t*} y, a point of the forward process with σ_{t*} / α_{t*} = σ_y.
+
+        Only of a noisy image, A = I.
+
+        Raises:
+            ValueError: If the schedule does not reach σ_y.
+        """
+        t = schedule.t_from_ratio(self.sigma_y)
+        return float(t), schedule(t)[0].to(self.y) * self.y
+
     def noise(self, generator: Generator) -> Tensor:
         """Draws z ~ N(0, I), of the images' shape (B, *) and y's type."""
         return normal_like(self.y.new_empty(()).expand(self.shape), generator)

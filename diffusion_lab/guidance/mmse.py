@@ -10,6 +10,7 @@ mean of M samples 1 + 1/M times.
 
 __all__ = ["MMSE"]
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
@@ -31,11 +32,9 @@ class MMSE(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        t = denoiser.schedule.t_from_ratio(observation.sigma_y)
-        alpha_t, _ = denoiser.schedule(t)
-        x_t = alpha_t.to(observation.y) * observation.y
-        denoised = denoiser(x_t, t)
+        t, x_t = observation.at_own_level(denoiser.schedule)
+        denoised = denoiser(x_t, torch.tensor(t, dtype=torch.float64))
         if callback is not None:
-            callback(State(float(t), x_t, denoised))
+            callback(State(t, x_t, denoised))
             callback(State(0.0, denoised, denoised))
         return denoised

@@ -10,12 +10,10 @@ of the samples is far too large, with a large one far too small.
 
 __all__ = ["Residual"]
 
-import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.noise import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
 
 STARTS = ("noise", "y")
@@ -57,11 +55,9 @@ class Residual(Guidance):
     ) -> Tensor:
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":
-            t_start = float(schedule.t_from_ratio(observation.sigma_y))
-            x_t = schedule(torch.tensor(t_start, dtype=torch.float64))[0].to(y) * y
+            t_start, x_t = observation.at_own_level(schedule)
         else:
-            t_start = 1.0
-            x_t = normal_like(y, generator) * schedule.prior_std
+            t_start, x_t = 1.0, observation.start(schedule, generator)
         return sampler(
             denoiser, x_t, t_start=t_start, generator=generator, callback=callback,
             adjust=lambda state, x_s: x_s + self.strength * (y - state.x_t),

@@ -43,7 +43,5 @@ class Truncated(Guidance):
                 "spread is too small)",
                 type(sampler).__name__,
             )
-        t = denoiser.schedule.t_from_ratio(observation.sigma_y)
-        alpha_t, _ = denoiser.schedule(t)
-        start = alpha_t.to(observation.y) * observation.y
-        return sampler(denoiser, start, t_start=float(t), generator=generator, callback=callback)
+        t, start = observation.at_own_level(denoiser.schedule)
+        return sampler(denoiser, start, t_start=t, generator=generator, callback=callback)
