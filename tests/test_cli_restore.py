@@ -91,8 +91,8 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
     run: Path,
 ) -> None:
     for size in (3, 64):
-        result = lab("eval", "task=inpaint_box", "guidance=tds", f"batch_size={size}",
-                     f"hydra.run.dir=e{size}", *SMALL)  # fmt: skip
+        result = lab("eval", "task=inpaint_box", "guidance=tds", "guidance.shares=true",
+                     f"batch_size={size}", f"hydra.run.dir=e{size}", *SMALL)  # fmt: skip
         assert result.code == 0, result.text
     assert table("e3")["sample", "psnr"][0] == pytest.approx(
         table("e64")["sample", "psnr"][0], 1e-5
@@ -139,6 +139,18 @@ def test_a_large_image_is_cropped_to_the_middle_and_scaled(lab: Command) -> None
     inner = x[0, :, :, 2:-2].permute(1, 2, 0)  # the filter sees a little beyond the crop's edge
     expected = (torch.tensor([200, 100, 0]) / 127.5 - 1).expand_as(inner)
     torch.testing.assert_close(inner, expected, atol=0.02, rtol=0)
+
+
+def test_a_photo_that_a_phone_took_is_turned_upright() -> None:
+    upright = picture("upright.png", (16, 16))
+    lying = Image.fromarray(np.rot90(upright))  # anticlockwise: tag 6 says, turn it back
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save("photo.png", exif=exif)
+    assert torch.equal(
+        read_image("image", "photo.png", (3, 16, 16), False),
+        read_image("image", "upright.png", (3, 16, 16), False),
+    )
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])

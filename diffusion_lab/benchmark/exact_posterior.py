@@ -19,6 +19,9 @@ modes: each sample is assigned to its mode and whitened there, so that wrong wei
 mode_tv tells, do not count twice. The control is the same sampler with the exact denoiser
 E[x_0 | x_t, y]: what is left to it is the discretisation, and the rest of a method's error is the
 method's own.
+
+Beds and methods are shared out among processes of one thread each, which is also what makes the
+figures those of any machine's number of cores.
 """
 
 __all__ = ["COLUMNS", "ExactPosterior", "grade", "markdown"]
@@ -27,9 +30,15 @@ import csv
 import io
 import logging
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -84,6 +93,29 @@ def _distance(bed: Bed, posterior: Any, x: Tensor, exact: Tensor, seed: int) -> 
     return float(sliced_wasserstein(x.flatten(1), exact.flatten(1), seed=seed))
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """What the samples of one observation y are compared with."""
+
+    y: Tensor
+    posterior: Any
+    exact: Tensor
+    floor: float  # the distance of other exact draws to these
+
+
+@cache
+def _references(bed: Bed, n_y: int, n: int, seed: int) -> list[_Reference]:
+    """One for each y; the same for all methods."""
+    generator = torch.Generator().manual_seed(int(make_key(seed, bed.name, "truth")))
+    references = []
+    for y in bed.observe(n_y, generator)[1]:
+        posterior = bed.prior.posterior(y, bed.operator, bed.sigma_y)
+        exact, other = (posterior.sample(n, generator) for _ in range(2))
+        floor = _distance(bed, posterior, other, exact, seed)
+        references.append(_Reference(y, posterior, exact, floor))
+    return references
+
+
 def grade(
     bed: Bed, method: Method, *, n_y: int, n: int, n_coverage: int, n_ranks: int, seed: int
 ) -> dict[str, Any]:
@@ -101,38 +133,36 @@ def grade(
     Raises:
         SamplingError: If the method diverges.
     """
-    generator = torch.Generator().manual_seed(int(make_key(seed, bed.name, "truth")))
-    _, y = bed.observe(n_y, generator)
+    references = _references(bed, n_y, n, seed)
     start = time.perf_counter()
+    y = torch.stack([reference.y for reference in references])
     x, counts = _sample(bed, method, y, n, int(make_key(seed, "samples")))
     seconds = time.perf_counter() - start
-    found: dict[str, list[float]] = {key: [] for key in ("sw2", "floor", "tv", "ratio", "bias")}
-    for k in range(n_y):
-        posterior = bed.prior.posterior(y[k], bed.operator, bed.sigma_y)
-        exact, other = (posterior.sample(n, generator) for _ in range(2))
-        found["sw2"].append(_distance(bed, posterior, x[k], exact, seed))
-        found["floor"].append(_distance(bed, posterior, other, exact, seed))
+    found: dict[str, list[float]] = {key: [] for key in ("sw2", "tv", "ratio", "bias")}
+    for one, reference in zip(x, references, strict=True):
+        posterior = reference.posterior
+        found["sw2"].append(_distance(bed, posterior, one, reference.exact, seed))
         weights = posterior.weights
         found["tv"].append(
-            float(total_variation(posterior.responsibilities(x[k]).mean(0), weights))
+            float(total_variation(posterior.responsibilities(one).mean(0), weights))
             if len(weights) > 1
             else math.nan
         )
         mean, variance = _moments(posterior)
-        flat = x[k].flatten(1)
+        flat = one.flatten(1)
         found["ratio"].append(float(flat.var(0).sum() / variance))
         found["bias"].append(float((flat.mean(0) - mean).norm() / variance**0.5))
     row: dict[str, Any] = {
         "bed": bed.name, "method": method.name, "sampler": type(method.sampler).__name__,
         "steps": method.sampler.steps, "n_y": n_y, "n": n,
         "nfe": counts["nfe"] / (n_y * n), "vjp": counts["vjp"] / (n_y * n),
-        "sw2": fmean(found["sw2"]), "sw2_floor": fmean(found["floor"]),
+        "sw2": fmean(found["sw2"]), "sw2_floor": fmean(r.floor for r in references),
         "mode_tv": fmean(found["tv"]),
         "variance_ratio": median(found["ratio"]), "bias": median(found["bias"]),
         "coverage": math.nan, "rank_chi2": math.nan, "seconds": seconds,
     }  # fmt: skip
     if n_coverage:
-        generator.manual_seed(int(make_key(seed, bed.name, "coverage")))
+        generator = torch.Generator().manual_seed(int(make_key(seed, bed.name, "coverage")))
         x_0, y = bed.observe(n_coverage, generator)
         x, _ = _sample(bed, method, y, n_ranks, int(make_key(seed, "ranks")))
         place = ranks(x, x_0, KeyedGenerator(make_key(seed, "ties", torch.arange(n_coverage))))
@@ -167,6 +197,7 @@ class ExactPosterior:
         n: Samples of each, at least 2.
         n_coverage: Observations for coverage and ranks, at least 1.
         n_ranks: Samples of each for those, at least 2; 19 makes the 90% interval exact.
+        processes: How many rows are worked on at once, at least 1; None for one a core.
 
     Raises:
         ConfigError: If a bed or a method is unknown; names those that there are.
@@ -182,26 +213,27 @@ class ExactPosterior:
         n: int = 1024,
         n_coverage: int = 512,
         n_ranks: int = 19,
+        processes: int | None = None,
     ) -> None:
         self.directory, self.seed = directory, seed
         self.sizes = {"n_y": n_y, "n": n, "n_coverage": n_coverage, "n_ranks": n_ranks}
-        self.beds = [_known("beds", name, BEDS)() for name in beds or BEDS]
-        every = {method.name: method for method in methods_table()}
+        self.processes = processes or len(os.sched_getaffinity(0))
+        self.beds = [_known("beds", name, BEDS) for name in beds or BEDS]
+        every = _methods()
         wanted = [_known("methods", name, every) for name in methods or every]
-        controls = [method for method in every.values() if method.name == CONTROL]
-        self.methods = [*(m for m in controls if m not in wanted), *wanted]
+        self.methods = [*(m for m in every if m == CONTROL and m not in wanted), *wanted]
 
     def __call__(self) -> list[dict[str, Any]]:
         """Grades all and returns the rows."""
         rows: list[dict[str, Any]] = []
-        work = [(bed, m) for bed in self.beds for m in self.methods if _defined(m, bed)]
-        for bed, method in tqdm(work, "leaderboard", dynamic_ncols=True, disable=None):
-            try:
-                rows.append(grade(bed, method, seed=self.seed, **self.sizes))
-            except SamplingError as error:
-                log.warning("%s on %s diverged: %s", method.name, bed.name, error)
-                rows.append(_diverged(bed, method, self.sizes))
-            self._write_csv(rows)
+        graded = partial(_row, seed=self.seed, sizes=self.sizes)
+        pairs = [(b, m) for b in self.beds for m in self.methods]
+        work = [(b, m) for b, m in pairs if _defined(_methods()[m], _bed(b))]
+        with _workers(min(self.processes, len(work))) as each:
+            found = each(graded, *zip(*work, strict=True))
+            for row in tqdm(found, "leaderboard", len(work), dynamic_ncols=True, disable=None):
+                rows.append(row)
+                self._write_csv(rows)
         text = markdown(rows)
         write_atomic(self.directory / "leaderboard.md", text.encode())
         self._report(rows)
@@ -249,6 +281,42 @@ class ExactPosterior:
         )
 
 
+@cache
+def _bed(name: str) -> Bed:
+    return BEDS[name]()
+
+
+@cache
+def _methods() -> dict[str, Method]:
+    return {method.name: method for method in methods_table()}
+
+
+def _row(bed: str, method: str, *, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """One row, in whatever process; named, for methods are made of functions without a name."""
+    try:
+        return grade(_bed(bed), _methods()[method], seed=seed, **sizes)
+    except SamplingError as error:
+        log.warning("%s on %s diverged: %s", method, bed, error)
+        return _diverged(_bed(bed), _methods()[method], sizes)
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Any]:
+    """Yields map(), over processes of one thread each if there are several."""
+    if count == 1:
+        yield map
+        return
+    # Started afresh: threads of torch do not outlive a fork.
+    with ProcessPoolExecutor(
+        count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the leaderboard as Markdown, a table for each bed."""
     parts = []
@@ -285,10 +353,10 @@ def _figure(value: Any) -> str:
     return "–" if value != value else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _known(key: str, name: str, options: dict[str, Any]) -> Any:
+def _known(key: str, name: str, options: dict[str, Any]) -> str:
     if name not in options:
         raise ConfigError(f"benchmark.{key}: {name} is unknown; choose from " + ", ".join(options))
-    return options[name]
+    return name
 
 
 def _defined(method: Method, bed: Bed) -> bool:

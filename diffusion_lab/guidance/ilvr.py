@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.replacement import Travelling
+from diffusion_lab.guidance.travelling import Travelling
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.guidance.daps import Coupled
+from diffusion_lab.guidance.coupling import Coupled
 from diffusion_lab.noise import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.daps import misfit_gradient
+from diffusion_lab.guidance.coupling import misfit_gradient
 from diffusion_lab.operator import LinearOperator
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
 

@@ -39,7 +39,8 @@ mean (range) over 4 priors; a backward pass counts as two calls.
 Where 2 numbers are seen with σ_y = 0.5 and several modes remain, their weights are within 0.05 of
 the exact ones (total variation, each y), 0.01 to 0.02 in the mean. At 64 steps the samples spread
 4% too much in variance, at 128 steps 2%. Samples of one y share particles: they are not
-independent, and in as many dimensions as an image has few of the particles survive.
+independent. In as many dimensions as an image has few particles survive, and samples that share
+them are all but copies: there each sample takes particles of its own (shares=false).
 
 Sources:
     Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and asymptotically exact conditional
@@ -53,6 +54,7 @@ Sources:
 __all__ = ["TDS", "systematic"]
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -95,13 +97,15 @@ class TDS(Guidance):
             and within the schedule, and far above the largest spread of the data.
         threshold: The share of effective particles below which they are drawn anew, in (0, 1].
         batch_size: Particles that go through the network at once, at least 1.
+        shares: Whether the samples of one y come from one set of particles. If not, each is drawn
+            from `particles` of its own: they are independent, and no larger a set mends the
+            weights of the modes.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
     requires = "linear"
-    shares = True
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class TDS(Guidance):
         ratio_max: float = 80.0,
         threshold: float = 0.5,
         batch_size: int = 16384,
+        shares: bool = True,
     ) -> None:
         for key, value, allowed, right in (
             ("particles", particles, "at least 1", particles >= 1),
@@ -121,7 +126,7 @@ class TDS(Guidance):
             if not right:
                 raise ValueError(f"{key}={value} is not allowed; it is {allowed}")
         self.particles, self.data_std, self.ratio_max = particles, data_std, ratio_max
-        self.threshold, self.batch_size = threshold, batch_size
+        self.threshold, self.batch_size, self.shares = threshold, batch_size, shares
 
     def draw(
         self,
@@ -133,6 +138,8 @@ class TDS(Guidance):
     ) -> Tensor:
         if sampler.clip:
             denoiser = Clipped(denoiser)
+        if not self.shares:
+            observation = replace(observation, group=1)
         schedule, group = denoiser.schedule, observation.group
         highest = float(schedule.ratio(1.0))
         t_start = float(schedule.t_from_ratio(min(self.ratio_max, highest)))

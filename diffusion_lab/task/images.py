@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from diffusion_lab.data.module import to_model
@@ -36,8 +36,8 @@ def read_image(key: str, path: str, shape: tuple[int, ...], resize: bool) -> Ten
     channels, height, width = shape
     try:
         with Image.open(Path(path).expanduser()) as file:
-            file.load()
-            image = file
+            # Phones write pictures lying down, with a tag that says so.
+            image = ImageOps.exif_transpose(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{key}={path} does not exist") from error
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:

@@ -19,12 +19,14 @@ from diffusion_lab.data.module import ImageDataModule, to_model
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import MMSE, Guidance, Observation
 from diffusion_lab.metric import (
+    LEAST,
     WINDOW,
     EfficientNetLite0,
     Moments,
     coverage,
     crps,
     energy_score,
+    find_lpips,
     frechet_distance,
     nominal,
     projections,
@@ -64,7 +66,7 @@ ESTIMATES = {
     "mmse": "E[x_0 | y] by one call of the network",
     "posterior": "all samples of an image together, as a distribution",
 }  # of the table, and what they are
-METRICS = ("psnr", "ssim", "crps", "energy_score", "ksd")
+METRICS = ("psnr", "ssim", "lpips", "crps", "energy_score", "ksd")
 
 
 class Restore(Task):
@@ -123,6 +125,7 @@ class Restore(Task):
         self.num_images = 1 if single else num_images
         self.images = data.test_images(self.num_images) if data is not None else None
         self.num_samples, self.settings = num_samples, settings
+        self.lpips = find_lpips() if min(shape[1:]) >= LEAST else None
         if not guidance.stochastic and num_samples > 1:
             log.info("guidance %s gives one image: num_samples=1", type(guidance).__name__)
             self.num_samples = 1
@@ -247,7 +250,10 @@ class Restore(Task):
     ) -> list[dict[str, Any]]:
         """What is compared with the truth, for each image."""
         scores: dict[tuple[str, str], Tensor] = {}
-        for metric, function in (("psnr", psnr), ("ssim", ssim)):
+        metrics = {"psnr": psnr, "ssim": ssim}
+        if self.lpips is not None:
+            metrics["lpips"] = self.lpips.to(x_0.device)
+        for metric, function in metrics.items():
             if y.shape == x_0.shape:
                 scores["noisy", metric] = function(y, x_0)
             each = [function(sample, x_0) for sample in samples.unbind(1)]
@@ -312,13 +318,15 @@ class Restore(Task):
         write_results(self.directory, rows)
         name, operator = type(self.guidance).__name__, type(self.operator).__name__
         noise = str(self.level or self.noise)
-        task = "Denoising" if isinstance(self.operator, Identity) else operator
+        identity = isinstance(self.operator, Identity)
+        task = "Denoising" if identity else operator
+        seen = "with" if identity else f"seen by {operator} with"
         shown = [[e, ESTIMATES[e], m, _with_error(mean, err), n] for e, m, mean, err, n in rows]
         truth = "drawn from the prior's own chain, " if self.model_pairs else ""
         report = write_report(
             self.directory / "report.html",
             f"{task} by posterior sampling, {name}",
-            f"{len(results)} image(s), {truth}seen by {operator} with noise {noise} (sigma_y is "
+            f"{len(results)} image(s), {truth}{seen} noise {noise} (sigma_y is "
             f"the noise added on the scale of [-1, 1]); {self.num_samples} posterior sample(s) of "
             f"each by {name} with {type(self.sampler).__name__} in {self.sampler.steps} steps.\n\n"
             "For an exact posterior sampler one sample is 3.01 dB below E[x_0 | y] and the mean "

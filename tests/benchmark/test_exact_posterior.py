@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Command
 
-from diffusion_lab.benchmark import BEDS, Method, grade
+from diffusion_lab.benchmark import BEDS, ExactPosterior, Method, grade
 from diffusion_lab.benchmark.exact_posterior import COLUMNS, markdown
 from diffusion_lab.benchmark.methods import Control, methods_table
 from diffusion_lab.guidance import Guidance, Observation, Truncated
@@ -121,3 +121,25 @@ def test_the_command_writes_a_leaderboard(lab: Command) -> None:
 def test_unknown_rows_are_named(lab: Command, override: str, named: str) -> None:
     result = lab("eval", "benchmark=exact_posterior", override)
     assert result.code == 1 and named in result.text
+
+
+def test_processes_share_the_work_out_and_change_nothing(tmp_path: Path) -> None:
+    tables = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        rows = ExactPosterior(
+            tmp_path / str(count), beds=["gaussian_denoise", "mixture_ambiguous"],
+            methods=["truncated 16", "ddrm"], n_y=2, n=16, n_coverage=4, n_ranks=9,
+            processes=count,
+        )()  # fmt: skip
+        tables.append([{**row, "seconds": 0} for row in rows])
+    assert [(row["bed"], row["method"]) for row in tables[1]] == [
+        ("gaussian_denoise", "control"), ("gaussian_denoise", "truncated 16"),
+        ("gaussian_denoise", "ddrm"), ("mixture_ambiguous", "control"),
+        ("mixture_ambiguous", "ddrm"),
+    ]  # fmt: skip
+    for one, two in zip(*tables, strict=True):
+        for key in one:
+            if not isinstance(one[key], str):
+                one[key] = pytest.approx(one[key], nan_ok=True, rel=1e-9)
+        assert two == one

@@ -31,12 +31,14 @@ from diffusion_lab.guidance import (
     Replacement,
     Truncated,
 )
-from diffusion_lab.guidance.daps import Coupling, DAPSSampler
+from diffusion_lab.guidance.coupling import Coupling
+from diffusion_lab.guidance.daps import DAPSSampler
 from diffusion_lab.guidance.ddnm import DDNMSampler
-from diffusion_lab.guidance.ddrm import DDRMSampler, Spectrum
+from diffusion_lab.guidance.ddrm import DDRMSampler
 from diffusion_lab.guidance.diffpir import DiffPIRSampler
 from diffusion_lab.guidance.reddiff import red_gradient
-from diffusion_lab.guidance.replacement import Travelling
+from diffusion_lab.guidance.spectrum import Spectrum
+from diffusion_lab.guidance.travelling import Travelling
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import (
     AveragePool,

@@ -158,6 +158,24 @@ def test_groups_have_nothing_to_do_with_each_other() -> None:
     assert len(whole.unique(dim=0)) == 12  # no duplicate is left
 
 
+def test_samples_with_particles_of_their_own_do_not_know_each_other() -> None:
+    """Four in a group are those drawn one by one; with shared particles they are not."""
+    denoiser = BEDS["mixture_mask"]().prior.denoiser(SCHEDULE)
+    bed = BEDS["mixture_mask"]()
+    y = bed.observe(1, torch.Generator().manual_seed(0))[1].expand(4, -1)
+    keys = make_key(0, "alone", torch.arange(4))
+    for shares in (False, True):
+        tds = TDS(3.0, 1.0, shares=shares)
+        observation = Observation(y, bed.sigma_y, bed.operator, group=4)
+        together = tds(denoiser, steps(8), observation, generator=KeyedGenerator(keys))
+        alone = [
+            tds(denoiser, steps(8), Observation(y[:1], bed.sigma_y, bed.operator),
+                generator=KeyedGenerator(key[None]))
+            for key in keys
+        ]  # fmt: skip
+        assert torch.allclose(together, torch.cat(alone), atol=1e-10) is not shares
+
+
 def test_it_runs_on_images_and_reports_its_steps() -> None:
     shape = (3, 16, 16)
     prior = Gaussian(torch.zeros(768), 0.25 * torch.eye(768), shape=shape)

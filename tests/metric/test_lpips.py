@@ -1,0 +1,28 @@
+"""LPIPS is torchmetrics', from weights that are there, and nothing is downloaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+from diffusion_lab.metric import LEAST, find_lpips
+
+
+def test_it_is_there_where_the_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    assert find_lpips() is None
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    name = torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "checkpoints" / name)
+    lpips = find_lpips()
+    assert lpips is not None
+    a, b = 2 * torch.rand(2, 3, 3, LEAST, LEAST) - 1
+    expected = learned_perceptual_image_patch_similarity(a, b, net_type="alex", reduction="none")
+    torch.testing.assert_close(lpips(a, b), expected.flatten())
+    assert float(lpips(a, b).min()) > 0 and bool((lpips(a, a) == 0).all())
+    torch.testing.assert_close(lpips(a * 3, b), lpips((a * 3).clamp(-1, 1), b))
