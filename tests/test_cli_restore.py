@@ -141,7 +141,10 @@ def test_a_large_image_is_cropped_to_the_middle_and_scaled(lab: Command) -> None
     torch.testing.assert_close(inner, expected, atol=0.02, rtol=0)
 
 
-def test_a_photo_that_a_phone_took_is_turned_upright() -> None:
+def test_a_photo_that_a_phone_took_is_turned_upright(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     upright = picture("upright.png", (16, 16))
     lying = Image.fromarray(np.rot90(upright))  # anticlockwise: tag 6 says, turn it back
     exif = lying.getexif()
