@@ -11,7 +11,12 @@ but μ - x̂(x_t), the gradient is that of regularisation by denoising (RED),
     ∇L = d/m ∂Aᵀ (A(μ) - y) + λ (μ - x̂(x_t)),
 
 without a large factor at any level. (It is d times the paper's loss of means over the numbers,
-which makes no difference to Adam.) σ_y is not in it: λ weighs the prior against y.
+which makes no difference to Adam.) σ_y is not in it: λ weighs the prior against y. The start is
+
+    μ = E[x_0 | y] for x_0 ~ N(0, I),    of the coefficients ȳ_i / (1 + ν_i²) (see `Spectrum`),
+
+which is the paper's A⁺ y where y has no noise; where it has, A⁺ of a blur multiplies it a
+thousandfold, and Adam's steps do not lead back.
 
 The result is one image, near a mode, not a sample: repeated calls differ by the noise of the
 optimisation only, and this spread means nothing. For a Gaussian prior N(m, C) its fixed point at
@@ -32,6 +37,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.guidance.coupling import misfit_gradient
+from diffusion_lab.guidance.spectrum import Spectrum
 from diffusion_lab.operator import LinearOperator
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
 
@@ -88,8 +94,7 @@ class REDDiff(Guidance):
     """Finds one image that fits y and is its own denoised one: a point, not a posterior sample.
 
     The sampler gives the levels (its number of steps and its grid) and the clipping; its own step
-    is not used. One call of the network a step. It starts from A⁺ y, from zero where A is not
-    linear.
+    is not used. One call of the network a step. It starts from zero where A is not linear.
 
     Arguments:
         strength: λ, at least 0: the weight of the prior against y.
@@ -122,8 +127,9 @@ class REDDiff(Guidance):
             "nothing. Use guidance=pnpdm, guidance=daps or guidance=mmps for samples"
         )
         operator, z = observation.operator, observation.noise(generator)
-        linear = isinstance(operator, LinearOperator)
-        mu = operator.pseudo_inverse(observation.y).clone() if linear else torch.zeros_like(z)
+        mu = torch.zeros_like(z)
+        if isinstance(operator, LinearOperator):
+            mu = operator.v(Spectrum.of(observation).pulled(operator.vt(mu), 1.0))
         alpha, sigma = (c.to(z) for c in denoiser.schedule(torch.ones((), dtype=torch.float64)))
         method = Descent(sampler, observation, mu, self.strength, self.lr)
         return method(denoiser, alpha * mu + sigma * z, generator=generator, callback=callback)
