@@ -1,9 +1,10 @@
 """How good images are, how far sets are apart, and whether posterior samples are calibrated."""
 
 __all__ = [
-    "LEAST", "LPIPS", "WINDOW", "EfficientNetLite0", "Moments", "coverage", "crps", "energy_score",
-    "expected_coverage", "find_lpips", "frechet_distance", "kernel_stein_discrepancy", "nominal",
-    "posterior_score", "projections", "psnr", "rank_chi2", "rank_histogram", "ranks",
+    "LEAST", "LPIPS", "WINDOW", "DINOv2", "EfficientNetLite0", "Inception", "Moments", "coverage",
+    "crps", "energy_score", "expected_coverage", "extract", "find_lpips", "frechet_distance",
+    "kernel_distance", "kernel_stein_discrepancy", "nominal", "posterior_score",
+    "precision_recall", "projections", "psnr", "rank_chi2", "rank_histogram", "ranks",
     "sliced_wasserstein", "spread_skill", "spread_skill_ratio", "ssim", "stein_discrepancy",
     "tarp", "tarp_ranks", "total_variation",
 ]  # fmt: skip
@@ -23,10 +24,15 @@ from diffusion_lab.metric.calibration import (
     tarp,
     tarp_ranks,
 )
+from diffusion_lab.metric.dinov2 import DINOv2
 from diffusion_lab.metric.distance import sliced_wasserstein, total_variation
 from diffusion_lab.metric.efficientnet import EfficientNetLite0
+from diffusion_lab.metric.features import extract
 from diffusion_lab.metric.frechet import frechet_distance
+from diffusion_lab.metric.inception import Inception
+from diffusion_lab.metric.kid import kernel_distance
 from diffusion_lab.metric.lpips import LEAST, LPIPS, find_lpips
+from diffusion_lab.metric.precision_recall import precision_recall
 from diffusion_lab.metric.restoration import WINDOW, psnr, ssim
 from diffusion_lab.metric.statistics import Moments
 from diffusion_lab.metric.stein import (

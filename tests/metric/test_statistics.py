@@ -1,7 +1,9 @@
 """Means and covariances in parts, against numpy; the reference that is kept in a file."""
 
 import json
+import multiprocessing
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,13 @@ from torch import Tensor
 
 from diffusion_lab.data.images import Images, Split
 from diffusion_lab.errors import DataError
-from diffusion_lab.metric.statistics import Moments, PooledPixels, reference
+from diffusion_lab.metric import statistics
+from diffusion_lab.metric.statistics import (
+    Moments,
+    PooledPixels,
+    reference,
+    reference_features,
+)
 
 LENGTHS = [1, 0, 17, 2, 400, 1, 64, 0, 3, 12]  # 500 in all
 
@@ -192,7 +200,7 @@ POSITIONS = np.arange(0, 60, 2)
 
 
 def make(
-    root: Path, content: str = "abc", extractor: PooledPixels | None = None, **kwargs
+    root: Path, content: str | None = "abc", extractor: PooledPixels | None = None, **kwargs
 ) -> tuple[Moments, Path, list[int]]:
     """The reference of every second image, its file, and the images it took."""
     images = kwargs.pop("images", None) or Memory()
@@ -200,6 +208,11 @@ def make(
     split = Split(images, positions)
     result, path = reference(split, content, extractor or PooledPixels(2), root, **kwargs)
     return result, path, images.asked
+
+
+def files(root: Path) -> list[Path]:
+    """What is kept there, but for locks."""
+    return [path for path in root.iterdir() if path.suffix != ".lock"]
 
 
 def equal(one: Moments, two: Moments) -> bool:
@@ -224,7 +237,7 @@ def test_the_reference_is_that_of_all_images_of_the_split(tmp_path: Path, batch_
     assert seen == list(range(0, 30, batch_size))
     assert error(actual.mean, values.mean(0)) < 1e-6  # features in float32
     assert error(actual.covariance, np.cov(values, rowvar=False)) < 1e-6
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert files(tmp_path) == [path]
     assert path.name.startswith("pixels2-") and path.suffix == ".npz"
 
 
@@ -256,7 +269,7 @@ def test_other_images_sizes_and_extractors_have_other_files(tmp_path: Path) -> N
         assert asked  # none takes another's
         paths.append(path)
     assert len(set(paths)) == len(changes)
-    assert set(tmp_path.iterdir()) == set(paths)
+    assert set(files(tmp_path)) == set(paths)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -319,7 +332,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     text = rf"cannot write {tmp_path}/pixels2-\w+.npz: File too"
     with pytest.raises(DataError, match=text), full():
         make(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == []
 
 
 def test_an_earlier_file_survives_a_full_disk(tmp_path: Path) -> None:
@@ -327,7 +340,7 @@ def test_an_earlier_file_survives_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(DataError), full():
         make(tmp_path, "abd")
     two, _, asked = make(tmp_path)
-    assert equal(one, two) and asked == [] and len(list(tmp_path.iterdir())) == 1
+    assert equal(one, two) and asked == [] and len(files(tmp_path)) == 1
     assert make(tmp_path, "abd")[0].n == 30
 
 
@@ -338,3 +351,73 @@ def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path, place: str) 
     root = tmp_path / place
     with pytest.raises(DataError, match=f"^cannot write {root}/.*; free space there, or set"):
         make(root)
+
+
+# --- the features themselves --------------------------------------------------------------------
+
+
+def keep(
+    root: Path, content: str | None = "abc", **kwargs
+) -> tuple[Moments, torch.Tensor, list[int]]:
+    """As `make`, with the features."""
+    images = Memory()
+    split = Split(images, POSITIONS)
+    result, kept = reference_features(split, content, PooledPixels(2), root, **kwargs)
+    return result, kept, images.asked
+
+
+def test_the_features_are_kept_and_spare_the_moments_a_pass(tmp_path: Path) -> None:
+    result, kept, asked = keep(tmp_path, batch_size=7)
+    expected = PooledPixels(2)(torch.from_numpy(PIXELS[POSITIONS]))
+    assert torch.equal(kept, expected) and kept.dtype == torch.float32
+    assert asked == POSITIONS.tolist()
+    again, kept, asked = keep(tmp_path, batch_size=7)
+    assert asked == [] and torch.equal(kept, expected) and equal(result, again)
+    other, path, asked = make(tmp_path, batch_size=7)
+    assert asked == [] and equal(result, other) and len(files(tmp_path)) == 2
+    damage(next(file for file in files(tmp_path) if file != path), "truncated")
+    with pytest.raises(DataError, match=r"is damaged .*; remove it to make it again"):
+        keep(tmp_path)
+
+
+def test_of_many_images_some_are_kept_from_all_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "KEPT", 12)
+    result, kept, asked = keep(tmp_path)
+    places = [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]
+    assert asked == POSITIONS[places].tolist() + POSITIONS.tolist()
+    assert torch.equal(kept, PooledPixels(2)(torch.from_numpy(PIXELS[POSITIONS[places]])))
+    assert result.n == 30 and equal(result, make(tmp_path)[0])
+
+
+def test_without_a_hash_of_the_pixels_nothing_is_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        result, kept, asked = keep(tmp_path, content=None)
+        assert len(asked) == 30 and len(kept) == 30 and files(tmp_path) == []
+        other, path, _ = make(tmp_path, content=None)
+        assert path is None and files(tmp_path) == [] and equal(result, other)
+
+
+def test_one_of_several_processes_computes_it(tmp_path: Path) -> None:
+    """The one that came second finds the file when it is let in."""
+    context = multiprocessing.get_context("fork")
+    entered, go = context.Event(), context.Event()
+
+    def slow(each: range) -> Iterator[int]:
+        entered.set()
+        assert go.wait(30)
+        return iter(each)
+
+    first = context.Process(target=make, args=(tmp_path,), kwargs={"progress": slow})
+    first.start()
+    assert entered.wait(30)
+    results = []
+    second = threading.Thread(target=lambda: results.append(make(tmp_path)))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()  # it waits, and has not asked for an image
+    go.set()
+    second.join(30)
+    first.join(30)
+    assert first.exitcode == 0 and results[0][0].n == 30 and results[0][2] == []
