@@ -6,16 +6,20 @@ t and ε of an image are drawn from the key that comes with it, a function of (s
 dataset index): the same whatever the batch size, the number of devices or a resume. Stratified
 times alone belong to the global batch. In validation the times are spread evenly over the images,
 so that the loss per noise level has little variance.
+
+The loss per noise level is that of ten bins which training times fall into equally often: bin
+k / 10 holds the u, and so the noise levels, from the (k - 1)-th to the k-th tenth of them. Where
+loss or gradient is not finite the step is left out.
 """
 
-__all__ = ["DiffusionModule"]
+__all__ = ["BINS", "DiffusionModule", "bin_name", "is_logged"]
 
 import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,8 +34,24 @@ from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.time import Time, Uniform
 
-BINS = 10  # of the training's times, for the validation loss per noise level
+BINS = 10  # of the training's times, for the losses per noise level
+EDGES = torch.arange(1, BINS, dtype=torch.float64) / BINS
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly
+
+
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether a step makes a row of the log: every N-th and the last."""
+    return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
+
+
+def _bin(u: Tensor) -> Tensor:
+    """The bin, 0 to 9, of the noise level that each u in [0, 1) stands for."""
+    return torch.bucketize(u, EDGES.to(u.device), right=True)
+
+
+def bin_name(k: int) -> str:
+    """Returns a bin's name: the share of the training's times below its end."""
+    return f"{(k + 1) / BINS:.1f}"
 
 
 class DiffusionModule(LightningModule):
@@ -49,6 +69,10 @@ class DiffusionModule(LightningModule):
         label_dropout: How often an image's class is withheld from a network that is told it, in
             [0, 1]: so that it learns p(x_0), too.
         run_config: The run's configuration as plain containers; saved with every checkpoint.
+
+    Attributes:
+        skipped: Whether the newest step of the optimizer was left out, because loss or gradient
+            was not finite; on the device if nothing waited for it there, otherwise on the CPU.
 
     Raises:
         ConfigError: If the network has a variance to learn and the loss teaches none, or the other
@@ -80,6 +104,10 @@ class DiffusionModule(LightningModule):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.run_config = run_config or {}
         self._step_losses: list[Tensor] = []  # of one optimizer step, more than one if accumulated
+        self.skipped = torch.zeros((), dtype=torch.bool)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # u and losses, of images since the last row
+        self._seen_before = torch.zeros(2, BINS, dtype=torch.float64)  # their sums up to a resume
+        self._loss_bins: dict[str, float] = {}  # as they were logged last
         self.val_loss = MeanMetric()
         self.val_loss_ema = MeanMetric()
         self.val_loss_bin = nn.ModuleList(MeanMetric() for _ in range(BINS))
@@ -126,14 +154,18 @@ class DiffusionModule(LightningModule):
         """Returns the mean loss of a batch, weighted for unequal numbers of images."""
         x_0, generator = batch["x_0"], KeyedGenerator(batch["key"])
         u = generator.uniform().double()
-        t, factor = self.time(batch["stratum"] if self.time.stratified else u, self.schedule)
+        u = batch["stratum"] if self.time.stratified else u
+        t, factor = self.time(u, self.schedule)
         epsilon = generator.normal(*x_0.shape[1:])
         label = self._label(batch)
         losses = factor.to(x_0) * self._losses(x_0, t, epsilon, ema=False, label=label)
         # The devices' gradients are averaged: weighted, that is the mean over the global batch.
         loss = losses.mean() * batch["weight"]
+        self._seen.append((u, losses.detach()))
         self._log_loss(loss.detach())
-        return loss
+        # The gradient of a loss that is not finite shall not be either: the devices' gradients
+        # are averaged, and so all of them leave the step out.
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def _label(self, batch: dict[str, Any]) -> Tensor | None:
         """The classes of a batch, some of them withheld: the label K."""
@@ -150,9 +182,53 @@ class DiffusionModule(LightningModule):
             return
         loss = torch.stack(self._step_losses).mean()
         self._step_losses.clear()
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if is_logged(trainer, trainer.global_step + 1):
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leaves the step out if its gradient is not finite, and logs the figures of a row.
+
+        A fused optimizer is told so by a flag on the device, as a gradient scaler tells it, and
+        nothing waits. Others leave parameters without a gradient alone; for them the flag has to
+        come to the host, one wait a step.
+        """
+        groups = optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.skipped = ~norm.isfinite()
+        if all(group.get("fused") for group in groups):
+            optimizer.found_inf = self.skipped.float()
+        else:
+            self.skipped = self.skipped.cpu()
+            if self.skipped:
+                optimizer.zero_grad(set_to_none=True)
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            figures = {"train/grad_norm": norm, "train/lr": groups[0]["lr"]}
+            self.log_dict(figures | self._losses_per_bin(), batch_size=1)
+
+    def _losses_per_bin(self) -> dict[str, float]:
+        """The mean loss in each bin, over the images of all devices since the last row.
+
+        A bin without any keeps its last value.
+        """
+        sums, counts = self._sums().tolist()
+        self._seen.clear()
+        self._seen_before.zero_()
+        for k, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                self._loss_bins[f"train/loss_bin/{bin_name(k)}"] = total / count
+        return self._loss_bins
+
+    def _sums(self) -> Tensor:
+        """The sums of the losses since the last row, and their numbers, of shape (2, BINS)."""
+        table = self._seen_before.clone() * self.trainer.is_global_zero
+        if self._seen:
+            u, losses = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            inside = _bin(u)[:, None] == torch.arange(BINS, device=u.device)
+            sums = torch.where(inside, losses[:, None].double(), 0).sum(0)
+            table = table.to(u.device) + torch.stack([sums, inside.sum(0).double()])
+        return self.trainer.strategy.reduce(table.to(self.device), reduce_op="sum")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds a batch to the validation losses of the raw and of the averaged weights."""
@@ -167,8 +243,9 @@ class DiffusionModule(LightningModule):
         )
         self.val_loss.update(raw)
         self.val_loss_ema.update(losses)
+        number = _bin(u)
         for k, metric in enumerate(self.val_loss_bin):
-            inside = (u >= k / BINS) & (u < (k + 1) / BINS)
+            inside = number == k
             if inside.any():
                 metric.update(losses[inside])
         self.log("val/loss", self.val_loss, batch_size=len(x_0))
@@ -181,7 +258,7 @@ class DiffusionModule(LightningModule):
         is its largest t.
         """
         for k, metric in enumerate(self.val_loss_bin):
-            self.log(f"val/loss_bin/{(k + 1) / BINS:.1f}", metric.compute())
+            self.log(f"val/loss_bin/{bin_name(k)}", metric.compute())
             metric.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -194,10 +271,18 @@ class DiffusionModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration, so that a lone file can be rebuilt."""
+        """Adds the configuration, so that a lone file can be rebuilt, and what is to be logged."""
         data = self._trainer and getattr(self.trainer, "datamodule", None)
+        sums = self._sums() if self._trainer else self._seen_before
         checkpoint["diffusion_lab"] = {
             "format": self.FORMAT,
             "config": self.run_config,
             "classes": list(getattr(data, "classes", ())),
+            "loss_bins": {"sums": sums.tolist(), "last": dict(self._loss_bins)},
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the losses of images that no row has yet."""
+        if bins := checkpoint.get("diffusion_lab", {}).get("loss_bins"):
+            self._seen_before = torch.tensor(bins["sums"], dtype=torch.float64)
+            self._loss_bins = dict(bins["last"])

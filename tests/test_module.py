@@ -1,6 +1,7 @@
 """The training step by hand, the moving average of the weights, the learning rates."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from diffusion_lab.callback import NaNGuard, Throughput
 from diffusion_lab.callback.ema import EMA
 from diffusion_lab.loss import P2, Likelihood, Loss, MinSNR, Simple
 from diffusion_lab.lr_schedule import Constant, Cosine
-from diffusion_lab.module import DiffusionModule
+from diffusion_lab.module import DiffusionModule, _bin, bin_name
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
 from diffusion_lab.schedule import VP, Linear
@@ -45,6 +47,7 @@ class Devices:
 
     def __init__(self, micro: int = 1, every: int = 50, others: tuple[float, ...] = ()) -> None:
         self.micro, self.global_step, self.log_every_n_steps = micro, 0, every
+        self.max_steps = -1
         self.others, self.batches = others, 0
         self.reduced: list[float] = []
         self.fit_loop = SimpleNamespace(_should_accumulate=self.should_accumulate)
@@ -523,7 +526,8 @@ def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() ->
 def test_a_checkpoint_carries_the_configuration() -> None:
     checkpoint: dict = {}
     make_module().on_save_checkpoint(checkpoint)
-    own = {"format": 1, "config": {"seed": 3}, "classes": []}
+    bins = {"sums": [[0.0] * 10] * 2, "last": {}}
+    own = {"format": 1, "config": {"seed": 3}, "classes": [], "loss_bins": bins}
     assert checkpoint == {"diffusion_lab": own}
 
 
@@ -545,11 +549,10 @@ def fit(module: DiffusionModule, *callbacks: Callback, **kwargs) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        **kwargs,
+        **{"enable_checkpointing": False, **kwargs},
     )
     train = DataLoader([make_batch(4, 4 * k) for k in range(8)], batch_size=None)
     trainer.fit(module, train, DataLoader([make_batch(16, 100)], batch_size=None))
@@ -605,3 +608,92 @@ def test_a_trainer_shows_the_mean_loss_of_each_step() -> None:
     assert losses.known[2:] == pytest.approx(
         [steps[0]] * 3 + [steps[1]] * 2 + [steps[2]], rel=1e-5
     )
+
+
+class Rows(Callback):
+    """Keeps what is known after every step that is logged."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        step = trainer.global_step
+        if step and step % trainer.log_every_n_steps == 0 and step not in self.rows:
+            self.rows[step] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    def on_train_end(self, trainer: Trainer, *_) -> None:
+        self.rows[trainer.global_step] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_has_the_losses_of_all_images_since_the_last_one_by_noise_level() -> None:
+    """Rows after steps 3, 6 and 8 of two batches of four each, but for the last epoch's end."""
+    module, rows = make_module(), Rows()
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    fit(module, rows, max_steps=8, accumulate_grad_batches=2, log_every_n_steps=3)
+    assert sorted(rows.rows) == [3, 6, 8]
+    order = [k % 8 for k in range(16)]  # the batches of two epochs
+    previous: dict[str, float] = {}
+    for first, last in ((0, 3), (3, 6), (6, 8)):
+        batches = [make_batch(4, 4 * k) for k in order[2 * first : 2 * last]]
+        t = torch.cat([draws(batch)[0] for batch in batches])
+        losses = torch.cat([losses_by_hand(batch, module.network) for batch in batches])
+        for k in range(10):
+            inside = (t > k / 10 + 1e-9) & (t <= (k + 1) / 10 + 1e-9)
+            if inside.any():
+                previous[f"train/loss_bin/{(k + 1) / 10:.1f}"] = float(losses[inside].mean())
+        found = {k: v for k, v in rows.rows[last].items() if k.startswith("train/loss_bin/")}
+        assert found == pytest.approx(previous, rel=1e-5)
+    assert len(previous) == 10
+
+
+def test_the_bins_of_training_are_those_of_validation() -> None:
+    u = torch.tensor([0.0, 0.0999, 0.1, 0.3, 0.55, 0.9, 1 - 1e-9], dtype=torch.float64)
+    assert _bin(u).tolist() == [0, 0, 1, 3, 5, 9, 9]
+    assert [bin_name(k) for k in (0, 8, 9)] == ["0.1", "0.9", "1.0"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_has_the_norm_before_clipping_and_the_rate_of_the_step() -> None:
+    """Steps 1 and 2 of a warm-up of two: a third and two thirds of 0.1."""
+    module, rows = make_module(), Rows()
+    fit(module, rows, max_steps=3, max_epochs=1, log_every_n_steps=1, gradient_clip_val=1e-3)
+    reference = fitting()
+    reference.training_step(make_batch(4), 0).backward()
+    norm = torch.stack([p.grad for p in reference.network.parameters()]).norm()
+    assert rows.rows[1]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+    assert float(norm) > 0.01
+    assert [rows.rows[k]["train/lr"] for k in (1, 2)] == pytest.approx([0.1 / 3, 0.2 / 3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_of_two_devices_is_that_of_one(tmp_path: Path) -> None:
+    """3 and 1 images of each batch of four, weighed: sums over images are those of all."""
+
+    class Share(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module, batch: dict, _) -> None:
+            mine = slice(0, 3) if trainer.global_rank == 0 else slice(3, 4)
+            for name in ("x_0", "index", "key"):
+                batch[name] = batch[name][mine]
+            batch["weight"] = len(batch["x_0"]) * 2 / 4
+
+    class Keep(Rows):
+        def on_train_end(self, trainer: Trainer, *_) -> None:
+            super().on_train_end(trainer)
+            if trainer.is_global_zero:
+                torch.save(self.rows, tmp_path / "rows.pt")
+
+    rows = Rows()
+    settings = {"max_steps": 5, "max_epochs": 1, "log_every_n_steps": 3}
+    fit(make_module(), rows, Throughput(1.0), NaNGuard(), **settings)
+    fit(
+        make_module(), Share(), Keep(), Throughput(1.0), NaNGuard(), **settings,
+        strategy="ddp_fork", devices=2, use_distributed_sampler=False,
+    )  # fmt: skip
+    two = torch.load(tmp_path / "rows.pt")
+    assert sorted(two) == sorted(rows.rows) == [3, 5]
+    assert [row["train/images"] for row in two.values()] == [12, 20]
+    for step, row in rows.rows.items():
+        row = {k: v for k, v in row.items() if k.startswith("train/")}
+        assert len(row) >= 8
+        assert {k: two[step][k] for k in row} == pytest.approx(row, rel=1e-5)

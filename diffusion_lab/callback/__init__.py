@@ -1,8 +1,9 @@
-"""What happens beside the training steps: averaging, samples, checkpoints."""
+"""What happens beside the training steps: averaging, samples, quality, speed, checkpoints."""
 
 __all__ = [
-    "EMA", "AtomicCheckpointIO", "ElasticResume", "FinalValidation", "LastCheckpoint",
-    "PowerEMA", "SampleGrid", "Stopped",
+    "EMA", "FID", "AtomicCheckpointIO", "ElasticResume", "FewImages", "FinalValidation",
+    "LastCheckpoint", "NaNGuard", "PowerEMA", "SampleGrid", "SchedulePlot", "Stopped",
+    "Throughput",
 ]  # fmt: skip
 
 from diffusion_lab.callback.checkpoint import (
@@ -13,4 +14,9 @@ from diffusion_lab.callback.checkpoint import (
     Stopped,
 )
 from diffusion_lab.callback.ema import EMA, PowerEMA
+from diffusion_lab.callback.few_images import FewImages
+from diffusion_lab.callback.fid import FID
+from diffusion_lab.callback.nan_guard import NaNGuard
 from diffusion_lab.callback.samples import SampleGrid
+from diffusion_lab.callback.schedule_plot import SchedulePlot
+from diffusion_lab.callback.throughput import Throughput

@@ -113,7 +113,9 @@ class LastCheckpoint(Checkpoint):
         self.stopping = self._agreed(trainer)
         # The last step is saved here and not after it: then Lightning counts the epoch as over,
         # and a run that goes on from there would skip the rest of the epoch.
-        if step % self.every_n_steps == 0 or step == trainer.max_steps or self.stopping:
+        # Nor in a step that was left out: it may be the first of those after which none is taken.
+        due = step % self.every_n_steps == 0 and not module.skipped
+        if due or step == trainer.max_steps or self.stopping:
             self._save(trainer)
 
     def _agreed(self, trainer: Trainer) -> bool:

@@ -5,7 +5,8 @@ The exponential moving average, held in the module,
     θ' <- d_n θ' + (1 - d_n) θ,    d_n = min(d, (1 + n) / (10 + n)),    after the n-th step.
 
 The ramp forgets the initial weights quickly; without it a decay of 0.9999 gives noise at 10,000
-steps. n is the trainer's own step, so there is no state to save beyond the weights.
+steps. n is the trainer's own step, so there is no state to save beyond the weights. A step that
+the module left out moves no average.
 
 The power-function averages, any number beside it, of which snapshots are written,
 
@@ -32,6 +33,24 @@ from torch import Tensor
 from diffusion_lab.ema import exponent, save_snapshot, snapshots
 from diffusion_lab.errors import RunError
 from diffusion_lab.module import DiffusionModule
+
+
+def _move(averages: list[Tensor], values: list[Tensor], share: float, skipped: Tensor) -> None:
+    """Moves averages by a share of the way to the values, unless the step was left out."""
+    if skipped.device.type == "cpu":
+        if not skipped:
+            torch._foreach_lerp_(averages, values, share)
+    else:
+        _move_by_flag(averages, values, share, skipped)
+
+
+def _move_by_flag(
+    averages: list[Tensor], values: list[Tensor], share: float, skipped: Tensor
+) -> None:
+    """The same where the device alone knows whether it was: nothing waits for it."""
+    change = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(change, share * ~skipped)
+    torch._foreach_add_(averages, change)
 
 
 class EMA(Callback):
@@ -61,9 +80,8 @@ class EMA(Callback):
             return
         self.step = n = trainer.global_step
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(
-            list(module.network_ema.parameters()), list(module.network.parameters()), 1 - decay
-        )
+        averages, parameters = module.network_ema.parameters(), module.network.parameters()
+        _move(list(averages), list(parameters), 1 - decay, module.skipped)
 
 
 class PowerEMA(Callback):
@@ -173,7 +191,7 @@ class PowerEMA(Callback):
         parameters = [parameter.float() for parameter in module.network.parameters()]
         for width, gamma in zip(self.widths, self.gammas, strict=True):
             beta = (1 - 1 / n) ** (gamma + 1)
-            torch._foreach_lerp_(list(self.averages[width].values()), parameters, 1 - beta)
+            _move(list(self.averages[width].values()), parameters, 1 - beta, module.skipped)
         if n % self.every_n_steps == 0 or n == trainer.max_steps:
             self._write(trainer)
 

@@ -1,7 +1,8 @@
-r"""Pictures of what the prior has learned: samples, and a denoising row, with a fixed seed."""
+r"""Pictures of what the prior has learned: samples and what it makes of noisy images."""
 
 __all__ = ["SampleGrid"]
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,20 +10,37 @@ from lightning import Callback, Trainer
 from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 
+from diffusion_lab.callback.pictures import (
+    Recorder,
+    levels,
+    log_picture,
+    nearest,
+    progressive,
+)
+from diffusion_lab.data.images import SourceImages
 from diffusion_lab.data.module import to_model
+from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import MMSE, Observation, Truncated
 from diffusion_lab.module import DiffusionModule
 from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.sampler import EulerMaruyama, Sampler
-from diffusion_lab.tracking.grid import image_grid, labelled_grid, save_png
+from diffusion_lab.tracking.grid import image_grid, labelled_grid
+
+log = logging.getLogger(__name__)
 
 
 class SampleGrid(Callback):
     """Draws from the averaged weights after validation, as PNG files and to the loggers.
 
-    Each picture is made of the same noise, so that a series shows what training changes: a grid of
-    samples of the prior, and rows of validation images at σ_t = 0.5: clean, noisy, the estimate
-    E[x_0 | y], and samples of the posterior.
+    Each picture is made of the same noise, so that a series shows what training changes:
+
+        samples/grid         samples of the prior
+        samples/progressive  how the first of them come out of noise: x_t and E[x_0 | x_t]
+        samples/nearest      the first of them, and the training images nearest to them; not where
+                             every image has to be read from its source
+        samples/denoise      validation images at σ_t = 0.5: clean, noisy, the estimate E[x_0 | y],
+                             and samples of the posterior
+        samples/levels       a validation image at ten noise levels, and E[x_0 | x_t]
 
     Arguments:
         directory: Where the PNG files go.
@@ -33,6 +51,8 @@ class SampleGrid(Callback):
     """
 
     ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # at most
+    PROGRESSIVE_ROWS = 3  # likewise
+    COMPARED = 2048  # training images among which the nearest are looked for
     SIGMA_T = 0.5
 
     def __init__(
@@ -62,19 +82,26 @@ class SampleGrid(Callback):
             return
         self.drawn_step = step
         if trainer.is_global_zero:
-            with trainer.precision_plugin.forward_context():
-                pictures = {
-                    "samples/grid": self._prior(trainer, module),
-                    "samples/denoise": self._posterior(trainer, module),
-                }
-            self._log(trainer, pictures, step)
+            try:
+                with trainer.precision_plugin.forward_context():
+                    pictures = {
+                        **self._prior(trainer, module),
+                        "samples/denoise": self._posterior(trainer, module),
+                        "samples/levels": self._levels(trainer, module),
+                    }
+            except SamplingError as error:  # of an early network; training goes on
+                log.warning("no pictures at step %d: %s", step, error)
+                pictures = {}
+            for name, picture in pictures.items():
+                path = self.directory / f"{name.split('/')[1]}-{step:07d}.png"
+                log_picture(trainer, name, picture, path)
         trainer.strategy.barrier("samples")
 
     def _generator(self, module: DiffusionModule, name: str, count: int) -> KeyedGenerator:
         index = torch.arange(count, device=module.device)
         return KeyedGenerator(make_key(self.seed, name, index))
 
-    def _prior(self, trainer: Trainer, module: DiffusionModule) -> Image:
+    def _prior(self, trainer: Trainer, module: DiffusionModule) -> dict[str, Image]:
         generator = self._generator(module, "sample grid", self.num_samples)
         size = trainer.datamodule.size
         start = module.schedule.prior((self.num_samples, 3, size, size), generator)
@@ -82,9 +109,24 @@ class SampleGrid(Callback):
         classes = getattr(module.network, "classes", 0)
         label = torch.arange(self.num_samples, device=module.device) % classes if classes else None
         denoiser = module.denoiser(label=label)
-        images = self.sampler(denoiser, start, generator=generator)
+        recorder = Recorder(self.sampler, self.PROGRESSIVE_ROWS)
+        images = self.sampler(denoiser, start, generator=generator, callback=recorder)
         columns = max(1, round(self.num_samples**0.5))
-        return to_pil_image(image_grid(images, columns))
+        pictures = {
+            "samples/grid": to_pil_image(image_grid(images, columns)),
+            "samples/progressive": progressive(recorder.states, module.schedule),
+        }
+        data = trainer.datamodule
+        if not isinstance(data.images["train"].images, SourceImages):
+            pictures["samples/nearest"] = nearest(
+                images[: self.ROWS], data.images["train"], self.COMPARED, data.flip
+            )
+        return pictures
+
+    def _levels(self, trainer: Trainer, module: DiffusionModule) -> Image:
+        images = trainer.datamodule.images["val"][:1]
+        x_0 = to_model(torch.tensor(images, device=module.device))
+        return levels(module, x_0, self._generator(module, "levels", 1).normal(*x_0.shape[1:]))
 
     def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
         images = trainer.datamodule.images["val"][: min(self.ROWS, self.num_samples)]
@@ -106,12 +148,3 @@ class SampleGrid(Callback):
         ]
         names = [f"sample {m + 1}" for m in range(self.POSTERIOR_SAMPLES)]
         return labelled_grid(rows, ["clean", "noisy", "E[x_0 | y]", *names])
-
-    def _log(self, trainer: Trainer, pictures: dict[str, Image], step: int) -> None:
-        if not trainer.fast_dev_run:
-            for name, picture in pictures.items():
-                save_png(picture, self.directory / f"{name.split('/')[1]}-{step:07d}.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, picture in pictures.items():
-                    logger.log_image(name, [picture], step=step)

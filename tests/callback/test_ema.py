@@ -38,6 +38,11 @@ class Path64(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
 
+def module_of(network: nn.Module) -> SimpleNamespace:
+    """Stands for a module that has left no step out."""
+    return SimpleNamespace(network=network, skipped=torch.tensor(False))
+
+
 def trainer_at(step: int, **more) -> SimpleNamespace:
     facts = {"max_steps": -1, "is_global_zero": True, "fast_dev_run": False, **more}
     return SimpleNamespace(global_step=step, **facts)
@@ -45,7 +50,7 @@ def trainer_at(step: int, **more) -> SimpleNamespace:
 
 def track(callback: PowerEMA, path: Tensor, network: nn.Module | None = None) -> None:
     """Calls back as a trainer does, with parameters that follow a path of shape (T, size)."""
-    module = SimpleNamespace(network=network or Path64(path.shape[1]))
+    module = module_of(network or Path64(path.shape[1]))
     callback.on_train_start(trainer_at(0), module)
     for n, value in enumerate(path, start=1):
         with torch.no_grad():
@@ -157,7 +162,7 @@ def test_an_average_of_many_steps_loses_little_to_float32(tmp_path: Path) -> Non
 
 
 def test_no_update_while_gradients_are_accumulated(tmp_path: Path) -> None:
-    module, callback = SimpleNamespace(network=Path64(1)), PowerEMA(str(tmp_path), [0.1])
+    module, callback = module_of(Path64(1)), PowerEMA(str(tmp_path), [0.1])
     callback.on_train_start(trainer_at(0), module)
     path = [1.0, 5.0, -2.0, 4.0, 8.0, 3.0]
     for batch, value in enumerate(path):
@@ -173,7 +178,7 @@ def test_names_are_those_of_a_network_that_is_not_compiled(tmp_path: Path) -> No
     inner = torch.compile(nn.Linear(2, 2), backend="eager")
     network = torch.compile(nn.Sequential(inner, nn.Linear(2, 2)), backend="eager")
     assert all("_orig_mod." in name for name, _ in network.named_parameters())
-    module, callback = SimpleNamespace(network=network), PowerEMA(str(tmp_path), [0.1], 3)
+    module, callback = module_of(network), PowerEMA(str(tmp_path), [0.1], 3)
     callback.on_train_start(trainer_at(0), module)
     before = copy.deepcopy(callback.averages[0.1])
     for n in (1, 2, 3):
@@ -193,7 +198,7 @@ def test_names_are_those_of_a_network_that_is_not_compiled(tmp_path: Path) -> No
     # and a run goes on with or without compilation
     other = PowerEMA(str(tmp_path), [0.1], 3)
     other.load_state_dict(callback.state_dict())
-    other.on_train_start(trainer_at(3), SimpleNamespace(network=plain))
+    other.on_train_start(trainer_at(3), module_of(plain))
     assert all(torch.equal(other.averages[0.1][k], callback.averages[0.1][k]) for k in names)
 
 
@@ -205,7 +210,7 @@ def test_without_widths_it_does_nothing(tmp_path: Path) -> None:
 
 def test_strided_parameters_are_averaged_and_written(tmp_path: Path) -> None:
     network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    module, callback = SimpleNamespace(network=network), PowerEMA(str(tmp_path), [0.1], 1)
+    module, callback = module_of(network), PowerEMA(str(tmp_path), [0.1], 1)
     callback.on_train_start(trainer_at(0), module)
     callback.on_train_batch_end(trainer_at(1), module, None, None, 0)
     assert torch.equal(ema.reconstruct(tmp_path, 0.1)["weight"], network.weight)
@@ -232,7 +237,7 @@ def test_a_snapshot_says_what_it_is(tmp_path: Path) -> None:
 
 def test_only_the_first_device_writes_and_a_debug_run_does_not(tmp_path: Path) -> None:
     for facts in ({"is_global_zero": False}, {"fast_dev_run": 1}):
-        module, callback = SimpleNamespace(network=Path64(1)), PowerEMA(str(tmp_path), [0.1], 1)
+        module, callback = module_of(Path64(1)), PowerEMA(str(tmp_path), [0.1], 1)
         callback.on_train_start(trainer_at(0, **facts), module)
         callback.on_train_batch_end(trainer_at(1, **facts), module, None, None, 0)
         callback.on_train_end(trainer_at(1, **facts), module)
@@ -566,4 +571,4 @@ def test_averages_of_another_network_are_refused(tmp_path: Path) -> None:
     track(callback, random_walk(3))
     other.load_state_dict(copy.deepcopy(callback.state_dict()))
     with pytest.raises(RunError, match="do not fit the network"):
-        other.on_train_start(trainer_at(3), SimpleNamespace(network=Path64(5)))
+        other.on_train_start(trainer_at(3), module_of(Path64(5)))

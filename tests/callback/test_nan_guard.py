@@ -1,0 +1,246 @@
+"""A step without a finite gradient is left out, exactly, and a row of them ends the run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+from lightning import Callback, LightningModule, Trainer
+from test_module import Affine, draws, fit, fitting, make_batch, make_module
+
+from diffusion_lab.callback import EMA, LastCheckpoint, NaNGuard, PowerEMA
+from diffusion_lab.callback.ema import _move_by_flag
+from diffusion_lab.errors import RunError
+from diffusion_lab.loss import Simple
+from diffusion_lab.lr_schedule import Cosine
+from diffusion_lab.module import DiffusionModule
+from diffusion_lab.runs import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Poison(Callback):
+    """Spoils the images of some batches, on one device alone if it is named."""
+
+    def __init__(self, *batches: int, rank: int | None = None) -> None:
+        self.batches, self.rank = batches, rank
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: DiffusionModule, batch: dict, batch_idx: int
+    ) -> None:
+        if batch_idx in self.batches and self.rank in (None, trainer.global_rank):
+            batch["x_0"] = batch["x_0"].clone()
+            batch["x_0"][1, 0, 2, 3] = torch.nan
+
+
+class InfiniteLoss(Simple):
+    """Infinite for a batch that holds a certain image, and its gradient is finite."""
+
+    def forward(self, output, target, *rest):
+        loss = super().forward(output, target, *rest)
+        return loss + torch.where(target[:, 0, 0, 0] == self.mark, torch.inf, 0.0)
+
+
+class SpoiltGradient(Affine):
+    """Whose gradient overflows in the third backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+        self.v.register_hook(self.spoil)
+
+    def spoil(self, gradient):
+        self.passes += 1
+        return gradient * torch.inf if self.passes == 3 else gradient
+
+
+def trained(*callbacks: Callback, fused: bool = True, **kwargs) -> tuple[DiffusionModule, Trainer]:
+    """Eight steps of Adam on eight batches of four images."""
+    module = kwargs.pop("module", None) or make_module(**kwargs)
+    module.make_optimizer = lambda p: torch.optim.Adam(p, lr=0.05, fused=fused)
+    trainer = fit(
+        module, *callbacks, EMA(0.9), NaNGuard(3), max_steps=8, gradient_clip_val=0.5,
+        log_every_n_steps=4,
+    )  # fmt: skip
+    return module, trainer
+
+
+def state(module: DiffusionModule, trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments."""
+    moments = trainer.optimizers[0].state_dict()["state"]
+    parts = {f"{k}.{n}": v for k, each in moments.items() for n, v in each.items()}
+    return {**module.network.state_dict(), **prefixed(module), **parts}
+
+
+def prefixed(module: DiffusionModule) -> dict[str, torch.Tensor]:
+    return {f"ema.{k}": v for k, v in module.network_ema.state_dict().items()}
+
+
+def by_hand(left_out: int | None, fused: bool) -> dict[str, torch.Tensor]:
+    """The same training in a plain loop, one step of which never happens."""
+    module = fitting()
+    parameters = list(module.network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.05, fused=fused)
+    rates = Cosine(optimizer, 8, warmup=2)
+    for number in range(8):
+        if number != left_out:
+            optimizer.zero_grad()
+            module.training_step(make_batch(4, 4 * number), number).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+            n = number + 1
+            share = 1 - min(0.9, (1 + n) / (10 + n))
+            for average, parameter in zip(
+                module.network_ema.parameters(), parameters, strict=True
+            ):
+                average.data.lerp_(parameter.data, share)
+        rates.step()
+    moments = optimizer.state_dict()["state"]
+    parts = {f"{k}.{n}": v for k, each in moments.items() for n, v in each.items()}
+    return {**module.network.state_dict(), **prefixed(module), **parts}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("left_out", [None, 0, 2, 7])
+def test_a_poisoned_batch_costs_its_own_step_and_nothing_else(
+    left_out: int | None, fused: bool
+) -> None:
+    """To the last bit, with and without one: weights, averages, moments and Adam's own count."""
+    poison = [] if left_out is None else [Poison(left_out)]
+    module, trainer = trained(*poison, fused=fused)
+    assert_equal(state(module, trainer), by_hand(left_out, fused))
+    assert float(trainer.callback_metrics["train/skipped"]) == len(poison)
+
+
+def test_a_gradient_that_overflows_is_left_out_too() -> None:
+    module, trainer = trained(network=SpoiltGradient())
+    assert_equal(state(module, trainer), by_hand(2, True))
+
+
+def test_an_infinite_loss_is_left_out_though_its_gradient_is_finite() -> None:
+    loss = InfiniteLoss()
+    loss.mark = draws(make_batch(4, 8))[1][1, 0, 0, 0]
+    module, trainer = trained(loss=loss)
+    assert_equal(state(module, trainer), by_hand(2, True))
+
+
+def test_a_healthy_run_is_what_it_is_without_the_guard() -> None:
+    class Unguarded(DiffusionModule):
+        on_before_optimizer_step = LightningModule.on_before_optimizer_step
+
+    guarded, trainer = trained()
+    module = make_module()
+    module.__class__ = Unguarded
+    plain, other = trained(module=module)
+    assert_equal(state(guarded, trainer), state(plain, other))
+
+
+def test_one_spoilt_micro_batch_costs_the_step_of_all() -> None:
+    """8 batches in steps of 2; the second of the third step is spoilt."""
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            seen.append(module.network.w.item())
+
+    module = make_module()
+    fit(module, Poison(5), Watch(), max_steps=9, max_epochs=1, accumulate_grad_batches=2)
+    moved = [a != b for a, b in zip(seen[1::2], seen[3::2], strict=False)]
+    assert moved == [True, False, True]
+
+
+def test_the_average_moved_by_a_flag_is_the_one_moved_by_the_host() -> None:
+    """What a GPU does, where the host does not know whether the step was left out."""
+    values = [torch.randn(5, 3), torch.randn(7)]
+    averages = [torch.randn(5, 3), torch.randn(7)]
+    expected = [torch.lerp(a, v, 0.3) for a, v in zip(averages, values, strict=True)]
+    kept = [a.clone() for a in averages]
+    _move_by_flag(averages, values, 0.3, torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(averages, kept, strict=True))
+    _move_by_flag(averages, values, 0.3, torch.tensor(False))
+    torch.testing.assert_close(averages, expected)
+
+
+def test_the_other_averages_are_not_moved_either(tmp_path: Path) -> None:
+    """Of steps 1 to 4 the third is left out: β_3 and its weights are missing from the sum."""
+    weights: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            weights.append(module.network.w.item())
+
+    module, power = make_module(), PowerEMA(str(tmp_path), [0.1], 100)
+    fit(module, Poison(2), Watch(), power, max_steps=9, max_epochs=1, limit_train_batches=4)
+    expected = 0.0
+    for n, weight in enumerate(weights, start=1):
+        beta = (1 - 1 / n) ** (power.gammas[0] + 1)
+        if n != 3:
+            expected = beta * expected + (1 - beta) * weight
+    assert weights[1] == weights[2] != weights[3]
+    assert float(power.averages[0.1]["w"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_row_ends_the_run_and_single_steps_do_not(tmp_path: Path) -> None:
+    """Steps 2, 3, 5, 6 and 7 of eight: a row of three is complete with the eighth."""
+    last = LastCheckpoint(str(tmp_path), every_n_steps=1)
+    guard, module = NaNGuard(3), make_module()
+    with pytest.raises(RunError) as error:
+        fit(module, Poison(2, 3, 5, 6, 7), guard, last, max_steps=8, enable_checkpointing=True)
+    text = str(error.value)
+    for part in ("at step 8", "3 steps in a row", "nan_guard.patience=3", "resume="):
+        assert part in text
+    assert f"{tmp_path / 'last.ckpt'}, after step 5, is intact" in text
+    assert guard.state_dict() == {"total": 5}
+    # The state before the row: a step that was left out is not saved.
+    checkpoint = load_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["global_step"] == 5
+    assert torch.equal(checkpoint["state_dict"]["network.w"], module.network.w)
+
+
+def test_the_count_goes_on_with_a_resumed_run() -> None:
+    guard = NaNGuard(2)
+    guard.load_state_dict({"total": 4})
+    fit(make_module(), Poison(1, 3), guard, max_steps=5)
+    assert guard.state_dict() == {"total": 6}
+    with pytest.raises(ValueError, match="patience=0"):
+        NaNGuard(0)
+
+
+def two_devices(folder: Path, *callbacks: Callback) -> None:
+    class Keep(Callback):
+        def on_train_end(self, trainer, module) -> None:
+            torch.save(state(module, trainer), folder / f"{trainer.global_rank}.pt")
+
+    module = make_module()
+    module.make_optimizer = lambda p: torch.optim.Adam(p, lr=0.05, fused=True)
+    fit(
+        module, *callbacks, EMA(0.9), NaNGuard(2), Keep(), max_steps=8, gradient_clip_val=0.5,
+        strategy="ddp_fork", devices=2, use_distributed_sampler=False,
+    )  # fmt: skip
+
+
+def test_all_devices_leave_out_what_one_of_them_cannot_take(tmp_path: Path) -> None:
+    two_devices(tmp_path, Poison(2, rank=1))
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_equal(one, two)
+    expected = by_hand(2, True)
+    for name, value in one.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_that_diverges_ends_with_one_message(tiny: Command) -> None:
+    result = tiny(
+        "optimizer.lr=1e30", "nan_guard.patience=3", "trainer.max_steps=40", "hydra.run.dir=a",
+        "checkpoint.every_n_steps=1",
+    )  # fmt: skip
+    assert result.code == 1
+    assert "3 steps in a row" in result.text and "a/checkpoints/last.ckpt, after" in result.text
+    assert "Traceback" not in result.text
+    weights = load_checkpoint(Path("a/checkpoints/last.ckpt"))["state_dict"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not Path("a/finished.json").exists()

@@ -1,0 +1,260 @@
+"""The pictures show what they say: which images, at which levels, which neighbours."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from PIL import Image
+from test_module import Affine, make_module
+
+from diffusion_lab.analytic import GaussianMixture
+from diffusion_lab.callback import pictures
+from diffusion_lab.callback.pictures import Recorder, levels, nearest, progressive
+from diffusion_lab.callback.schedule_plot import schedule_charts
+from diffusion_lab.data.images import Images, Split
+from diffusion_lab.data.module import to_model
+from diffusion_lab.errors import SamplingError
+from diffusion_lab.loss import EDM, Likelihood
+from diffusion_lab.parameterization import EDM as EDMOutput
+from diffusion_lab.sampler import DDIM, Heun, Sampler
+from diffusion_lab.schedule import EDM as EDMSchedule
+from diffusion_lab.schedule import VE, VP, Linear
+from diffusion_lab.time import Importance, LogNormal
+from diffusion_lab.tracking.chart import Curve
+from diffusion_lab.tracking.plot import COLOURS, _spelled, draw
+
+
+class Noise(Images):
+    """Images of random pixels, all of them different."""
+
+    def __init__(self, count: int, size: int = 8) -> None:
+        generator = np.random.default_rng(0)
+        self.array = generator.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+        self.size, self.names, self.groups = size, [str(k) for k in range(count)], [range(count)]
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        return self.array[positions]
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What labelled grids are made of."""
+    made: list[tuple] = []
+
+    def labelled_grid(*parts) -> Image.Image:
+        made.append(parts)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(pictures, "labelled_grid", labelled_grid)
+    return made
+
+
+@pytest.mark.parametrize("chunk", [7, 256])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_nearest_images_are_found_among_the_first_so_many(
+    grids: list, monkeypatch: pytest.MonkeyPatch, mirrored: bool, chunk: int
+) -> None:
+    """A sample is image 11, one is image 3 mirrored, one is image 19, which is not looked at."""
+    monkeypatch.setattr(pictures, "CHUNK", chunk)
+    split = Split(Noise(24), np.arange(1, 24))  # its place k is image k + 1
+    x = to_model(torch.from_numpy(split.images.array))
+    samples = torch.stack([x[11], x[3].flip(-1), x[19]]) * 0.98
+    nearest(samples, split, 16, mirrored)
+    rows, columns, labels = grids[0]
+    assert columns[1].startswith("nearest of 16 training images")
+    assert ("mirror" in columns[1]) == mirrored
+    candidates = torch.cat([x[1:17], x[1:17].flip(-1)]) if mirrored else x[1:17]
+    for sample, row, label in zip(samples, rows, labels, strict=True):
+        rms = (candidates - sample).double().square().flatten(1).mean(1).sqrt()
+        order = rms.argsort()[:3]
+        assert torch.equal(row[0], sample) and torch.equal(row[1:], candidates[order])
+        assert label == f"nearest: RMS {rms[order[0]]:.2f}"
+    assert torch.equal(rows[0][1], x[11])
+    assert torch.equal(rows[1][1], x[3].flip(-1)) == mirrored
+    assert not any(torch.equal(image, x[19]) for image in rows[2][1:])
+
+
+def test_fewer_training_images_make_fewer_neighbours(grids: list) -> None:
+    split = Split(Noise(2), np.arange(2))
+    nearest(to_model(torch.from_numpy(split.images.array)), split, 2048, mirrored=False)
+    rows, columns, _ = grids[0]
+    assert [len(row) for row in rows] == [3, 3] and len(columns) == 3
+    assert "nearest of 2 training images" in columns[1]
+
+
+@pytest.mark.parametrize("schedule", [Linear(), VE()], ids=["linear", "ve"])
+def test_the_reverse_process_is_shown_from_noise_to_the_sample(grids: list, schedule) -> None:
+    """Every second of 16 steps and the end; noise that is too large for a picture is scaled."""
+    shape = (4, 3, 4, 4)
+    prior = GaussianMixture(torch.ones(1), torch.zeros(1, 48), 0.1 * torch.eye(48)[None])
+    flat, seen = prior.denoiser(schedule), []
+
+    class Reshaped(type(flat)):
+        def forward(self, x_t, t):
+            return super().forward(x_t.flatten(1), t).reshape(x_t.shape)
+
+    flat.__class__ = Reshaped
+    sampler, recorder = DDIM(16), Recorder(DDIM(16), count=2)
+
+    def both(state) -> None:
+        seen.append(state)
+        recorder(state)
+
+    start = schedule.prior(shape, torch.Generator().manual_seed(0))
+    images = sampler(flat, start, callback=both)
+    progressive(recorder.states, schedule)
+    rows, columns, labels = grids[0]
+    kept = [*seen[:16:2], seen[-1]]
+    assert len(columns) == 9 and columns[-1] == "sample" and columns[0].startswith("t = 1\n")
+    assert labels == ["x_t", "E[x_0 | x_t]"] * 2
+    for k in range(2):
+        for j, state in enumerate(kept):
+            alpha, sigma = schedule(torch.tensor(state.t, dtype=torch.float64))
+            scaled = state.x_t[k] / (alpha**2 + sigma**2).sqrt()
+            torch.testing.assert_close(rows[2 * k][j], scaled.float(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(rows[2 * k + 1][j], state.denoised[k])
+        assert torch.equal(rows[2 * k][-1], images[k])
+        assert float(rows[2 * k][0].abs().max()) < 5
+
+
+def test_an_image_is_denoised_in_the_middle_of_each_bin(grids: list) -> None:
+    """Under Linear with uniform times that is index 49, 149, ..., 949; by the averaged weights."""
+    module = make_module(Affine())
+    with torch.no_grad():
+        module.network_ema.w.fill_(0.3)
+    x_0 = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+    epsilon = torch.linspace(2, -2, 48).reshape(1, 3, 4, 4)
+    levels(module, x_0, epsilon)
+    rows, columns, labels = grids[0]
+    alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
+    for row in rows:
+        assert torch.equal(row[:1], x_0)
+    for k in range(10):
+        index = (
+            100 * k + 50
+        )  # u = k / 10 + 0.05: floor(1000 u) + 1 is the time, less one the index
+        alpha, sigma = alpha_bar[index].sqrt(), (1 - alpha_bar[index]).sqrt()
+        x_t = alpha * x_0[0] + sigma * epsilon[0]
+        output = 0.3 * x_t - 0.4 * index / 1000
+        torch.testing.assert_close(rows[0][k + 1], x_t.float(), rtol=1e-4, atol=1e-5)
+        estimate = (x_t - sigma * output) / alpha
+        torch.testing.assert_close(rows[1][k + 1], estimate.float(), rtol=1e-3, atol=1e-4)
+        assert columns[k + 1] == f"bin {(k + 1) / 10:.1f}\nσ/α = {sigma / alpha:.3g}"
+    assert labels == ["x_t", "E[x_0 | x_t]"]
+
+
+def test_the_schedule_is_drawn_with_the_ends_of_the_loss_bins() -> None:
+    charts = schedule_charts(make_module(schedule=VP()))
+    t, alpha = map(torch.tensor, charts[0].series["α_t"])
+    exponent = 0.1 * t + 19.9 * t**2 / 2
+    torch.testing.assert_close(alpha, torch.exp(-exponent / 2), rtol=1e-5, atol=1e-7)
+    t, log_snr = map(torch.tensor, charts[1].series["ends of the loss bins"])
+    expected = torch.tensor([1e-3 + k / 10 * 0.999 for k in range(11)])
+    torch.testing.assert_close(t, expected, rtol=1e-5, atol=0)
+    exponent = (0.1 * t + 19.9 * t**2 / 2).double()
+    torch.testing.assert_close(
+        log_snr.double(), -torch.log(torch.expm1(exponent)), rtol=1e-4, atol=1e-4
+    )
+    for density in charts[2].series.values():  # uniform, and all errors weigh the same
+        assert density[1] == pytest.approx([density[1][5]] * 50, rel=0.06)
+        assert sum(density[1]) / 50 == pytest.approx(1)
+
+
+def test_the_weight_that_is_drawn_is_that_in_the_loss() -> None:
+    """Likelihood with importance times weighs g² / σ² whatever the density is."""
+    module = make_module(schedule=VP(), loss=Likelihood(), time=Importance())
+    series = schedule_charts(module)[2].series
+    t = torch.tensor(series["density of t"][0][5:], dtype=torch.float64)  # steep before that
+    exponent = 0.1 * t + 19.9 * t**2 / 2
+    rate = (0.1 + 19.9 * t) / -torch.expm1(-exponent)
+    weight = torch.tensor(series["weight of the output's error"][1][5:])
+    torch.testing.assert_close(weight.double() * 0.999, rate, rtol=0.02, atol=0)
+    density = torch.tensor(series["density of t"][1][5:])
+    ratio = density.double() / rate
+    torch.testing.assert_close(ratio, ratio[0].expand(45), rtol=0.02, atol=0)
+
+
+def test_edm_looks_at_what_its_log_normal_says() -> None:
+    """Half of the times are below r = e^-1.2; the weight of its output's error is one."""
+    module = make_module(
+        schedule=EDMSchedule(), parameterization=EDMOutput(), loss=EDM(), time=LogNormal()
+    )
+    charts = schedule_charts(module)
+    _, ends = charts[1].series["ends of the loss bins"]
+    assert ends[5] == pytest.approx(2.4, abs=1e-3)
+    density, weight = (values for _, values in charts[2].series.values())
+    assert weight == pytest.approx(density, rel=1e-6)
+
+
+def test_a_chart_has_its_line_where_the_values_are() -> None:
+    """A rising line from the lower left to the upper right corner, and a point in the middle."""
+    xs = [k / 30 for k in range(31)]
+    line = Curve("A", "", "t", "", {"σ": (xs, xs), "ends": ([0.5], [0.5])})
+    picture = draw([line])
+    assert picture.size == (480, 330)
+    pixels = np.asarray(picture).astype(int)
+    blue = (np.abs(pixels - COLOURS[0]).sum(2) < 60)[62:287]  # below the legend
+    bottom, top = 286 - 224 * 0.04 / 1.08, 62 + 224 * 0.04 / 1.08
+    for share in (0.1, 0.3, 0.8):
+        column = round(62 + share * 400)
+        rows = np.nonzero(blue[:, column])[0] + 62
+        assert rows.mean() == pytest.approx(bottom - share * (bottom - top), abs=2)
+    orange = np.argwhere((np.abs(pixels - COLOURS[1]).sum(2) < 60)[62:287])
+    assert orange.mean(0) == pytest.approx([174 - 62, 262], abs=2)
+    assert draw([line, line]).size == (960, 330)
+
+
+def test_a_chart_without_a_point_says_so_and_none_is_refused() -> None:
+    empty = Curve("A", "", "t", "", {"a": ([1.0], [float("nan")])}, log_y=True)
+    assert np.asarray(draw([empty])).min() < 100
+    with pytest.raises(ValueError, match="no chart"):
+        draw([])
+
+
+def test_signs_that_the_font_lacks_are_spelled() -> None:
+    assert _spelled("−1.5·10⁻³ σ_t²") == "-1.5·10^-3 sigma_t^2"
+
+
+def test_a_run_shows_all_pictures_and_its_samples_beside_its_own_images(tiny: Command) -> None:
+    result = tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a", "sampler=heun")
+    assert result.code == 0, result.text
+    names = {"denoise", "grid", "levels", "nearest", "progressive"}
+    files = Path("a/samples").glob("*.png")
+    assert {p.stem for p in files} == {f"{n}-0000002" for n in names} | {"schedule-0000000"}
+    media = Path("a/wandb").glob("offline-run-*/files/media/images/*/*.png")
+    shown = {f"{p.parent.name}/{p.name.split('_')[0]}" for p in media}
+    assert shown == {f"samples/{name}" for name in names} | {"schedule/plot"}
+    assert "train/loss_bin/0.1 to 1.0 end at log SNR" in result.text
+    grid = np.asarray(Image.open("a/samples/grid-0000002.png"))
+    first = grid[2:18, 2:18]  # of the grid, enlarged eight times beside its neighbours
+    beside = np.asarray(Image.open("a/samples/nearest-0000002.png"))
+    large = np.kron(first, np.ones((8, 8, 1), dtype=np.uint8))
+    assert any(
+        np.array_equal(beside[y : y + 128, x : x + 128], large)
+        for y in range(20, 80) for x in range(60, 160)
+    )  # fmt: skip
+
+
+def test_a_network_that_samples_no_images_is_trained_on(
+    tiny: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: object, **__: object) -> None:
+        raise SamplingError("x_t is not finite after step 1 of 2")
+
+    monkeypatch.setattr(Sampler, "__call__", diverged)
+    result = tiny("trainer.max_steps=3", "hydra.run.dir=a")
+    assert result.code == 0, result.text
+    assert "no pictures at step 3: x_t is not finite after step 1 of 2" in result.text
+    assert [p.name for p in Path("a/samples").iterdir()] == ["schedule-0000000.png"]
+    assert Path("a/finished.json").exists()
+
+
+def test_heun_is_recorded_once_a_step() -> None:
+    schedule, recorder = Linear(), Recorder(Heun(8), count=1)
+    prior = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+    Heun(8)(prior.denoiser(schedule), torch.randn(3, 2), callback=recorder)
+    times = [t for t, *_ in recorder.states]
+    assert len(times) == 9 and times[0] == 1 and times[-1] == 0
+    assert times == sorted(times, reverse=True)
