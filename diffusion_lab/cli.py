@@ -3,9 +3,9 @@
 __all__ = ["evaluate", "train"]
 
 import logging
-import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import noise_level, runs
+from diffusion_lab import distributed, noise_level, runs, sweep
 from diffusion_lab.callback import AtomicCheckpointIO, Stopped
 from diffusion_lab.config import (
     CONFIG_PATH,
@@ -33,6 +34,8 @@ from diffusion_lab.sampler import Sampler
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.task import Restore
 from diffusion_lab.task.images import read_image, read_observation
+from diffusion_lab.tracking import run_report
+from diffusion_lab.tracking.log import close_loggers, log_config, make_loggers
 
 log = logging.getLogger(__name__)
 
@@ -79,27 +82,78 @@ def check_levels(own: Schedule, other: Schedule) -> None:
         )
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")
-def train(config: DictConfig) -> None:
-    """Trains a prior, or continues a run."""
-    if config.resume:
-        directory = Path(config.resume)
-        config = runs.resumed_config(directory, list(HydraConfig.get().overrides.task))
-    check_train(config)
+def train() -> None:
+    """Trains a prior, continues a run, or trains one for each job of a sweep."""
+    with sweep.concluded():
+        hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")(_train)()
+
+
+def evaluate() -> None:
+    """Evaluates a trained prior, or grades all methods on priors in closed form."""
+    with sweep.concluded():
+        hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")(_evaluate)()
+
+
+def _train(config: DictConfig) -> float | None:
+    """One run; returns what a sweep minimizes."""
+    directory = Path(config.paths.output_dir)
+    with sweep.job(directory):
+        if config.resume:
+            overrides = list(HydraConfig.get().overrides.task)
+            config = runs.resumed_config(Path(config.resume), overrides)
+        check_train(config)
+        last = directory / "checkpoints" / "last.ckpt"
+        if not config.resume and last.exists() and distributed.is_first():
+            raise RunError(
+                f"{directory} already holds a run; continue it with resume={directory}, "
+                "or choose another hydra.run.dir"
+            )
+        _on_all_devices("train", fit, config)
+    return runs.objective(directory)
+
+
+def _evaluate(config: DictConfig) -> None:
+    """One evaluation."""
+    directory = Path(config.paths.output_dir)
+    with sweep.job(directory):
+        if config.resume:
+            overrides = list(HydraConfig.get().overrides.task)
+            config = runs.resumed_evaluation(Path(config.resume), overrides)
+        check_eval(config)
+        if config.get("benchmark") is not None:
+            instantiate(config.benchmark, "benchmark", directory=directory, seed=config.seed)()
+        else:
+            _on_all_devices("eval", test, config)
+
+
+def _on_all_devices(
+    command: str, function: Callable[[DictConfig], None], config: DictConfig
+) -> None:
+    """Calls the function here, or in a process for each device."""
+    count = distributed.processes(config.trainer)
+    if count > 1 and not distributed.external():
+        distributed.launch(command, config, count)
+        return
+    if not distributed.is_first():
+        logging.getLogger().setLevel(logging.ERROR)  # rank 0 says it
+    function(config)
+
+
+def fit(config: DictConfig) -> None:
+    """Trains a prior, or continues a run: on one device, or as one rank of several.
+
+    Arguments:
+        config: The final configuration, checked.
+    """
     directory = Path(config.paths.output_dir)
     last = directory / "checkpoints" / "last.ckpt"
-    if not config.resume and last.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        raise RunError(
-            f"{directory} already holds a run; continue it with resume={directory}, "
-            "or choose another hydra.run.dir"
-        )
-
     seed_everything(config.seed, workers=True, verbose=False)
     step = 0
     if config.resume:
         step = runs.load_checkpoint(last)["global_step"]
         if step == config.trainer.max_steps and not (directory / runs.MARKER).exists():
             runs.finish(directory, step=step, metrics={})
+            run_report.conclude(directory)
             log.warning(
                 "finished: %s; it had taken all its steps, but was cut off in the last "
                 "validation, whose figures are missing",
@@ -132,7 +186,7 @@ def train(config: DictConfig) -> None:
     )  # fmt: skip
     data = instantiate(config.data, "data")
     callbacks = [instantiate(node, f"callbacks.{k}") for k, node in config.callbacks.items()]
-    loggers = [instantiate(node, f"logger.{k}") for k, node in (config.logger or {}).items()]
+    loggers = make_loggers(config)
     for logger in loggers:
         if hasattr(logger, "continue_from"):
             logger.continue_from(step)
@@ -147,6 +201,7 @@ def train(config: DictConfig) -> None:
     log.info("run directory: %s", directory)
     failed = True
     try:
+        log_config(trainer.loggers, config)
         trainer.fit(module, data, ckpt_path=last if config.resume else None)
         failed = False
     except Stopped as stop:
@@ -159,15 +214,14 @@ def train(config: DictConfig) -> None:
             f"resume={directory}"
         ) from error
     finally:
-        if trainer.interrupted and last.exists():  # Lightning then exits with code 1 by itself
+        # Ctrl-C, after which Lightning exits with code 1 by itself.
+        if failed and trainer.interrupted and last.exists():
             log.warning("interrupted; continue with: python train.py resume=%s", directory)
-        if "wandb" in (config.logger or {}):
-            from diffusion_lab.tracking.wandb import close  # its import costs a second
-
-            close(failed)
+        close_loggers(config, failed)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         runs.finish(directory, step=trainer.global_step, metrics=metrics)
+        run_report.conclude(directory)
         log.info("finished: %s", directory)
 
 
@@ -213,23 +267,20 @@ def restoration(config: DictConfig, run: runs.Run) -> dict[str, Any]:
     return parts
 
 
-@hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")
-def evaluate(config: DictConfig) -> None:
-    """Evaluates a trained prior, or grades all methods on priors in closed form."""
-    if config.resume:
-        overrides = list(HydraConfig.get().overrides.task)
-        config = runs.resumed_evaluation(Path(config.resume), overrides)
-    check_eval(config)
+def test(config: DictConfig) -> None:
+    """Evaluates a prior: on one device, or as one rank of several.
+
+    Arguments:
+        config: The final configuration, checked.
+    """
     directory = Path(config.paths.output_dir)
-    if config.get("benchmark") is not None:
-        instantiate(config.benchmark, "benchmark", directory=directory, seed=config.seed)()
-        return
     restores = "sigma_y" in config  # such a task is named by its operator
     guidance = instantiate(config.guidance, "guidance") if restores else None
+    loggers = make_loggers(config, but="csv")  # results.csv is an evaluation's own
     run = prior_of(config)
     schedule = run.denoiser.schedule
     check_sampler(config, schedule.steps)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if distributed.is_first():
         runs.begin_evaluation(directory, run, resumed=bool(config.resume))
     log.info("prior: %s, %s", run.checkpoint, run.origin)
     parts = {
@@ -246,7 +297,7 @@ def evaluate(config: DictConfig) -> None:
     own = "image" in config and (
         config.image or config.observation or config.get("truth") == "model"
     )
-    if "num_images" in config and not own:
+    if ("num_images" in config or "reference" in config) and not own:
         node = {**run.config["data"], "cache_dir": config.data.cache_dir}
         if config.data.source is not None:
             node["source"] = config.data.source
@@ -257,10 +308,20 @@ def evaluate(config: DictConfig) -> None:
     else:
         task = instantiate(config.task, "task", **parts)
     trainer = instantiate(
-        config.trainer, "trainer", logger=False, callbacks=[], inference_mode=False
-    )  # methods that take derivatives of the network need no_grad instead
-    trainer.test(task, verbose=False)
-    task.conclude(trainer)
+        config.trainer,
+        "trainer",
+        logger=loggers,
+        callbacks=[TQDMProgressBar()],
+        inference_mode=False,  # methods that take derivatives of the network need no_grad instead
+    )
+    failed = True
+    try:
+        log_config(trainer.loggers, config)
+        trainer.test(task, verbose=False)
+        task.conclude(trainer)
+        failed = False
+    finally:
+        close_loggers(config, failed)
 
 
 if __name__ == "__main__":

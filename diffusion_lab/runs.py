@@ -5,12 +5,15 @@ outputs/train/<experiment>/<time>/
     checkpoints/last.ckpt     the newest state; best.ckpt the one of least validation loss
     metrics.csv  samples/     what was logged
     ema/                      snapshots of averaged weights, if ema.widths asks for them
+    report.html               all of it in one page
     finished.json             written when training has reached its end
+    failed.json               written when a job of a sweep has failed; why
 """
 
 __all__ = [
-    "Run", "begin_evaluation", "conditioned", "finish", "load_checkpoint", "load_run",
-    "newest_run", "pretrained", "rebuild", "resumed_config", "resumed_evaluation", "start_from",
+    "Run", "begin_evaluation", "conditioned", "fail", "finish", "load_checkpoint", "load_run",
+    "newest_run", "objective", "pretrained", "rebuild", "resumed_config", "resumed_evaluation",
+    "start_from",
 ]  # fmt: skip
 
 import hashlib
@@ -36,6 +39,8 @@ from diffusion_lab.module import DiffusionModule
 from diffusion_lab.parameterization import Epsilon
 
 MARKER = "finished.json"
+FAILED = "failed.json"
+OBJECTIVE = "val/loss_ema"  # what a sweep minimizes
 EVALUATION = "evaluation.json"  # which prior an evaluation is of
 PARTIAL = "partial"  # the folder of what is done of it; it goes when it is finished
 PRETRAINED = "weights from elsewhere, which very likely saw the test images"
@@ -53,6 +58,24 @@ FREE = (
 def finish(directory: Path, **facts: Any) -> None:
     """Marks a run as finished; `newest_run` looks for the mark."""
     write_atomic(directory / MARKER, (json.dumps(facts, indent=2) + "\n").encode())
+    (directory / FAILED).unlink(missing_ok=True)  # of a run that was resumed
+
+
+def fail(directory: Path, error: Exception) -> None:
+    """Notes why a job of a sweep has failed, for the sweep's summary."""
+    note = {"error": str(error) or type(error).__name__, "type": type(error).__name__}
+    write_atomic(directory / FAILED, (json.dumps(note, indent=2) + "\n").encode())
+
+
+def objective(directory: Path) -> float | None:
+    """Returns what a sweep minimizes: the last validation loss of the averaged weights.
+
+    None if the run has not finished.
+    """
+    mark = directory / MARKER
+    if (directory / FAILED).exists() or not mark.exists():
+        return None
+    return json.loads(mark.read_text())["metrics"].get(OBJECTIVE)
 
 
 def newest_run(root: Path = ROOT) -> Path:
@@ -304,7 +327,7 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             "the run cannot be rebuilt without them"
         ) from error
     new = [text for text in overrides if not text.startswith("resume=")]
-    config = hydra.compose("train", [*old, *new, f"resume={directory}"])
+    config = hydra.compose("train", [*old, *new, f"resume='{directory}'"])
     before, after = (
         _flat({key: OmegaConf.to_container(c, resolve=True).get(key) for key in FIXED})
         for c in (_without_paths(saved), _without_paths(config))
@@ -396,7 +419,7 @@ def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
     before = [t for t in OmegaConf.load(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
     if not any(text.startswith("model=") for text in before):
         before.append(f"ckpt='{json.loads(note.read_text())['checkpoint']}'")
-    return hydra.compose("eval", [*before, *new, f"resume={directory}"])
+    return hydra.compose("eval", [*before, *new, f"resume='{directory}'"])
 
 
 def _without_paths(config: DictConfig) -> DictConfig:

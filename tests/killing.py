@@ -2,7 +2,7 @@
 
 A cue is `<place>:<n>` or `<place>:<n>:<signal>`: the n-th time that the process comes to the place
 it sends itself the signal, SIGKILL if none is named. As a script it takes the cue from $CUE: so it
-can be what Lightning starts once a device.
+is what is started once a device, too.
 """
 
 import json
@@ -139,7 +139,11 @@ def _arm(cue: str) -> None:
 
 
 if __name__ == "__main__":
-    from diffusion_lab.cli import train as command
+    from diffusion_lab import cli, distributed
 
     _arm(os.environ.get("CUE", ""))
-    command()
+    if "LOCAL_RANK" in os.environ:
+        distributed.rank(*sys.argv[1:])
+    else:
+        distributed.PROGRAM = [sys.executable, __file__]
+        cli.train()

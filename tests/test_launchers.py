@@ -1,0 +1,340 @@
+"""Launchers: what starts the jobs of a sweep, and the processes of one job."""
+
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from conftest import TINY, Command
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab import distributed, plugins
+from diffusion_lab.config import CONFIG_PATH, register_resolvers
+from diffusion_lab.errors import ConfigError, RunError
+from diffusion_lab.tracking.sweep_report import read_jobs
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+JOBS = [*TINY, "trainer.max_steps=2", "schedule=linear,cosine", "hydra.sweep.dir=s"]
+SMALL = [text for text in JOBS if not text.startswith("data.batch_size")] + ["data.batch_size=4"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return hydra.compose("train", list(overrides), return_hydra_config=True)
+
+
+def sweep(*overrides: str, **environment: str) -> None:
+    """A sweep in a process of its own: launchers leave theirs behind."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(
+        [sys.executable, str(TRAIN), "-m", *overrides],
+        capture_output=True, text=True, env=variables, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    jobs = read_jobs(Path("s"))
+    assert [(job.overrides["schedule"], job.status) for job in jobs] == [
+        ("linear", "finished"), ("cosine", "finished")
+    ]  # fmt: skip
+    assert jobs[0].figures["val/loss_ema"] != jobs[1].figures["val/loss_ema"]
+    assert "2 jobs, 2 finished" in result.stdout
+
+
+# --- plugins ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "plugin", "extra"),
+    [
+        ("launcher=joblib", "hydra-joblib-launcher", "joblib"),
+        ("launcher=submitit_local", "hydra-submitit-launcher", "slurm"),
+        ("launcher=slurm", "hydra-submitit-launcher", "slurm"),
+        ("launcher=ray", "hydra-ray-launcher", "ray"),
+        ("sweep=optuna", "hydra-optuna-sweeper", "optuna"),
+    ],
+)
+def test_a_missing_plugin_names_its_extra(
+    choice: str, plugin: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything composes without it: the stand-ins take the places of those installed here."""
+    Plugins.instance()  # found now, and not into the copy that is dropped at the end
+    repo = ConfigStore.instance().repo
+    monkeypatch.setattr(ConfigStore.instance(), "repo", {**repo, "hydra": _copy(repo["hydra"])})
+    monkeypatch.setattr(plugins, "installed", lambda package: False)
+    config = composed(choice, "trainer.devices=2")
+    node = config.hydra.launcher if "launcher" in choice else config.hydra.sweeper
+    assert node._target_ == f"hydra_plugins.{plugin.replace('-', '_')}"
+    with pytest.raises(ConfigError) as error:
+        plugins.check_plugins(config.hydra)
+    assert str(error.value) == f"{choice} needs {plugin}; pip install 'diffusion-lab[{extra}]'"
+    plugins.check_plugins(composed("trainer.devices=2").hydra)
+
+
+def _copy(tree: dict) -> dict:
+    return {key: _copy(node) if isinstance(node, dict) else node for key, node in tree.items()}
+
+
+@pytest.mark.skipif(plugins.installed("hydra_ray_launcher"), reason="Ray is installed here")
+def test_a_sweep_with_a_missing_plugin_is_refused(tiny: Command) -> None:
+    result = tiny("-m", "launcher=ray", "seed=0,1", "hydra.sweep.dir=s")
+    assert result.code == 1
+    assert "launcher=ray needs hydra-ray-launcher; pip install 'diffusion-lab[ray]'" in result.text
+    assert "Traceback" not in result.text and not Path("s").exists()
+
+
+def test_slurm_starts_a_task_for_each_device(tiny: Command) -> None:
+    for overrides, tasks, gpus in (
+        (["trainer=ddp", "trainer.devices=4"], 4, 4),
+        (["trainer=ddp_sim"], 2, 0),
+        (["trainer=gpu"], 1, 1),
+    ):
+        node = composed("launcher=slurm", *overrides).hydra.launcher
+        assert (node.tasks_per_node, node.gpus_per_node) == (tasks, gpus)
+    result = tiny("-m", "launcher=slurm", "trainer=ddp", "seed=0,1", "hydra.sweep.dir=s")
+    assert result.code == 1
+    assert "trainer.devices=4" in result.text and "Traceback" not in result.text
+
+
+# --- the processes of one job -------------------------------------------------------------------
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, code: str, count: int = 2) -> None:
+    """Launches ranks that are a few lines of Python; k is the rank, folder their meeting place."""
+    head = (
+        "import os, signal, sys, time; k = int(os.environ['LOCAL_RANK']); folder = sys.argv[2]\n"
+    )
+    monkeypatch.setattr(distributed, "PROGRAM", [sys.executable, "-c", head + code])
+    logs = OmegaConf.create({"job_logging": {}})
+    monkeypatch.setattr(distributed.HydraConfig, "get", lambda: logs)
+    distributed.launch("train", OmegaConf.create({"a": 1, "b": "${a}"}), count)
+
+
+def test_each_rank_finds_what_lightning_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    before = dict(os.environ)
+    launched(
+        monkeypatch,
+        f"text = ' '.join(os.environ[n] for n in {names}) + open(folder + '/config.yaml').read()\n"
+        f"open(f'{tmp_path}/{{k}}', 'w').write(text)",
+        count=3,
+    )
+    assert dict(os.environ) == before
+    texts = [(tmp_path / str(k)).read_text() for k in range(3)]
+    ports = {text.splitlines()[0].split()[4].removesuffix("a:") for text in texts}
+    assert len(ports) == 1
+    for k, text in enumerate(texts):
+        assert text.startswith(f"{k} 0 3 127.0.0.1 ")
+        assert text.endswith("a: 1\nb: 1\n")
+
+
+def test_a_rank_that_is_killed_takes_those_along_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    code = "time.sleep(600) if k == 0 else os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(RunError, match="device 1 of 2 was killed by SIGKILL; is the memory full"):
+        launched(monkeypatch, code)
+
+
+def test_the_first_message_of_a_rank_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "time.sleep(0 if k else 0.3)\n"
+        "open(f'{folder}/error-{k}', 'w').write(f'reason {k}')\nsys.exit(1)"
+    )
+    with pytest.raises(RunError, match=r"^reason 1$"):
+        launched(monkeypatch, code)
+    with pytest.raises(RunError, match="device 0 of 2 ended with code 3"):
+        launched(monkeypatch, "sys.exit(3)")
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 1)])
+def test_a_signal_goes_to_every_rank(
+    number: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        f"def note(*_): open(f'{tmp_path}/{{k}}.got', 'w'); sys.exit(0)\n"
+        f"signal.signal(signal.{number}, note)\n"
+        f"open(f'{tmp_path}/{{k}}.ready', 'w')\ntime.sleep(600)"
+    )
+
+    def send() -> None:
+        while len(list(tmp_path.glob("*.ready"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.Signals[number])
+
+    threading.Thread(target=send).start()
+    handler = signal.getsignal(signal.Signals[number])
+    with pytest.raises(SystemExit) as stop:
+        launched(monkeypatch, script)
+    assert stop.value.code == code
+    assert {p.name for p in tmp_path.glob("*.got")} == {"0.got", "1.got"}
+    assert signal.getsignal(signal.Signals[number]) is handler
+
+
+def _follower(pid: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    distributed.follow(pid)
+    time.sleep(600)
+
+
+def test_a_job_ends_when_its_sweep_is_gone() -> None:
+    context = multiprocessing.get_context("fork")
+    leader = subprocess.Popen(["sleep", "600"])
+    follower = context.Process(target=_follower, args=(leader.pid,))
+    follower.start()
+    time.sleep(0.2)
+    assert follower.is_alive()
+    leader.kill()
+    leader.wait()
+    follower.join(10)
+    assert follower.exitcode == -signal.SIGTERM
+
+
+def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> None:
+    os.environ.update({name: value.format(k=k) for name, value in variables.items()})
+    rank_zero_only.rank = k
+    distributed._store.cache_clear()
+    queue.put((k, distributed.agree(f"directory of {k}")))
+    everyone.wait()  # the others may still be asking rank 0
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_RANK": "{k}", "RANK": "{k}", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"},
+        {"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "3", "SLURM_PROCID": "{k}",
+         "SLURM_LOCALID": "{k}", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"},
+    ],
+    ids=["variables", "slurm"],
+)  # fmt: skip
+def test_ranks_from_outside_take_the_directory_of_rank_0(variables: dict[str, str]) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    port = {"MASTER_PORT": str(distributed._free_port())}
+    more = (queue, context.Barrier(3))
+    ranks = [
+        context.Process(target=_agreeing, args=(k, variables | port, *more)) for k in (2, 1, 0)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=60) for _ in ranks)
+    assert found == dict.fromkeys(range(3), "directory of 0")
+    for process in ranks:
+        process.join()
+    assert distributed.agree("my own") == "my own"
+
+
+# --- with the plugins ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_joblib(here: Path) -> None:
+    sweep("launcher=joblib", *JOBS)
+
+
+@pytest.mark.slow
+def test_submitit_local_with_two_devices_a_job(here: Path) -> None:
+    sweep("launcher=submitit_local", "trainer=ddp_sim", *SMALL)
+    logs = [path.read_text() for path in here.glob("s/.submitit/*/*_log.out")]
+    assert len(logs) == 2 and all("finished: " in text for text in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plugins.installed("hydra_ray_launcher"), reason="Ray is not installed")
+def test_ray(here: Path) -> None:
+    sweep("launcher=ray", *JOBS, RAY_USAGE_STATS_ENABLED="0", HOME=str(here))
+
+
+@pytest.mark.slow
+def test_slurm_with_two_devices_a_job(here: Path) -> None:
+    """On a cluster of three commands, as far as submitit and Lightning look."""
+    for name in ("sbatch", "srun", "sacct"):
+        program = here / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        code = (Path(__file__).parent / "cluster.py").read_text()
+        program.write_text(f"#!{sys.executable}\n{code}")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    path = f"{here / 'bin'}:{os.environ['PATH']}"
+    sweep("launcher=slurm", "trainer=ddp_sim", *SMALL, PATH=path, CLUSTER=str(here / "cluster"))
+    [script] = here.glob("s/.submitit/*/*_submission.sh")
+    assert "--ntasks-per-node=2" in script.read_text()
+    assert "--gpus-per-node=0" in script.read_text()
+    results = sorted(path.name[-14:] for path in here.glob("s/.submitit/*/*_result.pkl"))
+    assert results == ["0_0_result.pkl", "0_1_result.pkl", "1_0_result.pkl", "1_1_result.pkl"]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in "".join(
+        path.read_text() for path in here.glob("s/.submitit/*/*_log.err")
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_makes_one_directory(here: Path) -> None:
+    """The second rank starts in another second."""
+    late = "import os, runpy, sys, time; time.sleep(1.5 * int(os.environ['RANK'])); "
+    run = f"sys.argv = {[str(TRAIN), *TINY, 'trainer=ddp_sim', 'trainer.max_steps=2']}; "
+    (here / "late.py").write_text(f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*command, "--nproc-per-node=2", "late.py"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    [run] = here.glob("outputs/train/*/*")
+    assert (run / "finished.json").exists() and (run / ".hydra" / "config.yaml").exists()
+    assert result.stdout.count("finished: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_sweep_that_is_ended_leaves_no_process(launcher: str, here: Path) -> None:
+    if not find_spec("hydra_plugins"):
+        pytest.skip("no plugin is installed")
+    jobs = [text for text in JOBS if not text.startswith("trainer.max_steps")]
+    command = [sys.executable, str(TRAIN), "-m", f"launcher={launcher}", *jobs]
+    with open("text", "w") as text:
+        process = subprocess.Popen(
+            [*command, "trainer.max_steps=1000000"],
+            stdout=text, stderr=text, env={**os.environ, "MARK": str(here)},
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(here.glob("s/*/metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    while (left := _marked(str(here))) and time.monotonic() < deadline + 60:
+        time.sleep(0.5)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+    assert "unfinished" in Path("text").read_text()
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes that have inherited $MARK."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MARK={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,65 @@
+"""resume=<run dir>: its configuration with this command's on top, its directory, its W&B run."""
+
+from pathlib import Path
+
+from conftest import Command
+from omegaconf import OmegaConf
+from test_cli_train import assert_same, rows
+
+from diffusion_lab.runs import load_checkpoint
+
+
+def saved(run: str) -> dict:
+    return load_checkpoint(Path(run) / "checkpoints/last.ckpt")["diffusion_lab"]["config"]
+
+
+def test_overrides_lie_on_top_of_the_runs_own_configuration(tiny: Command) -> None:
+    own = ["optimizer.lr=3e-4", "ema.decay=0.9", "name=mine", "lr_schedule=constant"]
+    assert tiny(*own, "trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    before, text = saved("a"), Path("a/.hydra/config.yaml").read_text()
+    result = tiny("resume=a", "ema.decay=0.5", "trainer.max_steps=4", "checkpoint.every_n_steps=3")
+    assert result.code == 0, result.text
+    after = saved("a")
+    changed = {"ema": {"decay": 0.5}, "trainer": {"max_steps": 4}, "resume": "a",
+               "checkpoint": {"every_n_steps": 3}, "callbacks": {}}  # fmt: skip
+    expected = OmegaConf.to_container(OmegaConf.merge(before, changed))
+    expected["callbacks"]["ema"]["decay"] = 0.5
+    expected["callbacks"]["last"]["every_n_steps"] = 3
+    assert after == expected
+    assert Path("a/.hydra/config.yaml").read_text() == text
+    assert Path("a/.hydra/resumed-1/overrides.yaml").exists()
+    assert {p.name for p in Path().iterdir()} == {"a", "cache"}
+    steps = [int(row["step"]) for row in rows(Path("a")) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_directory_may_have_any_name(tiny: Command) -> None:
+    """Those of a sweep whose subdirectories bear the overrides, for example."""
+    name = "lr=1e-3, a (copy)"
+    assert tiny("trainer.max_steps=2", f"hydra.run.dir='{name}'").code == 0
+    result = tiny(f"resume='{name}'", "trainer.max_steps=3")
+    assert result.code == 0, result.text
+    assert load_checkpoint(Path(name) / "checkpoints/last.ckpt")["global_step"] == 3
+    result = tiny(f"resume='{name}'", "schedule=linear", "trainer.max_steps=4")
+    assert result.code == 1 and "Cosine -> diffusion_lab.schedule.Linear" in result.text
+
+
+def test_a_job_of_a_sweep_goes_on_like_any_run(tiny: Command) -> None:
+    common = ["trainer.max_steps=2", "lr_schedule=constant"]
+    assert tiny("-m", *common, "schedule=linear,cosine", "hydra.sweep.dir=s").code == 0
+    assert tiny("resume=s/0", "trainer.max_steps=3").code == 0
+    more = ["trainer.max_steps=3", "lr_schedule=constant"]
+    assert tiny(*more, "schedule=linear", "hydra.run.dir=a").code == 0
+    assert_same(Path("a/checkpoints/last.ckpt"), Path("s/0/checkpoints/last.ckpt"))
+    assert load_checkpoint(Path("s/1/checkpoints/last.ckpt"))["global_step"] == 2
+
+
+def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
+    assert tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    identity = Path("a/wandb_id").read_text()
+    result = tiny("resume=a", "trainer.max_steps=3")
+    assert result.code == 0, result.text
+    assert Path("a/wandb_id").read_text() == identity
+    parts = [path.name.rpartition("-")[2] for path in Path("a/wandb").glob("offline-run-*")]
+    assert set(parts) == {identity}
+    assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
