@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from diffusion_lab.errors import RunError
 from diffusion_lab.files import write_atomic
 from diffusion_lab.runs import PARTIAL, Run
+from diffusion_lab.tracking.log import log_results
 
 log = logging.getLogger(__name__)
 
@@ -157,4 +158,5 @@ class Task(LightningModule, ABC):
                 f"cannot write results to {self.directory}: {error}; free space there and go on "
                 f"with: python eval.py resume={self.directory}"
             ) from error
+        log_results(trainer.loggers, self.directory)
         shutil.rmtree(self.directory / PARTIAL)

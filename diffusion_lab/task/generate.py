@@ -13,10 +13,12 @@ from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.task.base import Task
 from diffusion_lab.task.facts import run_sections
+from diffusion_lab.task.film import Film, film_sections
 from diffusion_lab.tracking.grid import image_grid, save_png, to_uint8
 from diffusion_lab.tracking.report import Picture, write_report
 
 SHOWN = 256  # images of the picture at most
+FILMED = 8  # images whose way is shown
 
 
 class Generate(Task):
@@ -44,8 +46,12 @@ class Generate(Task):
         )
         generator = KeyedGenerator(make_key(self.seed, "generate", index))
         start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
-        images = self.sampler(self.denoiser, start, generator=generator)
-        return [{"image": image} for image in to_uint8(images).cpu()]
+        film = Film(self.denoiser.schedule, FILMED) if int(index[0]) == 0 else None
+        images = self.sampler(self.denoiser, start, generator=generator, callback=film)
+        results: list[dict[str, Any]] = [{"image": image} for image in to_uint8(images).cpu()]
+        if film:
+            results[0]["path"] = film.result()
+        return results
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         images = torch.stack([result["image"] for result in results])
@@ -54,13 +60,15 @@ class Generate(Task):
         path = self.directory / "samples" / "grid.png"
         path.parent.mkdir(exist_ok=True)
         save_png(image_grid(shown, math.ceil(math.sqrt(len(shown)))), path)
-        name = type(self.sampler).__name__
+        name, way = type(self.sampler).__name__, results[0].get("path")
+        schedule = self.denoiser.schedule
         report = write_report(
             self.directory / "report.html",
             "Samples of the prior",
             f"{len(images)} images drawn from noise by {name} in {self.sampler.steps} steps.",
             [
                 Picture("Samples", f"The first {len(shown)} of {len(images)} images.", path),
+                *(film_sections(way, schedule, path.parent, {}) if way else []),
                 *run_sections(
                     self.run, {"Sampler": name, "Steps": str(self.sampler.steps)}, self.settings
                 ),

@@ -46,10 +46,11 @@ from diffusion_lab.operator import Gaussian, Identity, Operator, Poisson
 from diffusion_lab.sampler import Sampler, State
 from diffusion_lab.task.base import Row, Task, average, write_results
 from diffusion_lab.task.facts import run_sections
+from diffusion_lab.task.film import Film
 from diffusion_lab.task.images import model_pairs
-from diffusion_lab.task.restore_report import KINDS, MOMENTS, histogram, sections
+from diffusion_lab.task.restore_report import KINDS, histogram, sections, tables
 from diffusion_lab.tracking.grid import to_uint8
-from diffusion_lab.tracking.report import Table, write_report
+from diffusion_lab.tracking.report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +209,8 @@ class Restore(Task):
 
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
         x_0, y = self._pictured(index)
-        states: list[State] | None = [] if int(index[0]) == 0 else None
-        samples = self._sample(y, index, None if states is None else states.append)
+        film = Film(self.denoiser.schedule) if int(index[0]) == 0 else None
+        samples = self._sample(y, index, film)
         finite = samples.flatten(1).isfinite().all(1)
         samples = torch.where(finite[:, None, None, None, None], samples, 0.0)
         estimates = {"mean": samples.mean(1)}
@@ -235,8 +236,8 @@ class Restore(Task):
                 result["shown"] = {name: image.float().cpu() for name, image in columns.items()}
                 result["std"] = samples[k].std(0, correction=int(self.num_samples > 1)).cpu()
             result["sample"] = to_uint8(samples[k, 0]).cpu()
-            if number == 0 and states:
-                result["path"] = _path(states)
+            if number == 0 and film:
+                result["path"] = film.result()
             results.append(result)
         return results
 
@@ -321,7 +322,6 @@ class Restore(Task):
         identity = isinstance(self.operator, Identity)
         task = "Denoising" if identity else operator
         seen = "with" if identity else f"seen by {operator} with"
-        shown = [[e, ESTIMATES[e], m, _with_error(mean, err), n] for e, m, mean, err, n in rows]
         truth = "drawn from the prior's own chain, " if self.model_pairs else ""
         report = write_report(
             self.directory / "report.html",
@@ -332,13 +332,7 @@ class Restore(Task):
             "For an exact posterior sampler one sample is 3.01 dB below E[x_0 | y] and the mean "
             "of M samples 10 log10(1 + 1/M) dB; a network's own error lowers the first figure.",
             [
-                Table(
-                    "Results",
-                    "Mean over the images and its standard error. PSNR in dB; nothing is clipped."
-                    + self._ideals(),
-                    ["estimate", "what it is", "metric", "mean ± standard error", "n"],
-                    shown,
-                ),
+                *tables(rows, ESTIMATES, self._ideals()),
                 *(sections(self, good) if good else []),
                 *run_sections(
                     self.run,
@@ -364,7 +358,7 @@ class Restore(Task):
         if self.num_samples < 2:
             return ""
         return (
-            " coverage_90 is the share of pixels in the central interval, ideally "
+            "coverage_90 is the share of pixels in the central interval, ideally "
             f"{nominal(self.num_samples, LEVEL):.3f} for {self.num_samples} samples; spread_skill "
             "is ideally 1."
         )
@@ -394,21 +388,6 @@ class Restore(Task):
         if len(graded) >= FRECHET_LEAST and (distance := _frechet(graded)) is not None:
             rows.append(("sample", f"frechet_{len(graded)}", distance, float("nan"), len(graded)))
         return rows
-
-
-def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.3f}" if error != error else f"{mean:.3f} ± {error:.3f}"
-
-
-def _path(states: list[State]) -> dict[str, Any]:
-    """A few moments of the first sample's way, evenly spread over the steps."""
-    places = torch.linspace(0, len(states) - 1, min(MOMENTS, len(states))).round().long()
-    chosen = [states[int(place)] for place in places]
-    return {
-        "t": [state.t for state in chosen],
-        "x_t": torch.cat([state.x_t[:1].float().cpu() for state in chosen]),
-        "denoised": torch.cat([state.denoised[:1].float().cpu() for state in chosen]),
-    }
 
 
 def _frechet(results: list[dict[str, Any]]) -> float | None:

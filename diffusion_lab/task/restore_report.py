@@ -1,8 +1,9 @@
 """The pictures and charts of a restoration's report."""
 
-__all__ = ["KINDS", "MOMENTS", "histogram", "sections"]
+__all__ = ["KINDS", "histogram", "sections", "tables"]
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import Identity
 from diffusion_lab.sampler.base import transition
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.task.film import film_sections, moment
 from diffusion_lab.tracking.grid import labelled_grid, save_png, std_map
-from diffusion_lab.tracking.report import Curve, Picture, Section
+from diffusion_lab.tracking.report import Curve, Picture, Section, Table
 
 if TYPE_CHECKING:
+    from diffusion_lab.task.base import Row
     from diffusion_lab.task.restore import Restore
 
-MOMENTS = 9  # times of the diffusion row and of the denoising row
+MOMENTS = 9  # times of the diffusion row
+BESIDE = ("clean", "noisy", "observed")  # what a sample is shown beside while it is drawn
 KINDS = {"pixels": "single pixels", "patches": "means of patches", "random": "random projections"}
 
 
@@ -31,6 +35,38 @@ def histogram(results: list[dict[str, Any]], kind: str) -> Tensor:
     for result in results:
         total.update(dict(enumerate(result["ranks"][kind])))
     return torch.tensor([total[k] for k in sorted(total)])
+
+
+def tables(rows: Sequence["Row"], estimates: Mapping[str, str], ideals: str) -> list[Table]:
+    """Returns the estimates by the metrics that several have, and the other figures.
+
+    Arguments:
+        rows: The rows of results.csv.
+        estimates: What each estimate is.
+        ideals: What an exact sampler would have, for the second caption.
+    """
+    values = {
+        (estimate, metric): f"{mean:.3f}" if error != error else f"{mean:.3f} ± {error:.3f}"
+        for estimate, metric, mean, error, _ in rows
+    }
+    counts = {(estimate, metric): n for estimate, metric, _, _, n in rows}
+    several = Counter(metric for _, metric in values)
+    metrics = [metric for metric, count in several.items() if count > 1]
+    single = [key for key in values if key[1] not in metrics]
+    found = []
+    if metrics:
+        names = [e for e in estimates if any((e, metric) in values for metric in metrics)]
+        body = [[e, *(values.get((e, metric), "–") for metric in metrics)] for e in names]
+        n = max(counts[key] for key in values if key[1] in metrics)
+        said = "; ".join(f"{e}: {estimates[e]}" for e in names)
+        caption = f"Mean over {n} image(s) and its standard error. PSNR in dB; nothing is clipped."
+        found.append(Table("Results", f"{caption} {said}.", ["estimate", *metrics], body))
+    columns = ["metric", "of", "value", "n"]
+    body = [[metric, e, values[e, metric], counts[e, metric]] for e, metric in single]
+    said = "; ".join(f"{e}: {estimates[e]}" for e in dict.fromkeys(e for e, _ in single))
+    caption = f"What is one figure for all. {said}. {ideals}".strip()
+    found.append(Table("Uncertainty and failures", caption, columns, body))
+    return found
 
 
 def sections(task: "Restore", results: list[dict[str, Any]]) -> list[Section]:
@@ -44,13 +80,9 @@ def sections(task: "Restore", results: list[dict[str, Any]]) -> list[Section]:
     if isinstance(task.operator, Identity) and shown and "clean" in shown[0]:
         x_0 = to_model(shown[0]["clean"].permute(1, 2, 0)[None])[0]
         found.append(_diffusion(task.denoiser.schedule, x_0, task.seed, folder))
-    path = next((result["path"] for result in results if "path" in result), None)
-    if path:
-        captions = [_moment(task.denoiser.schedule, t) for t in path["t"]]
-        rows = [path["x_t"], path["denoised"]]
-        picture = labelled_grid(rows, captions, ["x_t", "E[x_0 | x_t]"])
-        caption = "The way of one posterior sample, from the left to the right."
-        found.append(Picture("Denoising", caption, save_png(picture, folder / "denoising.png")))
+    if shown and shown[0].get("path"):  # of the first image, whose first sample it leads to
+        beside = {k: v for k, v in shown[0]["shown"].items() if k in BESIDE}
+        found += film_sections(shown[0]["path"], task.denoiser.schedule, folder, beside)
     return found
 
 
@@ -105,11 +137,6 @@ def _calibration(results: list[dict[str, Any]]) -> list[Curve]:
     return [ranks, balls]
 
 
-def _moment(schedule: Schedule, t: float) -> str:
-    _, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
-    return f"t = {t:.2f} σ = {float(sigma_t):.2f}"
-
-
 def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Picture:
     """The forward process on the first image: with one noise for all times, and as a path."""
     shape, zero = x_0.shape, torch.zeros(1, dtype=torch.int64)
@@ -123,7 +150,7 @@ def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Pict
         step = v**0.5 * generator.normal(*shape)[0]
         path.append(alpha_t / alpha_s * path[-1] + step)
     rows = [torch.stack(states) for states in (direct, path[1:])]
-    captions = [_moment(schedule, t) for t in times]
+    captions = [moment(schedule, t) for t in times]
     return Picture(
         "Diffusion",
         f"x_t over t, on the schedule of the evaluation ({type(schedule).__name__}). Above, "

@@ -1,1 +1,1 @@
-"""Pictures and the report of a run."""
+"""Pictures, reports and dashboards of runs."""

@@ -1,6 +1,7 @@
 """Tests of the report: what stands in the page, and that nothing else does."""
 
 import base64
+import io
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusion_lab.tracking.grid import save_png
 from diffusion_lab.tracking.report import (
+    Animation,
     Config,
     Curve,
     Facts,
@@ -22,7 +25,7 @@ from diffusion_lab.tracking.report import (
 )
 
 NASTY = "<b>\"A\" & 'B'</b> $title ${x}"
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -102,6 +105,44 @@ def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:
     assert [(i["width"], i["height"]) for i in images] == [("36", "24"), ("700", "6")]
 
 
+def decoded(image: dict[str, str | None]) -> tuple[str, Image.Image]:
+    head, code = image["src"].split(",")
+    return head, Image.open(io.BytesIO(base64.b64decode(code, validate=True)))
+
+
+def test_an_animation_holds_its_frames_and_shows_the_last(tmp_path: Path) -> None:
+    frames = [(f"step {k}", Image.new("RGB", (9, 6), (k, 2 * k, 7))) for k in (10, 20, 30)]
+    found = page(tmp_path, Animation("Way", "From noise", frames))
+    images = found.all("img")
+    assert [("hidden" in image, image["data-label"]) for image in images] == [
+        (True, "step 10"), (True, "step 20"), (False, "step 30"),
+    ]  # fmt: skip
+    for image, (_, frame) in zip(images, frames, strict=True):
+        head, there = decoded(image)
+        assert head == "data:image/png;base64" and there.tobytes() == frame.tobytes()
+        assert (image["width"], image["height"], image["class"]) == ("36", "24", "pixels")
+    (slider,) = found.all("input")
+    assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "2")
+    assert found.text("output") == ["step 30"] and found.text("b") == ["Figure 1"]
+    with pytest.raises(ValueError, match="'Way' has no frame"):
+        page(tmp_path, Animation("Way", "", []))
+
+
+def test_a_large_frame_is_made_small_without_a_visible_difference(tmp_path: Path) -> None:
+    """A smooth picture with a little noise, as photographs have."""
+    ramp = torch.linspace(0, 200, 512)[None, :, None] + 20 * torch.rand(512, 512, 3)
+    frame = Image.fromarray(ramp.to(torch.uint8).numpy())
+    found = page(tmp_path, Animation("Way", "", [("a", frame)]))
+    head, there = decoded(found.all("img")[0])
+    assert head == "data:image/webp;base64" and there.size == frame.size
+    assert len(found.source) < 150_000  # the PNG file has 480,000 bytes
+    one, two = (
+        torch.frombuffer(bytearray(f.convert("L").tobytes()), dtype=torch.uint8).float()
+        for f in (frame, there)
+    )
+    assert float((one - two).square().mean().sqrt()) < 3  # of 255; the noise alone has 3.9
+
+
 def test_page_fetches_nothing(tmp_path: Path) -> None:
     curve = Curve("Loss", "", "step", "loss", {"a": ([1, 2], [3, 4])})
     table = Table("Errors", "", ["a"], [[1.0]])
@@ -122,6 +163,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     shot = picture(tmp_path, "a.png")
     sections = [
         Picture(NASTY, NASTY, shot.path),
+        Animation(NASTY, NASTY, [(NASTY, Image.new("RGB", (4, 4)))]),
         Table(NASTY, NASTY, [NASTY], [[NASTY]]),
         Curve(NASTY, NASTY, NASTY, NASTY, {NASTY: ([1, 2], [3, 4])}),
         Facts(NASTY, {NASTY: NASTY}),
@@ -133,7 +175,9 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert found.text("td") == found.text("dt") == found.text("dd") == [NASTY]
     assert [text.strip() for text in found.text("pre")] == [NASTY]
     assert NASTY in found.text("button") and NASTY in found.text("span")
-    assert found.text("figcaption") == [NASTY] * 2
+    assert found.text("figcaption") == [NASTY] * 3
+    assert found.text("output") == [found.all("img")[1]["data-label"]] == [NASTY]
+    assert found.all("input")[0]["aria-label"] == NASTY
     assert found.text("text").count(NASTY) == 2
     assert found.all("img")[0]["alt"] == f"{NASTY}: {NASTY}"
     assert not [text for text in found.text("b") if "A" in text]
