@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint results clean
+.PHONY: help setup demo test test-slow lint types docs results report clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,16 @@ lint: .venv/.done  ## Style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/.done  ## Types, as far as pyproject.toml has them checked
+	$(BIN)/mypy
+
+docs: .venv/.done  ## The pages, into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 results: .venv/.done  ## The README's figures, from the newest run
 	$(BIN)/python benchmarks/denoising.py
+
+report: .venv/.done  ## One page of a run, evaluation or sweep: make report RUN=<directory>
+	@$(BIN)/python -m diffusion_lab.tracking $(RUN)
 
 clean:  ## Remove .venv and caches; outputs stay

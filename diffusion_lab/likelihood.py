@@ -81,8 +81,8 @@ def _times(schedule: Schedule) -> Tensor:
     # Even in log r, where the sum is nearest to its limit. It begins at about a level's width:
     # below, the last term is nothing, and the sum grows without end.
     ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64))
-    ends = ends.clamp(min=FINEST, max=LARGEST).log().tolist()
-    times = schedule.t_from_ratio(torch.linspace(*ends, TERMS, dtype=torch.float64).exp())
+    low, high = ends.clamp(min=FINEST, max=LARGEST).log().tolist()
+    times = schedule.t_from_ratio(torch.linspace(low, high, TERMS, dtype=torch.float64).exp())
     times[-1] = 1.0
     return times
 
@@ -140,6 +140,7 @@ def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: 
     else:
         x_t = schedule(first)[0].to(v) * v
         denoised, share = denoiser.with_share(x_t.float(), first)
+        assert share is not None
         variance = last_variance(schedule, first, times[1], share.double())
         decoder = pixel_nats(x_0, denoised.double(), variance).sum(dims)
     return (kl + inner + decoder) / (x_0[0].numel() * math.log(2))

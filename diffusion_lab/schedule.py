@@ -63,6 +63,7 @@ class Schedule(nn.Module, ABC):
     t_min: float
     steps: int = 1000
     variance_preserving = False
+    _place: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,6 +181,7 @@ class DiscreteSchedule(Schedule):
     """
 
     variance_preserving = True
+    log_alpha_bar: Tensor
 
     def __init__(
         self, beta: Tensor, *, zero_terminal_snr: bool = False, shift: float = 1.0

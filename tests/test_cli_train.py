@@ -148,7 +148,8 @@ def test_wandb_works_offline_without_an_account(tiny: Command) -> None:
     result = tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a")
     assert result.code == 0, result.text
     pictures = list(Path("a/wandb").glob("offline-run-*/files/media/images/samples/*.png"))
-    assert {p.name.split("_")[0] for p in pictures} == {"grid", "denoise"}
+    names = {"grid", "progressive", "nearest", "denoise", "levels"}
+    assert {p.name.split("_")[0] for p in pictures} == names
     assert Path("a/wandb_id").read_text() in next(Path("a/wandb").glob("offline-run-*")).name
     assert len(rows(Path("a"))) >= 2
 

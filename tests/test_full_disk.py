@@ -31,7 +31,7 @@ def fill(path: Path, leave: int) -> Path:
 CASES = {
     "at a checkpoint": (150_000, [], "cannot write the checkpoint"),
     "at logging": (
-        24_000,
+        48_000,
         [
             "trainer.max_steps=400",
             "trainer.val_check_interval=500",

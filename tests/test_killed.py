@@ -45,7 +45,10 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict[str, str]]:
     with open(run / "metrics.csv", newline="") as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [  # without the figures that are times
+            {k: v for k, v in row.items() if v and not k.startswith("perf/")}
+            for row in csv.DictReader(file)
+        ]
     return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
 
 

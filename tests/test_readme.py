@@ -16,6 +16,7 @@ from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn import UNet
 from diffusion_lab.task import Restore
+from diffusion_lab.tracking.__main__ import main as tracking_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,8 @@ def small(command: str) -> list[str]:
         ]  # fmt: skip
     elif "eval.py resume=" in command:
         extra = []
+    elif "task=fid" in command:
+        extra = ["num_samples=8", "num_seeds=1", "sampler.steps=2", "trainer.accelerator=cpu"]
     elif "eval.py" in command:
         extra = [*SMALL_EVAL, *([] if "generate" in command else ["num_images=2"])]
     elif "resume=" in command:
@@ -80,9 +83,9 @@ def timed(command: str) -> object:
 def test_a_command_of_the_readme_runs(
     command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "ddp_sim" in command:
-        pytest.skip("test_distributed.py runs it: it needs processes of its own")
-    if "eval.py" in command or "resume=" in command:
+    if "ddp_sim" in command or "launcher=" in command:
+        pytest.skip("test_distributed.py and test_launchers.py run it: it needs processes")
+    if "eval.py" in command or "resume=" in command or "lab.tracking" in command:
         kind = ["experiment=ddpm_faces_classes"] if "label=" in command else []
         kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
         kind += ["loss=hybrid", "network.learn_variance=true"] if "learned" in command else []
@@ -113,6 +116,11 @@ def test_a_command_of_the_readme_runs(
         words = shlex.split(command)[3:]
         shares = "data.splits={train: 0.5, val: 0.3, test: 0.2}"
         assert data_command([*words, shares, "data.batch_size=1"]) == 0
+        return
+    if "-m diffusion_lab.tracking" in command:
+        (Path(RUN) / "report.html").unlink()
+        tracking_command(shlex.split(command)[3:])
+        assert "train/loss" in (Path(RUN) / "report.html").read_text()
         return
     result = run(lab, command)
     assert result.code == 0, result.text

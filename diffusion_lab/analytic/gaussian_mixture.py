@@ -26,6 +26,7 @@ __all__ = ["Gaussian", "GaussianMixture", "MixtureDenoiser"]
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -369,6 +370,13 @@ class Gaussian(GaussianMixture):
         super().__init__(mean.new_ones(1), mean[None], covariance[None], shape=shape)
 
 
+class Mixture(Protocol):
+    """What has E[x_0 | x_t] in closed form."""
+
+    def mean_t(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Returns E[x_0 | x_t], float64."""
+
+
 class MixtureDenoiser(Denoiser):
     """E[x_0 | x_t] under a mixture of Gaussians or atoms: float64 inside, x_t's type outside.
 
@@ -377,7 +385,7 @@ class MixtureDenoiser(Denoiser):
         schedule: The schedule that α_t and σ_t are of.
     """
 
-    def __init__(self, mixture: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, mixture: Mixture, schedule: Schedule) -> None:
         super().__init__(schedule)
         self.mixture = mixture
 

@@ -4,6 +4,7 @@ __all__ = ["CONTROL", "Control", "Counted", "Method", "methods_table"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class Counted(Denoiser):
     def __init__(self, denoiser: Denoiser, parent: "Counted | None" = None) -> None:
         super().__init__(denoiser.schedule)
         self.denoiser = denoiser
-        self.counts = parent.counts if parent else {"nfe": 0, "vjp": 0}
+        self.counts: dict[str, int] = parent.counts if parent else {"nfe": 0, "vjp": 0}
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         self.counts["nfe"] += len(x_t)
@@ -108,6 +109,10 @@ class Control(Guided):
         return Counted(exact, denoiser) if isinstance(denoiser, Counted) else exact
 
 
+def _residual(strength: float, _bed: Bed) -> Residual:
+    return Residual(strength)
+
+
 def methods_table() -> list[Method]:
     """Returns all rows, the cheap controls first."""
     linear, edm = Linear(), EDM(sigma_min=0.02, sigma_max=30.0)
@@ -134,7 +139,7 @@ def methods_table() -> list[Method]:
         row("truncated ddim 64", lambda _: Truncated(), DDIM(64)),
         row("fused", lambda _: Fused(), few),
         row("mmse", lambda _: MMSE(), DDIM(1)),
-        *(row(f"residual {x}", lambda _, x=x: Residual(x), all_) for x in (0.001, 0.01, 0.1)),
+        *(row(f"residual {x}", partial(_residual, x), all_) for x in (0.001, 0.01, 0.1)),
         row("dmps", lambda _: DMPS(), all_, beds=cheap),
         row("replacement", lambda _: Replacement(), few),
         row("replacement x 10", lambda _: Replacement(repeats=10), few, beds=masks),

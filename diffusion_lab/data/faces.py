@@ -170,6 +170,9 @@ def _palette(f: dict[str, Tensor]) -> Tensor:
 class _Canvas:
     """A part of the frame: its coordinates, the palette's weights so far and what is left over."""
 
+    window: tuple[slice, slice, slice]
+    s: Tensor
+
     def __init__(self, f: dict[str, Tensor], size: int) -> None:
         self.f = {k: v.float()[:, None, None] for k, v in f.items() if v.ndim == 1}
         count, device = len(f["skin"]), f["skin"].device

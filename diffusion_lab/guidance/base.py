@@ -19,7 +19,7 @@ __all__ = ["Guidance", "Guided", "Observation"]
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Observation:
     sigma_y: float | Tensor
     operator: Operator = field(default_factory=Identity)
     group: int = 1
+
+    @property
+    def linear(self) -> LinearOperator:
+        """A, for methods that require a linear one: `Guidance.check` has refused the others."""
+        return cast(LinearOperator, self.operator)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,10 +2,13 @@
 
 __all__ = ["Conditional"]
 
+from typing import cast
+
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, broadcast
 from diffusion_lab.guidance.base import Observation
+from diffusion_lab.operator import LinearOperator
 
 
 class Conditional(Denoiser):
@@ -21,6 +24,11 @@ class Conditional(Denoiser):
         self.denoiser = denoiser
         self.y, self.operator = observation.y, observation.operator
         self.sigma_y = observation.sigma_y
+
+    @property
+    def linear(self) -> LinearOperator:
+        """A, for methods that require a linear one."""
+        return cast(LinearOperator, self.operator)
 
     def scale(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns σ_t² / α_t: E[x_0 | x_t, y] = x̂ + σ_t² / α_t ∇ log p(y | x_t)."""

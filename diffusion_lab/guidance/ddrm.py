@@ -94,7 +94,7 @@ class DDRM(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        spectrum, operator = Spectrum.of(observation), observation.operator
+        spectrum, operator = Spectrum.of(observation), observation.linear
         z, schedule = observation.noise(generator), denoiser.schedule
         ends = (c.to(z) for c in schedule(torch.ones((), dtype=torch.float64)))
         c = operator.vt(z)

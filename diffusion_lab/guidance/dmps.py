@@ -74,5 +74,5 @@ class _DMPS(Conditional):
         variance = self.schedule.ratio(t) ** 2
         alpha_t, _ = self.schedule(t.double())
         e = self.y - self.operator(x_t / broadcast(alpha_t, x_t))
-        shift = pull_back(self.operator, e, variance, float(self.sigma_y))
+        shift = pull_back(self.linear, e, variance, float(self.sigma_y))
         return self.denoiser(x_t, t) + self.strength * broadcast(variance, x_t) * shift

@@ -65,7 +65,7 @@ class _Isotropic(Conditional):
         denoised = self.denoiser(x_t, t)
         variance = 1 / (self.schedule.ratio(t) ** -2 + self.data_std**-2)
         e = self.y - self.operator(denoised)
-        shift = pull_back(self.operator, e, variance, float(self.sigma_y))
+        shift = pull_back(self.linear, e, variance, float(self.sigma_y))
         return denoised + broadcast(variance, x_t) * shift
 
 
@@ -94,7 +94,7 @@ class _JFPS(Conditional):
             )
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        denoised, a = self.denoiser(x_t, t), self.operator
+        denoised, a = self.denoiser(x_t, t), self.linear
         data = self.variances.to(x_t).clamp(min=0)
         square = broadcast(self.schedule.ratio(t), x_t.flatten(1)) ** 2
         variances = square * data / (square + data)

@@ -57,7 +57,7 @@ class _MMPS(Conditional):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         denoised, vjp = denoised_and_vjp(self.denoiser, x_t, t)
-        scale, a = self.scale(x_t, t), self.operator
+        scale, a = self.scale(x_t, t), self.linear
 
         def pull(v: Tensor) -> Tensor:
             """V Aᵀ v."""

@@ -56,5 +56,5 @@ class _PiGDM(Conditional):
         denoised, vjp = denoised_and_vjp(self.denoiser, x_t, t)
         variance = 1 / (self.schedule.ratio(t) ** -2 + self.data_std**-2)
         e = self.y - self.operator(denoised)
-        pulled = pull_back(self.operator, e, variance, float(self.sigma_y))
+        pulled = pull_back(self.linear, e, variance, float(self.sigma_y))
         return denoised + self.scale(x_t, t) * vjp(pulled)

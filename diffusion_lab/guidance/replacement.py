@@ -63,7 +63,7 @@ class Replacement(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        spectrum, operator = Spectrum.of(observation), observation.operator
+        spectrum, operator = Spectrum.of(observation), observation.linear
         schedule = denoiser.schedule
 
         def replace(x: Tensor, s: Tensor, noise: Noise) -> Tensor:

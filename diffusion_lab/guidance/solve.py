@@ -111,9 +111,14 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
         columns.append([*h[:j], radius])
     c: list[Tensor] = []
     for i in reversed(range(iterations)):
-        known = sum(columns[i + 1 + k][i] * value for k, value in enumerate(c))
+        known = torch.zeros_like(size)
+        for k, value in enumerate(c):
+            known = known + columns[i + 1 + k][i] * value
         c.insert(0, _divide(target[i] - known, columns[i][i]))
-    return sum(value * q for value, q in zip(c, basis, strict=False))
+    x = torch.zeros_like(b)
+    for value, q in zip(c, basis, strict=False):
+        x = x + value * q
+    return x
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Spectrum:
     @classmethod
     def of(cls, observation: Observation) -> "Spectrum":
         """Returns that of an observation by a linear operator, with noise of one σ_y >= 0."""
-        operator, y = observation.operator, observation.y
+        operator, y = observation.linear, observation.y
         s = operator.singular_values.to(y)
         # Both branches are computed: what is chosen is never the division by zero.
         nu = torch.where(s > 0, float(observation.sigma_y) / s, math.inf)

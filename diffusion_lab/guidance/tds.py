@@ -54,6 +54,7 @@ Sources:
 __all__ = ["TDS", "systematic"]
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -197,7 +198,7 @@ class _Swarm:
         self, observation: Observation, count: int, data_std: float, generator: Generator
     ) -> None:
         assert isinstance(observation.operator, LinearOperator)
-        self.operator, self.group = observation.operator, observation.group
+        self.operator, self.group = observation.linear, observation.group
         self.y = observation.y[:: self.group, None]  # one row a group, (G, 1, *')
         self.sigma_y, self.c = float(observation.sigma_y), data_std**2
         self.a = self.operator.singular_values.to(self.y)
@@ -206,7 +207,8 @@ class _Swarm:
             first = generator.key[:: self.group]
             each = torch.arange(count, device=first.device)
             keys = make_key(first[:, None], "particle", each).flatten()
-            self.each, self.whole = KeyedGenerator(keys), KeyedGenerator(make_key(first, "group"))
+            self.each: Generator = KeyedGenerator(keys)
+            self.whole: Generator = KeyedGenerator(make_key(first, "group"))
         else:
             self.each = self.whole = generator
 
@@ -235,7 +237,7 @@ class _Swarm:
         """v of a level."""
         return r**2 * self.c / (r**2 + self.c)
 
-    def _apply(self, function: object, x: Tensor) -> Tensor:
+    def _apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A map of the operator on (G, N, *)."""
         return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 

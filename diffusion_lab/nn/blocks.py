@@ -11,6 +11,7 @@ Source:
 __all__ = ["Attention", "Downsample", "ResidualBlock", "TimeEmbedding", "Upsample", "initialise"]
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 NEARLY_ZERO = 1e-10  # the original's variance scale for last layers; 0 would also do
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
-def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+
+def initialise(layer: Layer, scale: float = 1.0) -> Layer:
     """Draws w ~ U(-a, a) with a = √(6 scale / (fan_in + fan_out)), sets b = 0, returns the layer.
 
     Arguments:
@@ -28,7 +31,8 @@ def initialise(layer: nn.Module, scale: float = 1.0) -> nn.Module:
         scale: The variance scale; 1 is Xavier's.
     """
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

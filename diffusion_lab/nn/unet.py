@@ -12,6 +12,7 @@ Source:
 __all__ = ["UNet"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,8 @@ class UNet(nn.Module):
 
         h = self.conv_in(x)
         skips = [h]
+        stage: Any  # of what a module is made of, torch knows too little to check it
+        mid: Any = self.mid
         for level, stage in enumerate(self.down):
             for block, attention in zip(stage.block, stage.attention, strict=True):
                 h = attention(block(h, embedding))
@@ -160,8 +163,8 @@ class UNet(nn.Module):
                 h = stage.resample(h)
                 skips.append(h)
 
-        h = self.mid.block_1(h, embedding)
-        h = self.mid.block_2(self.mid.attention(h), embedding)
+        h = mid.block_1(h, embedding)
+        h = mid.block_2(mid.attention(h), embedding)
 
         for stage in self.up:
             for block, attention in zip(stage.block, stage.attention, strict=True):

@@ -138,4 +138,4 @@ class Identity(LinearOperator):
     def vt(self, x: Tensor) -> Tensor:
         return x
 
-    v = u = ut = forward = transpose = vt
+    v = u = ut = forward = transpose = vt  # type: ignore[assignment]  # x has other names there

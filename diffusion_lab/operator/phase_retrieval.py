@@ -46,6 +46,7 @@ class PhaseRetrieval(Operator):
         """Returns log(1 + y / mean y), frequency 0 in the middle, scaled to [-1, 1]."""
         y = torch.fft.fftshift(y.clamp(min=0), (-2, -1))
         y = torch.log1p(y / y.mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(y.dtype).tiny))
+        assert self.shape is not None
         y = interpolate(y, self.shape[1:], mode="area")
         largest = y.amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
         return 2 * y / largest - 1

@@ -71,7 +71,7 @@ class DPMSolver(Sampler):
         if self.order == 2 and state.previous is not None:
             h_before = _lambda(schedule, state.t) - _lambda(schedule, state.previous.t)
             d = d + (h / (2 * h_before)).to(d) * (d - state.previous.denoised)
-        if not self.stochastic:
+        if z is None:
             return (sigma_s / sigma_t).to(d) * x_t - (alpha_s * torch.expm1(-h)).to(d) * d
         kept = -torch.expm1(-2 * h)
         x_s = (sigma_s / sigma_t * torch.exp(-h)).to(d) * x_t + (alpha_s * kept).to(d) * d

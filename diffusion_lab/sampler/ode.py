@@ -160,15 +160,16 @@ class ProbabilityFlow(Sampler):
         alpha_t, alpha_s = (
             schedule(torch.tensor(c, dtype=torch.float64))[0].to(x_t) for c in (t, s)
         )
-        ends = [float(schedule.ratio(c).log()) for c in (t, s)]
+        first, last = (float(schedule.ratio(c).log()) for c in (t, s))
 
         def watch(y: Parts, slope: Parts, level: Tensor) -> None:
             time = schedule.t_from_ratio(level.exp(), check=False)
             x = broadcast(schedule(time)[0], x_t) * y[0].reshape(shape)
+            assert callback is not None
             callback(State(float(time[0]), x, (y[0] - slope[0]).reshape(shape)))
 
         (u,) = self._solve(
-            _slope(denoiser, shape), ((x_t / alpha_t).flatten(1),), *ends,
+            _slope(denoiser, shape), ((x_t / alpha_t).flatten(1),), first, last,
             watch if callback else None,
         )  # fmt: skip
         return alpha_s * u.reshape(shape)
@@ -276,10 +277,10 @@ def _slope_and_divergence(denoiser: Denoiser, shape: torch.Size, probe: Tensor |
             x_t, t = _point(denoiser.schedule, u, level, shape)
             denoised = denoiser(x_t, t).flatten(1)
             if probe is None:
-                trace = sum(
-                    torch.autograd.grad(denoised[:, k].sum(), u, retain_graph=True)[0][:, k]
-                    for k in range(u.shape[1])
-                )
+                trace = u.new_zeros(len(u))
+                for k in range(u.shape[1]):
+                    (row,) = torch.autograd.grad(denoised[:, k].sum(), u, retain_graph=True)
+                    trace = trace + row[:, k]
             else:
                 v = probe.flatten(1)
                 (product,) = torch.autograd.grad(denoised, u, v)

@@ -1,0 +1,77 @@
+"""The way of a sample: which of its states are kept, and that they are shown as they were."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_lab.sampler import State
+from diffusion_lab.schedule import VE, Cosine
+from diffusion_lab.task.film import FRAMES, Film, film_sections
+from diffusion_lab.tracking.grid import to_uint8
+
+
+def state(k: int, steps: int, value: float | None = None) -> State:
+    """The k-th of steps + 1 states of three images; x_t and the estimate tell it by their grey."""
+    x = torch.full((3, 3, 8, 8), 2 * k / steps - 1 if value is None else value)
+    return State(t=1 - k / steps, x_t=x, denoised=-x)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 23, 24, 47, 48, 64, 100, 1000])
+def test_states_are_kept_evenly_with_both_ends(steps: int) -> None:
+    film = Film(Cosine(), rows=2)
+    for k in range(steps + 1):
+        film(state(k, steps))
+        assert len(film.states) < 2 * FRAMES
+    path = film.result()
+    times = path["t"]
+    assert times[0] == 1 and times[-1] == 0 and len(times) == len(set(times)) <= FRAMES
+    assert len(times) >= min(FRAMES // 2, steps + 1)
+    gaps = [round((a - b) * steps) for a, b in pairwise(times)]
+    assert max(gaps[:-1], default=1) <= 2 * min(gaps[:-1], default=1)  # the last may be shorter
+    assert path["x_t"].shape == path["denoised"].shape == (len(times), 2, 3, 8, 8)
+    grey = to_uint8(torch.tensor([1 - 2 * t for t in times]))
+    assert torch.equal(path["x_t"][:, 1, 0, 0, 0], grey)
+    # Opposite values have levels that sum up to 255, up to the rounding of halves.
+    both = path["x_t"].int() + path["denoised"].int()
+    assert int((both - 255).abs().max()) <= 1
+
+
+def test_what_is_not_finite_is_left_out() -> None:
+    film = Film(Cosine())
+    for k in range(4):
+        film(state(k, 3, value=float("nan") if k == 2 else None))
+    assert film.result()["t"] == [1, pytest.approx(2 / 3), 0]
+    nothing = Film(Cosine())
+    nothing(state(0, 1, value=float("inf")))
+    assert nothing.result() == {} == Film(Cosine()).result()
+
+
+def test_noise_of_a_large_variance_is_brought_to_the_range_of_images() -> None:
+    film = Film(VE())
+    sigma = float(VE()(torch.tensor(1.0, dtype=torch.float64))[1])
+    assert sigma > 10
+    film(State(t=1.0, x_t=torch.full((1, 3, 8, 8), 0.5 * sigma), denoised=torch.zeros(1, 3, 8, 8)))
+    grey = film.result()["x_t"].unique().tolist()
+    assert grey == [191]  # of 0.5, but for α_t² = 1 beside σ_t²
+
+
+def test_the_row_has_nine_moments_and_the_animation_all(tmp_path: Path) -> None:
+    film = Film(Cosine())
+    for k in range(21):
+        film(state(k, 20))
+    beside = {"clean": torch.full((3, 8, 8), 0.5)}
+    row, animation = film_sections(film.result(), Cosine(), tmp_path, beside)
+    labels = [label for label, _ in animation.frames]
+    assert len(labels) == 21
+    # σ_t of the cosine schedule at t = 0.5 is that of its own formula
+    sigma_t = float(Cosine()(torch.tensor(0.5, dtype=torch.float64))[1])
+    assert labels[10] == f"t = 0.50 σ = {sigma_t:.2f}"
+    frame = animation.frames[5][1]
+    # tiles of 128 pixels after a margin: x_t, the estimate, the clean image
+    grey = [frame.getpixel((10 + 64 + 134 * k, frame.height - 74))[0] for k in range(3)]
+    assert grey == [64, 191, 191]  # of -0.5, 0.5, 0.5
+    with Image.open(row.path) as picture:
+        assert picture.width >= 9 * 134 and row.path == tmp_path / "denoising.png"
