@@ -26,6 +26,7 @@ from diffusion_lab.metric import (
     coverage,
     crps,
     energy_score,
+    extract,
     find_lpips,
     frechet_distance,
     nominal,
@@ -399,10 +400,8 @@ def _frechet(results: list[dict[str, Any]]) -> float | None:
         network = EfficientNetLite0()
     except ConfigError:
         return None
-    moments = []
-    for key in ("sample", "clean"):
-        images = torch.stack([result[key] for result in results]).permute(0, 2, 3, 1)
-        moments.append(Moments(network.dim))
-        for part in images.split(64):
-            moments[-1].update(network(part))
-    return frechet_distance(*moments)
+    sets = (
+        torch.stack([result[key] for result in results]).permute(0, 2, 3, 1)
+        for key in ("sample", "clean")
+    )
+    return frechet_distance(*(Moments.of(extract(network, images)) for images in sets))

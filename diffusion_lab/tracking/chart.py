@@ -3,7 +3,7 @@
 The colours and line styles are in the style sheet of the page that a chart stands in.
 """
 
-__all__ = ["Curve", "chart", "power"]
+__all__ = ["Curve", "axis_of", "chart", "drawable", "power", "ticks_of"]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ def chart(section: Curve) -> str:
             raise ValueError(f"the series {label!r} has {len(xs)} x for {len(ys)} y")
         kept: list[Point | None] = []
         for x, y in zip(map(float, xs), map(float, ys), strict=True):
-            shown = _shown(x, section.log_x) and _shown(y, section.log_y)
+            shown = drawable(x, section.log_x) and drawable(y, section.log_y)
             kept.append((x, y) if shown else None)
         drawn[label] = kept
         lost = kept.count(None)
@@ -99,8 +99,8 @@ def chart(section: Curve) -> str:
     points = [p for kept in drawn.values() for p in kept if p is not None]
     named = len(drawn) >= NAMED and all(len(kept) == 1 for kept in drawn.values())
     if points:
-        x_axis = _axis([x for x, _ in points], section.log_x, room=0)
-        y_axis = _axis([y for _, y in points], section.log_y, room=0.04)
+        x_axis = axis_of([x for x, _ in points], section.log_x, room=0)
+        y_axis = axis_of([y for _, y in points], section.log_y, room=0.04)
         parts = list(_frame(x_axis, y_axis, section.x_label, section.y_label))
         if named:
             dots = {label: kept[0] for label, kept in drawn.items() if kept[0] is not None}
@@ -121,12 +121,12 @@ def chart(section: Curve) -> str:
     )
 
 
-def _shown(value: float, log: bool) -> bool:
+def drawable(value: float, log: bool) -> bool:
     """Whether an axis has a place for the value."""
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _axis(values: Sequence[float], log: bool, room: float) -> _Axis:
+def axis_of(values: Sequence[float], log: bool, room: float) -> _Axis:
     """The axis that holds all values, with a share of its length left free at both ends."""
     low, high = min(values), max(values)
     if log:
@@ -156,7 +156,7 @@ def power(text: str) -> str:
     return {"1": power, "−1": f"−{power}"}.get(digits, f"{digits}·{power}")
 
 
-def _numbers(axis: _Axis) -> list[tuple[float, str]]:
+def ticks_of(axis: _Axis) -> list[tuple[float, str]]:
     """The ticks of an axis with their numbers: all plain or all with powers of ten."""
     ticks = axis.ticks()
     sizes = [abs(value) for value in ticks if value != 0]
@@ -181,11 +181,11 @@ def _pixel(x_axis: _Axis, y_axis: _Axis, point: Point) -> Point:
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> Iterator[str]:
     """Grid, numbers and names of the axes; the vertical name lies flat above its axis."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    for value, text in _numbers(y_axis):
+    for value, text in ticks_of(y_axis):
         y = bottom - y_axis.place(value) * (bottom - TOP)
         yield f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>'
         yield f'<text class="end" x="{LEFT - 8}" y="{y + 4:.1f}">{text}</text>'
-    for value, text in _numbers(x_axis):
+    for value, text in ticks_of(x_axis):
         x = LEFT + x_axis.place(value) * (right - LEFT)
         yield f'<path class="axis" d="M{x:.1f} {bottom}v5"/>'
         if right - x > 24:

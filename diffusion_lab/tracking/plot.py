@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion_lab.tracking.chart import RAISED, Curve, _axis, _numbers, _shown
+from diffusion_lab.tracking.chart import RAISED, Curve, axis_of, drawable, ticks_of
 from diffusion_lab.tracking.grid import FONT_SIZE, INK, SPELLED, WHITE
 
 WIDTH, HEIGHT = 480, 330  # of a chart
@@ -47,7 +47,7 @@ def _draw(curve: Curve) -> Image.Image:
 
     shown = {
         label: [(float(x), float(y)) for x, y in zip(xs, ys, strict=True)
-                if _shown(float(x), curve.log_x) and _shown(float(y), curve.log_y)]
+                if drawable(float(x), curve.log_x) and drawable(float(y), curve.log_y)]
         for label, (xs, ys) in curve.series.items()
     }  # fmt: skip
     points = [point for each in shown.values() for point in each]
@@ -55,8 +55,8 @@ def _draw(curve: Curve) -> Image.Image:
     if not points:
         write(WIDTH / 2, HEIGHT / 2, "There is no point to draw.", "mm")
         return picture.reduce(FINE)
-    x_axis = _axis([x for x, _ in points], curve.log_x, room=0)
-    y_axis = _axis([y for _, y in points], curve.log_y, room=0.04)
+    x_axis = axis_of([x for x, _ in points], curve.log_x, room=0)
+    y_axis = axis_of([y for _, y in points], curve.log_y, room=0.04)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -64,11 +64,11 @@ def _draw(curve: Curve) -> Image.Image:
         across = LEFT + x_axis.place(x) * (right - LEFT)
         return FINE * across, FINE * (bottom - y_axis.place(y) * (bottom - TOP))
 
-    for value, text in _numbers(y_axis):
+    for value, text in ticks_of(y_axis):
         y = bottom - y_axis.place(value) * (bottom - TOP)
         pen.line([(FINE * LEFT, FINE * y), (FINE * right, FINE * y)], RULE, FINE)
         write(LEFT - 6, y, text, "rm")
-    for value, text in _numbers(x_axis):
+    for value, text in ticks_of(x_axis):
         x = LEFT + x_axis.place(value) * (right - LEFT)
         pen.line([(FINE * x, FINE * bottom), (FINE * x, FINE * (bottom + 4))], INK, FINE)
         write(x, bottom + 8, text, "mt")

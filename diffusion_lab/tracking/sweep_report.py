@@ -89,9 +89,9 @@ def _read(directory: Path) -> Job:
 
 
 def _evaluated(directory: Path) -> bool:
-    """Whether an evaluation has come to its end; a training has a report before that."""
-    trained, partial = (directory / name for name in ("checkpoints", runs.PARTIAL))
-    return (directory / "report.html").exists() and not (trained.exists() or partial.exists())
+    """Whether there is an evaluation here that has come to its end."""
+    note, partial, page = (directory / n for n in (runs.EVALUATION, runs.PARTIAL, "report.html"))
+    return note.exists() and page.exists() and not partial.exists()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -390,3 +391,16 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     sections = [picture(tmp_path, "a.png"), Table("T", "", ["a"], [[1.5]])]
     pages = [write_report(tmp_path / n, "Run", "", sections).read_bytes() for n in ("a", "b")]
     assert pages[0] == pages[1]
+
+
+def test_many_lone_dots_bear_their_names_and_none_covers_another(tmp_path: Path) -> None:
+    data = {f"method {k}": ([100.0], [1 + k / 1000]) for k in range(9)} | {"far": ([1.0], [9.0])}
+    curve = Curve("C", "", "cost", "distance", data, log_x=True)
+    svg = chart(tmp_path, curve)
+    heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.text in data}
+    assert heights.keys() == data.keys() and len(list(svg.iter("circle"))) == 10
+    crowd = sorted(y for name, y in heights.items() if name != "far")
+    assert min(b - a for a, b in pairwise(crowd)) >= 11 and crowd[0] > 0
+    assert page(tmp_path, curve).source.count('class="legend"') == 0
+    few = Curve("C", "", "x", "y", dict(list(data.items())[:3]))
+    assert page(tmp_path, few).source.count('class="legend"') == 1
