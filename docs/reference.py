@@ -1,6 +1,7 @@
 """The configuration reference, made of the comments in conf/ and the rules in diffusion_lab.
 
-Every file becomes a table: key, default, what it means, what is allowed. `make docs` writes it.
+Every file becomes a table: key, default, what it means, what is allowed. `make docs` writes
+docs/configuration.md, which is kept in the repository for those who read it there.
 """
 
 __all__ = ["Entry", "api", "configuration", "entries", "files"]

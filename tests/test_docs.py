@@ -18,11 +18,11 @@ from diffusion_lab.guidance import Observation
 from diffusion_lab.operator import Inpainting
 from diffusion_lab.sampler import DDIM, EulerMaruyama
 from diffusion_lab.sampler.grid import LogSNR
-from diffusion_lab.schedule import Cosine
+from diffusion_lab.schedule import Cosine, Linear
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*DOCS.glob("*.md"), *ROOT.glob("*.md")]
 EXTENDING = (DOCS / "extending.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", EXTENDING, flags=re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
@@ -109,7 +109,8 @@ def test_the_mathematics_names_every_choice() -> None:
 
 
 def test_the_configuration_reference_has_every_key_with_its_comment_and_rule() -> None:
-    page = reference.configuration()
+    page = (DOCS / "configuration.md").read_text()
+    assert page == reference.configuration(), "conf/ has changed: run make docs"
     for path in reference.files():
         for entry in reference.entries(path):
             row = next((r for r in page.splitlines() if r.startswith(f"| `{entry.key}` |")), "")
@@ -131,6 +132,23 @@ def test_the_pages_build_without_a_warning_and_without_a_network(tmp_path: Path)
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "mathematics.html").read_text()
-    assert page.count("<math ") > 100
+    formulas = re.findall(r"<math .*?</math>", page, flags=re.S)
+    assert len(formulas) > 100
+    assert not [f for f in formulas if "\\" in f], "a command that is not known"
     assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="(?:https?:)?//', page)
     assert 'id="diffusion_lab.schedule.Cosine"' in (tmp_path / "api.html").read_text()
+
+
+def test_the_lambda_that_the_page_holds_the_rule_against() -> None:
+    """β_t / (α_t (σ_y² + r_t²)) on the linear schedule, for sigma_t = 0.5."""
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    schedule = Linear()
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    strength = beta / (schedule(t)[0] * (1 / 3 + schedule.ratio(t) ** 2))
+    shown = [f"{strength[k]:.4f}" for k in (0, strength.argmax(), 499, 999)]
+    text = (DOCS / "mathematics.md").read_text()
+    said = re.search(
+        r"that is\s+(\S+) near.*?, (\S+) at \$t = 0\.19\$, (\S+) at .*? and (\S+) at", text
+    )
+    assert list(said.groups()) == shown
+    assert round(float(t[strength.argmax()]), 2) == 0.19
