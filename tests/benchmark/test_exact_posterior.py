@@ -9,7 +9,8 @@ import torch
 from conftest import Command
 
 from diffusion_lab.benchmark import BEDS, ExactPosterior, Method, grade
-from diffusion_lab.benchmark.exact_posterior import COLUMNS, markdown
+from diffusion_lab.benchmark.exact_posterior import markdown
+from diffusion_lab.benchmark.grade import COLUMNS
 from diffusion_lab.benchmark.methods import Control, methods_table
 from diffusion_lab.guidance import Guidance, Observation, Truncated
 from diffusion_lab.sampler import DDIM, EulerMaruyama
