@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class FID(Callback):
-    """Measures the averaged weights after a validation, every N steps and at the end.
+    """Measures the averaged weights after a validation, every N steps and at the end of a run.
 
     The extractor is made at once, so that weights which are missing end the run before it begins.
     It belongs to the callback and not to the module: no checkpoint holds it.
@@ -47,7 +47,8 @@ class FID(Callback):
         sampler: Draws the images, in few steps.
         extractor: Makes the extractor.
         num_samples: The number n of images, >= 2.
-        every_n_steps: The least number of steps between two measurements; None measures never.
+        every_n_steps: The least number of steps between two measurements; a run of at least as
+            many steps is measured at its end, too. None measures never.
         batch_size: Images that one device draws at once.
         seed: Seed of the noise.
 
@@ -131,7 +132,9 @@ class FID(Callback):
         step = trainer.global_step
         if self.extractor is None or self.reference is None or trainer.sanity_checking:
             return
-        due = step - self.measured_step >= self.every_n_steps or step == trainer.max_steps
+        # A run that is shorter is there to try something: not for thousands of images at its end.
+        last = step == trainer.max_steps and step >= self.every_n_steps
+        due = step - self.measured_step >= self.every_n_steps or last
         if not (due or trainer.fast_dev_run):
             return
         self.measured_step = step

@@ -131,3 +131,12 @@ def test_bad_input_is_named_before_a_step_is_taken(
     assert result.code == 1
     assert named in result.text and "Traceback" not in result.text
     assert not Path("run/metrics.csv").exists()
+
+
+def test_a_run_shorter_than_the_interval_is_not_measured_at_its_end(
+    tiny: Callable[..., Result],
+) -> None:
+    """Two steps of experiment=ddpm_celeba are a try, not a reason to draw 5,000 images."""
+    result = tiny(*ON, "trainer.max_steps=1")
+    assert result.code == 0, result.text
+    assert measured() == {} and Path("run/finished.json").exists()
