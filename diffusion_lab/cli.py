@@ -108,7 +108,11 @@ def _train(config: DictConfig) -> float | None:
                 f"{directory} already holds a run; continue it with resume={directory}, "
                 "or choose another hydra.run.dir"
             )
-        _on_all_devices("train", fit, config)
+        if config.resume and distributed.is_first():
+            with runs.continuing(directory, overrides):
+                _on_all_devices("train", fit, config)
+        else:
+            _on_all_devices("train", fit, config)
     return runs.objective(directory)
 
 
@@ -150,7 +154,9 @@ def fit(config: DictConfig) -> None:
     seed_everything(config.seed, workers=True, verbose=False)
     step = 0
     if config.resume:
-        step = runs.load_checkpoint(last)["global_step"]
+        checkpoint = runs.load_checkpoint(last)
+        step = checkpoint["global_step"]
+        runs.check_same(directory, checkpoint["diffusion_lab"]["config"], config)
         if step == config.trainer.max_steps and not (directory / runs.MARKER).exists():
             runs.finish(directory, step=step, metrics={})
             run_report.conclude(directory)
@@ -199,6 +205,8 @@ def fit(config: DictConfig) -> None:
         default_root_dir=str(directory),
     )
     log.info("run directory: %s", directory)
+    if distributed.is_first():
+        (directory / runs.MARKER).unlink(missing_ok=True)  # of a run that goes on
     failed = True
     try:
         log_config(trainer.loggers, config)

@@ -233,11 +233,13 @@ def _run_dir(resume: str | None, new: str) -> str:
     return resume if resume and Path(resume).is_dir() else agree(new)
 
 
-def _output_subdir(resume: str | None) -> str | None:
+def _output_subdir(resume: str | None, directory: str) -> str | None:
     if not is_first():
         return None  # rank 0 writes it
     if not resume or not Path(resume).is_dir():
-        return ".hydra"
+        # Hydra writes before the command is refused: not over the record of the run that is there.
+        taken = Path(directory, "checkpoints", "last.ckpt").exists()
+        return ".hydra/refused" if taken else ".hydra"
     count = len(list(Path(resume).glob(".hydra/resumed-*")))
     return f".hydra/resumed-{count + 1}"
 

@@ -11,14 +11,16 @@ outputs/train/<experiment>/<time>/
 """
 
 __all__ = [
-    "Run", "begin_evaluation", "conditioned", "fail", "finish", "load_checkpoint", "load_run",
-    "newest_run", "objective", "pretrained", "rebuild", "resumed_config", "resumed_evaluation",
-    "start_from",
+    "Run", "begin_evaluation", "check_same", "conditioned", "continuing", "fail", "finish",
+    "load_checkpoint", "load_run", "newest_run", "objective", "pretrained", "rebuild",
+    "resumed_config", "resumed_evaluation", "start_from",
 ]  # fmt: skip
 
 import hashlib
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ PARTIAL = "partial"  # the folder of what is done of it; it goes when it is fini
 PRETRAINED = "weights from elsewhere, which very likely saw the test images"
 ROOT = Path("outputs/train")
 FORMAT = 1
+CONTINUED = "continued.yaml"  # in .hydra: overrides of the commands that have continued a run
 # A resumed run must be the same model on the same images; the rest may change.
 FIXED = ("network", "schedule", "parameterization", "data", "seed")
 # The data's own hashes tell whether images that come from elsewhere are the same.
@@ -302,7 +305,8 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
     """Returns the configuration of a run to be continued.
 
-    It is composed again from the overrides of the run's own command, then those of this one.
+    It is composed again from the overrides of the run's own command, then those of the commands
+    that have continued it, then those of this one.
 
     Arguments:
         directory: The run's directory.
@@ -327,17 +331,30 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             "the run cannot be rebuilt without them"
         ) from error
     new = [text for text in overrides if not text.startswith("resume=")]
-    config = hydra.compose("train", [*old, *new, f"resume='{directory}'"])
-    before, after = (
-        _flat({key: OmegaConf.to_container(c, resolve=True).get(key) for key in FIXED})
-        for c in (_without_paths(saved), _without_paths(config))
-    )
+    config = hydra.compose("train", [*old, *_continued(directory), *new, f"resume='{directory}'"])
+    check_same(directory, OmegaConf.to_container(_without_paths(saved), resolve=True), config)
+    return config
+
+
+def check_same(directory: Path, before: dict[str, Any], config: DictConfig) -> None:
+    """Holds a configuration to go on with against one that a run was begun with.
+
+    Arguments:
+        directory: The run's directory.
+        before: The configuration of the run, or of its checkpoint.
+        config: That to go on with.
+
+    Raises:
+        ConfigError: If what is fixed (model, schedule, data, seed) would change; shows what.
+    """
+    after = OmegaConf.to_container(_without_paths(config), resolve=True)
+    old, new = (_flat({key: each.get(key) for key in FIXED}) for each in (before, after))
     # A key that is newer than the run is off in it: false, zero or null.
-    before |= {key: value for key, value in after.items() if key not in before and not value}
+    old |= {key: value for key, value in new.items() if key not in old and not value}
     changed = [
-        f"  {key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in FREE
+        f"  {key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in FREE
     ]
     if changed:
         raise ConfigError(
@@ -345,7 +362,38 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             + "\n".join(changed)
             + "\nDrop these overrides, or start a new run without resume="
         )
-    return config
+
+
+def _continued(directory: Path) -> list[str]:
+    """The overrides of the commands that have continued a run."""
+    path = directory / ".hydra" / CONTINUED
+    return list(OmegaConf.load(path)) if path.exists() else []
+
+
+@contextmanager
+def continuing(directory: Path, overrides: list[str]) -> Iterator[None]:
+    """Around the continuation of a run: its overrides hold for later ones, too.
+
+    Not those of a command that ends before it has taken a step: it may have been refused for them.
+
+    Arguments:
+        directory: The run's directory.
+        overrides: The overrides of the command.
+    """
+    path, last = directory / ".hydra" / CONTINUED, directory / "checkpoints" / "last.ckpt"
+    before, saved = _continued(directory), last.stat().st_mtime_ns
+    new = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
+    new = [text for text in new if text not in before[-len(new) :]]
+    if not new:
+        yield
+        return
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create([*before, *new])).encode())
+    try:
+        yield
+    except Exception:
+        if last.stat().st_mtime_ns == saved:
+            write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(before)).encode())
+        raise
 
 
 def _fingerprint(path: Path) -> str | None:
@@ -369,6 +417,8 @@ def begin_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
             the one that it was begun with.
     """
     note = directory / EVALUATION
+    if (directory / "checkpoints").exists():
+        raise RunError(f"{directory} holds a training; choose another hydra.run.dir")
     found = {
         "checkpoint": str(run.checkpoint.absolute()), "sha256": _fingerprint(run.checkpoint),
         "origin": run.origin,

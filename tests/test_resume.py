@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import Command
 from omegaconf import OmegaConf
 from test_cli_train import assert_same, rows
 
+from diffusion_lab import runs
 from diffusion_lab.runs import load_checkpoint
 
 
@@ -63,3 +65,47 @@ def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
     parts = [path.name.rpartition("-")[2] for path in Path("a/wandb").glob("offline-run-*")]
     assert set(parts) == {identity}
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
+
+
+def test_what_a_continuation_was_asked_for_holds_for_the_next_one(
+    tiny: Command, lab: Command
+) -> None:
+    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    refused = lab("train", "resume=a", "trainer.max_steps=1", "ema.decay=0.1")
+    assert refused.code == 1 and "above that (now 1)" in refused.text
+    assert lab("train", "resume=a", "trainer.max_steps=4", "checkpoint.every_n_steps=3").code == 0
+    again = lab("train", "resume=a")
+    assert again.code == 1 and "has taken 4 steps already" in again.text
+    assert "(now 4)" in again.text
+    assert lab("train", "resume=a", "trainer.max_steps=6").code == 0
+    config = saved("a")
+    assert config["checkpoint"]["every_n_steps"] == 3 and config["ema"]["decay"] != 0.1
+    assert config["trainer"]["max_steps"] == 6
+
+
+def test_a_refused_command_changes_nothing(tiny: Command, lab: Command) -> None:
+    """Hydra writes its record before; and whose record is changed by hand, is refused, too."""
+    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    record = [Path("a/.hydra", name) for name in ("config.yaml", "overrides.yaml")]
+    before = [path.read_text() for path in record]
+    refused = tiny("trainer.max_steps=2", "hydra.run.dir=a", "schedule=linear")
+    assert refused.code == 1 and "already holds a run" in refused.text
+    assert [path.read_text() for path in record] == before
+    assert lab("train", "resume=a", "trainer.max_steps=3").code == 0
+    for path in record:
+        path.write_text(Path("a/.hydra/refused", path.name).read_text())
+    result = lab("train", "resume=a", "trainer.max_steps=4")
+    assert result.code == 1 and "Cosine -> diffusion_lab.schedule.Linear" in result.text
+    assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
+
+
+def test_a_run_that_goes_on_is_not_finished(
+    tiny: Command, lab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    evaluated = lab("eval", "run=a", "task=generate", "hydra.run.dir=a")
+    assert evaluated.code == 1 and "a holds a training" in evaluated.text
+    assert Path("a/finished.json").exists()
+    monkeypatch.setattr(runs, "finish", lambda *_, **__: None)  # cut off before it
+    assert lab("train", "resume=a", "trainer.max_steps=3").code == 0
+    assert not Path("a/finished.json").exists()

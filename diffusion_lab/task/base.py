@@ -115,11 +115,19 @@ class Task(LightningModule, ABC):
         # The groups are those of an uninterrupted evaluation: so are the results, to the last bit.
         groups = [mine[k : k + self.group] for k in range(0, len(mine), self.group)]
         missing = [[k for k in group if k not in done] for group in groups]
-        return DataLoader([torch.tensor(group) for group in missing if group], batch_size=None)
+        return self._loader([torch.tensor(group) for group in missing if group])
+
+    def _loader(self, groups: list[Tensor]) -> DataLoader:
+        """Of several ranks one may have nothing to do; Lightning wants a batch of each."""
+        if not groups and self.trainer.world_size > 1:
+            groups = [torch.empty(0, dtype=torch.int64)]
+        return DataLoader(groups, batch_size=None)
 
     def test_step(self, index: Tensor, batch_idx: int) -> None:
         """Computes one group of images and keeps the results."""
         numbers = index.tolist()
+        if not numbers:
+            return
         results = [
             {"index": k, **result} for k, result in zip(numbers, self.compute(index), strict=True)
         ]

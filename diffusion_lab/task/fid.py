@@ -104,7 +104,7 @@ class FID(Task):
         groups = torch.arange(self.count).split(self.group)
         mine = groups[self.trainer.global_rank :: self.trainer.world_size]
         missing = [group[[k not in done for k in group.tolist()]] for group in mine]
-        return DataLoader([group for group in missing if len(group)], batch_size=None)
+        return self._loader([group for group in missing if len(group)])
 
     def on_test_start(self) -> None:
         """Finds the split's features first: on the device, and before hours are spent."""

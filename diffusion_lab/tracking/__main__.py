@@ -27,7 +27,7 @@ def report(directory: Path) -> Path:
     """
     page = directory / "report.html"
     if not directory.is_dir():
-        raise RunError(f"{directory} does not exist; give the directory of a run")
+        raise RunError(f"{directory} is not a directory; give that of a run")
     if (directory / "multirun.yaml").exists():
         summarize(directory)
     elif (directory / runs.EVALUATION).exists():
@@ -36,7 +36,7 @@ def report(directory: Path) -> Path:
                 f"{directory} holds an evaluation that is not finished; go on with it: "
                 f"python eval.py resume={directory}"
             )
-    else:
+    elif not (directory / "leaderboard.csv").exists():  # which has a page of its own
         write_run_report(directory)
     if not page.exists():
         raise RunError(f"{directory} is a sweep of which no job has begun")
