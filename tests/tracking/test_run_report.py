@@ -103,7 +103,7 @@ def test_a_directory_that_is_no_run_is_named_with_the_way_out(
     assert "Nothing has been logged" in text(write_run_report(training))
     (training / "multirun.yaml").write_text("")
     for path, said in (
-        (training.parent, "is no"), (training / "nowhere", "does not exist"),
+        (training.parent, "is no"), (training / "nowhere", "is not a directory"),
         (training, "no job has begun"),
     ):  # fmt: skip
         (training / "report.html").unlink(missing_ok=True)
