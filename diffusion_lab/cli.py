@@ -193,9 +193,6 @@ def fit(config: DictConfig) -> None:
     data = instantiate(config.data, "data")
     callbacks = [instantiate(node, f"callbacks.{k}") for k, node in config.callbacks.items()]
     loggers = make_loggers(config)
-    for logger in loggers:
-        if hasattr(logger, "continue_from"):
-            logger.continue_from(step)
     trainer = instantiate(
         config.trainer,
         "trainer",
@@ -209,6 +206,9 @@ def fit(config: DictConfig) -> None:
         (directory / runs.MARKER).unlink(missing_ok=True)  # of a run that goes on
     failed = True
     try:
+        for logger in loggers:
+            if hasattr(logger, "continue_from"):
+                logger.continue_from(step)
         log_config(trainer.loggers, config)
         trainer.fit(module, data, ckpt_path=last if config.resume else None)
         failed = False

@@ -387,12 +387,20 @@ def continuing(directory: Path, overrides: list[str]) -> Iterator[None]:
     if not new:
         yield
         return
-    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create([*before, *new])).encode())
+    try:
+        write_atomic(path, OmegaConf.to_yaml(OmegaConf.create([*before, *new])).encode())
+    except OSError as error:
+        raise RunError(
+            f"training stopped: {error}; the last checkpoint is intact, continue with "
+            f"resume={directory}"
+        ) from error
     try:
         yield
     except Exception:
         if last.stat().st_mtime_ns == saved:
-            write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(before)).encode())
+            path.unlink()  # also on a full disk
+            if before:
+                write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(before)).encode())
         raise
 
 
