@@ -383,7 +383,6 @@ def continuing(directory: Path, overrides: list[str]) -> Iterator[None]:
     path, last = directory / ".hydra" / CONTINUED, directory / "checkpoints" / "last.ckpt"
     before, saved = _continued(directory), last.stat().st_mtime_ns
     new = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
-    new = [text for text in new if text not in before[-len(new) :]]
     if not new:
         yield
         return

@@ -1,6 +1,5 @@
 """eval.py task=fid: its figures are those of the images, whatever interrupts or splits it."""
 
-import csv
 import math
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import Command
 from PIL import Image
+from test_cli_eval import table
 
 from diffusion_lab import cli
 from diffusion_lab.instantiate import instantiate
@@ -32,16 +32,6 @@ FEW = [
     "task=fid", "num_samples=9", "num_seeds=2", "sampler.steps=2", "trainer.accelerator=cpu",
     "extractor._target_=diffusion_lab.metric.statistics.PooledPixels",  # quick
 ]  # fmt: skip
-
-
-def table(directory: str) -> dict[tuple[str, str], tuple[float, float, int]]:
-    with open(Path(directory) / "results.csv", newline="") as file:
-        return {
-            (row["estimate"], row["metric"]): (
-                float(row["mean"]), float(row["stderr"]), int(row["n"])
-            )
-            for row in csv.DictReader(file)
-        }  # fmt: skip
 
 
 def test_the_figures_are_those_of_the_images_that_generate_writes(lab: Command, run: Path) -> None:

@@ -81,6 +81,10 @@ def test_what_a_continuation_was_asked_for_holds_for_the_next_one(
     config = saved("a")
     assert config["checkpoint"]["every_n_steps"] == 3 and config["ema"]["decay"] != 0.1
     assert config["trainer"]["max_steps"] == 6
+    asked = ["trainer.max_steps=4", "ema.decay=0.5"]  # what was asked for before counts again
+    with runs.continuing(Path("a"), ["resume=a", *asked]):
+        pass
+    assert OmegaConf.load("a/.hydra/continued.yaml")[-2:] == asked
 
 
 def test_a_refused_command_changes_nothing(tiny: Command, lab: Command) -> None:
