@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_lab.nn.fused import group_norm, norm_silu_conv
+
 NORM_EPS = 1e-6
 NEARLY_ZERO = 1e-10  # the original's variance scale for last layers; 0 would also do
 
@@ -90,10 +92,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Maps x (B, C, H, W) and SiLU of the embedding (B, features) to (B, C', H, W)."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
-        h = h + self.time(embedding)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        return self.skip(x) + h
+        h = norm_silu_conv(x, self.norm_1, self.conv_1)
+        h = h.add_(self.time(embedding)[:, :, None, None])
+        h = norm_silu_conv(h, self.norm_2, self.conv_2, self.dropout)
+        return h.add_(self.skip(x))
 
 
 class Attention(nn.Module):
@@ -114,7 +116,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to the same shape."""
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = group_norm(x, self.norm).flatten(2).transpose(1, 2)  # (B, HW, C)
         h = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h))
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -138,7 +140,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
+    r"""Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
+
+    Both are one transposed convolution of stride 2: a pixel meets a 4x4 patch of the result, by
+    the sums of neighbours of the mirrored W. That is 4 products a pixel of the result, not 9.
 
     Arguments:
         channels: Channels of input and output.
@@ -150,4 +155,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        w = self.conv.weight.transpose(0, 1).flip(2, 3)
+        kernel = 4 * F.avg_pool2d(w, kernel_size=2, stride=1, padding=1)  # sums of 2x2, and edges
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)

@@ -168,6 +168,8 @@ def test_upsampling_repeats_pixels() -> None:
     up.conv.weight[0, 0, 1, 1] = 1
     x = images(1, 1, 3, 4)
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    up, x = randomise(Upsample(5)), images(2, 5, 3, 4)
+    assert close(up(x), up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 
 @torch.no_grad()
@@ -201,8 +203,9 @@ def test_an_image_does_not_depend_on_its_batch_or_memory_layout() -> None:
     whole = network(x, index)
     for k in (0, 3):
         assert close(network(x[k : k + 1], index[k : k + 1]), whole[k : k + 1])
-    last = network.to(memory_format=torch.channels_last)
-    assert close(last(x.contiguous(memory_format=torch.channels_last), index), whole)
+    last = network(x.contiguous(memory_format=torch.channels_last), index)
+    assert last.is_contiguous() and close(last, whole)
+    assert close(network.to(memory_format=torch.contiguous_format)(x, index), whole)
 
 
 @torch.no_grad()

@@ -1,0 +1,169 @@
+"""The fast paths of the network say what the plain formula says, in value and gradient."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_unet import SMALL, close, images, randomise
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffusion_lab.nn import UNet
+from diffusion_lab.nn.fused import norm_silu_conv
+
+
+def plain(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    return conv(F.silu(norm(x)))
+
+
+def parts(dtype: torch.dtype = torch.float64) -> tuple[nn.GroupNorm, nn.Conv2d]:
+    layers = nn.ModuleList([nn.GroupNorm(4, 8), nn.Conv2d(8, 6, 3, padding=1)])
+    norm, conv = randomise(layers).to(dtype)
+    return norm, conv
+
+
+def held(function: Callable[[], Tensor]) -> int:
+    """How many numbers autograd keeps for the backward pass, parameters aside."""
+    sizes = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> None:
+    norm, conv = parts()
+    x = (2 + 3 * images(2, 8, 5, 7).double()).contiguous(memory_format=layout).requires_grad_()
+    inputs = [x, *norm.parameters(), *conv.parameters()]
+    towards = images(2, 6, 5, 7, seed=2).double()
+    expected = plain(x, norm, conv)
+    actual = norm_silu_conv(x, norm, conv)
+    assert close(actual.detach(), expected.detach(), 1e-12)
+    wanted = torch.autograd.grad(expected, inputs, towards)
+    for gradient, reference in zip(
+        torch.autograd.grad(actual, inputs, towards), wanted, strict=True
+    ):
+        assert close(gradient, reference, 1e-10)
+    # Some alone: what a posterior method asks for of a network without gradients ...
+    for parameter in inputs[1:]:
+        parameter.requires_grad_(False)
+    (alone,) = torch.autograd.grad(norm_silu_conv(x, norm, conv), x, towards)
+    assert close(alone, wanted[0], 1e-10)
+    # ... and of the first layers, whose input has none.
+    for parameter in conv.parameters():
+        parameter.requires_grad_(True)
+    output = norm_silu_conv(x.detach(), norm, conv)
+    for gradient, reference in zip(
+        torch.autograd.grad(output, list(conv.parameters()), towards), wanted[3:], strict=True
+    ):
+        assert close(gradient, reference, 1e-10)
+
+
+def test_numbers_of_the_gradient_are_those_of_differences() -> None:
+    norm, conv = parts()
+    x = images(1, 8, 3, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: norm_silu_conv(x, norm, conv), x)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    norm, conv = parts()
+    x = images(1, 8, 3, 3).double().requires_grad_()
+    loss = norm_silu_conv(x, norm, conv).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_only_the_input_is_kept() -> None:
+    norm, conv = parts()
+    x = images(2, 8, 16, 16).double().requires_grad_()
+    statistics = 2 * 2 * 4  # mean and deviation, of each image and group
+    assert held(lambda: norm_silu_conv(x, norm, conv)) == x.numel() + statistics
+    assert held(lambda: plain(x, norm, conv)) == 3 * x.numel() + statistics
+
+
+def test_under_autocast_it_is_no_less_exact_than_torch() -> None:
+    norm, conv = parts(torch.float32)
+    x = (1 + images(2, 8, 16, 16)).requires_grad_()
+    towards = images(2, 6, 16, 16, seed=2)
+    inputs = [x, *norm.parameters(), *conv.parameters()]
+
+    def errors(function: Callable[..., Tensor]) -> list[float]:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = function(x, norm, conv)
+        assert output.dtype == torch.bfloat16
+        results = [output.float(), *torch.autograd.grad(output.float(), inputs, towards)]
+        assert all(result.dtype == torch.float32 for result in results)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(results, references, strict=True)]
+
+    exact = plain(x, norm, conv)
+    references = [exact, *torch.autograd.grad(exact, inputs, towards)]
+    for own, theirs in zip(errors(norm_silu_conv), errors(plain), strict=True):
+        assert own < 2 * theirs + 1e-3 and own < 0.02
+
+
+def gradients(network: UNet, x: Tensor, index: Tensor) -> tuple[Tensor, list[Tensor]]:
+    x = x.clone().requires_grad_()
+    output = network(x, index)
+    found = torch.autograd.grad(output, [x, *network.parameters()], images(*output.shape, seed=3))
+    return output.detach(), list(found)
+
+
+def test_checkpointing_changes_no_bit_and_keeps_less() -> None:
+    network = randomise(UNet(**{**SMALL, "attention_levels": ()}))
+    x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    output, expected = gradients(network, x, index)
+    before = held(lambda: network(x, index))
+    network.checkpointing = True
+    again, actual = gradients(network, x, index)
+    assert torch.equal(again, output)
+    assert all(map(torch.equal, actual, expected))
+    assert held(lambda: network(x, index)) < 0.7 * before
+
+
+@pytest.mark.slow
+def test_compiled_blocks_say_the_same() -> None:
+    network = randomise(UNet(**{**SMALL, "blocks": 1}))
+    compiled = copy.deepcopy(network)
+    compiled.compile_blocks()
+    x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    assert compiled.state_dict().keys() == network.state_dict().keys()
+    output, expected = gradients(network, x, index)
+    again, actual = gradients(compiled, x, index)
+    assert close(again, output, 1e-5)
+    size = max(gradient.abs().max() for gradient in expected)  # some are zero but for rounding
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * float(size))
+    assert not torch.equal(again, output)  # other code did it
+    copied = copy.deepcopy(compiled)  # what an average of the weights starts as
+    assert torch.equal(copied(x, index), network(x, index))
+
+
+def test_cast_blocks_round_the_inside_alone() -> None:
+    network = randomise(UNet(**SMALL))
+    x, index = images(4, 3, 16, 16), torch.tensor([3.0, 100.0, 500.0, 999.0])
+    with torch.no_grad():
+        exact = network(x, index)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = network(x, index).float()
+        network.cast_blocks()
+        output = network(x, index)
+    assert output.dtype == torch.float32
+    error, theirs = ((each - exact).norm() / exact.norm() for each in (output, autocast))
+    assert 1e-4 < error < 0.02
+    assert error < 1.2 * theirs
+    kept = {
+        name.split(".")[0]
+        for name, parameter in network.named_parameters()
+        if parameter.dtype == torch.float32
+    }
+    assert kept == {"time_embedding", "conv_in", "norm_out", "conv_out"}
