@@ -73,6 +73,12 @@ def _check(config: DictConfig) -> None:
             f"{resumed[0]} continues one run, in its own directory; leave -m away, and give each "
             "run a command of its own"
         )
+    directory = Path(config.hydra.sweep.dir)
+    if any(directory.glob(f"*/{runs.MARKER}")) or any(directory.glob("*/checkpoints/last.ckpt")):
+        raise ConfigError(
+            f"hydra.sweep.dir={directory} holds the jobs of a sweep already; choose another, or "
+            "continue single jobs with resume="
+        )
     if distributed.external():
         raise ConfigError(
             "a sweep starts the processes of its jobs itself: leave torchrun or srun away, and "

@@ -59,6 +59,16 @@ def test_a_resume_in_a_sweep_is_refused_before_anything_is_made(tiny: Command) -
     assert Sweep.directory is None
 
 
+def test_a_sweep_into_the_directory_of_another_is_refused(tiny: Command) -> None:
+    done = Path("s/0/finished.json")
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    result = tiny("-m", "seed=0,1", "hydra.sweep.dir=s")
+    assert result.code == 1 and "hydra.sweep.dir=s holds the jobs of a sweep" in result.text
+    assert "Traceback" not in result.text
+    assert [path for path in Path("s").rglob("*") if path.is_file()] == [done]
+
+
 def test_the_summary_of_an_evaluation_has_the_means_of_its_results(
     lab: Command, run: Path
 ) -> None:
