@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from diffusion_lab import distributed, noise_level, runs, sweep
 from diffusion_lab.callback import AtomicCheckpointIO, Stopped
@@ -29,6 +30,8 @@ from diffusion_lab.config import (
 from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.instantiate import instantiate
+from diffusion_lab.nn import UNet
+from diffusion_lab.nn.graph import Graphed
 from diffusion_lab.operator import Gaussian, Poisson
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.schedule import Schedule
@@ -80,6 +83,20 @@ def check_levels(own: Schedule, other: Schedule) -> None:
             f"the prior was trained under {type(own).__name__}, up to {trained:.4g}. Lower "
             "schedule.sigma_max or schedule.beta_max, or choose another schedule="
         )
+
+
+def blocks_of(network: nn.Module, setting: str) -> UNet:
+    """Returns the network if it has blocks that a setting is for.
+
+    Raises:
+        ConfigError: If it has none; names the setting.
+    """
+    if not isinstance(network, UNet):
+        raise ConfigError(
+            f"{setting} is for the blocks of a UNet, and this network is a "
+            f"{type(network).__name__}; leave it out"
+        )
+    return network
 
 
 def train() -> None:
@@ -182,6 +199,9 @@ def fit(config: DictConfig) -> None:
     )
     if config.pretrained and not config.resume:
         runs.start_from(module, config.pretrained)
+    if config.compile:
+        for network in (module.network, module.network_ema):
+            blocks_of(network, "compile=true").compile_blocks()
     schedule = module.schedule
     sampler_for(config, schedule)  # of the grids: refused now, not at the first of them
     ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).tolist()
@@ -241,6 +261,14 @@ def prior_of(config: DictConfig) -> runs.Run:
         log.warning("model=pretrained: %s; read the figures so", runs.PRETRAINED)
     else:
         run = runs.rebuild(config.ckpt or config.run or runs.newest_run(), config.ema)
+    network = run.denoiser.network
+    if config.precision == "bfloat16":
+        blocks_of(network, "precision=bfloat16").cast_blocks(torch.bfloat16)
+        run = replace(run, origin=f"{run.origin}, in bfloat16")
+    if config.compile:
+        blocks_of(network, "compile=true").compile_blocks()
+    if config.cuda_graphs:
+        Graphed(network)
     if config.label is not None:
         run = runs.conditioned(run, config.label, config.strength)
     if config.get("schedule") is not None:
@@ -320,6 +348,7 @@ def test(config: DictConfig) -> None:
         "trainer",
         logger=loggers,
         callbacks=[TQDMProgressBar()],
+        precision="32-true",  # autocast would round the operators and solvers, too
         inference_mode=False,  # methods that take derivatives of the network need no_grad instead
     )
     failed = True

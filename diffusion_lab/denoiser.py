@@ -21,9 +21,21 @@ from diffusion_lab.schedule import Schedule
 
 
 def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Gives a coefficient of shape () or (B,) x's type, device and number of dimensions."""
+    """Gives a coefficient of shape () or (B,) x's type, device and number of dimensions.
+
+    One number may stay on the CPU, from where products with x take it by value: to copy it would
+    be to wait for the device.
+    """
+    if not coefficient.ndim and coefficient.device.type == "cpu":
+        return coefficient.to(x.dtype)
     coefficient = coefficient.to(x)
     return coefficient.reshape(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+
+
+def _for_each(number: Tensor, x: Tensor) -> Tensor:
+    """A number of shape () or (B,) for each image of x, of shape (B,), on x's device."""
+    number = number.to(x.device) if number.ndim else number  # one is added by value, see above
+    return torch.zeros(len(x), dtype=number.dtype, device=x.device) + number
 
 
 class Denoiser(nn.Module, ABC):
@@ -67,7 +79,8 @@ class Denoiser(nn.Module, ABC):
 class NetworkDenoiser(Denoiser):
     """A network under the schedule and parameterization that it was trained with.
 
-    The network may run in reduced precision under autocast; x_t and the estimate stay as they are.
+    The network may run in reduced precision, under autocast or by the type of its weights; x_t and
+    the estimate stay as they are. It gets x_t in the type of its first parameter.
 
     Arguments:
         network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t. One
@@ -98,9 +111,9 @@ class NetworkDenoiser(Denoiser):
             x_t = self.parameterization.scale(alpha_t, sigma_t) * x_t
         # Below t = 1/T a network was never trained; there is hardly any noise there either.
         index = self.schedule.index(t).clamp(min=0)
-        index = index.to(x_t.device, torch.float32).expand(len(x_t))
+        index = _for_each(index.float(), x_t)
         parameter = next(self.network.parameters(), x_t)
-        labels = () if self.label is None else (self.label,)
+        labels = () if self.label is None else (_for_each(torch.as_tensor(self.label), x_t),)
         output = self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
         if not getattr(self.network, "learn_variance", False):
             return output, None

@@ -105,6 +105,7 @@ class DiffusionModule(LightningModule):
         self.run_config = run_config or {}
         self._step_losses: list[Tensor] = []  # of one optimizer step, more than one if accumulated
         self.skipped = torch.zeros((), dtype=torch.bool)
+        self._norm: Tensor | None = None  # of the newest gradient, before clipping
         self._seen: list[tuple[Tensor, Tensor]] = []  # u and losses, of images since the last row
         self._seen_before = torch.zeros(2, BINS, dtype=torch.float64)  # their sums up to a resume
         self._loss_bins: dict[str, float] = {}  # as they were logged last
@@ -175,16 +176,16 @@ class DiffusionModule(LightningModule):
         return torch.where(u < self.label_dropout, self.network.classes, batch["label"])
 
     def _log_loss(self, loss: Tensor) -> None:
-        """Logs the mean over all images of an optimizer step; devices talk only if it is shown."""
+        """Logs the mean over all images of an optimizer step, if that makes a row."""
         self._step_losses.append(loss)
         trainer = self.trainer
         if trainer.fit_loop._should_accumulate():
             return
-        loss = torch.stack(self._step_losses).mean()
-        self._step_losses.clear()
         if is_logged(trainer, trainer.global_step + 1):
+            loss = torch.stack(self._step_losses).mean()
             loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+            self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self._step_losses.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Leaves the step out if its gradient is not finite, and logs the figures of a row.
@@ -195,7 +196,7 @@ class DiffusionModule(LightningModule):
         """
         groups = optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self._norm = nn.utils.get_total_norm(gradients)
         self.skipped = ~norm.isfinite()
         if all(group.get("fused") for group in groups):
             optimizer.found_inf = self.skipped.float()
@@ -206,6 +207,20 @@ class DiffusionModule(LightningModule):
         if is_logged(self.trainer, self.trainer.global_step + 1):
             figures = {"train/grad_norm": norm, "train/lr": groups[0]["lr"]}
             self.log_dict(figures | self._losses_per_bin(), batch_size=1)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scales the gradient down to a largest norm, by the norm that is known by now."""
+        own = gradient_clip_algorithm in (None, "norm")
+        if not own or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
 
     def _losses_per_bin(self) -> dict[str, float]:
         """The mean loss in each bin, over the images of all devices since the last row.
@@ -283,6 +298,22 @@ class DiffusionModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the losses of images that no row has yet."""
+        self._lay_out(checkpoint.get("optimizer_states", ()))
         if bins := checkpoint.get("diffusion_lab", {}).get("loss_bins"):
             self._seen_before = torch.tensor(bins["sums"], dtype=torch.float64)
             self._loss_bins = dict(bins["last"])
+
+    def _lay_out(self, optimizer_states: Iterable[dict[str, Any]]) -> None:
+        """Gives what an optimizer holds of a parameter the parameter's order in memory.
+
+        A fused optimizer goes through both as they lie there, and says nothing if the order is
+        another: that of a checkpoint whose network was not channels_last.
+        """
+        parameters = list(self.network.parameters())
+        for optimizer in optimizer_states:
+            for k, values in optimizer["state"].items():
+                for name, value in values.items():
+                    if isinstance(value, Tensor) and value.shape == parameters[k].shape:
+                        values[name] = torch.empty_like(
+                            parameters[k], dtype=value.dtype, device=value.device
+                        ).copy_(value)

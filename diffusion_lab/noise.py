@@ -63,9 +63,10 @@ def make_key(*parts: int | str | Tensor) -> Tensor:
         if isinstance(part, str):
             digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
             part = int.from_bytes(digest, "little", signed=True)
-        if isinstance(part, int):
-            part = torch.tensor(_wrap(part), dtype=torch.int64)
-        key = _mix(_mix(key.to(part.device) + INCREMENT) ^ part.to(torch.int64))
+        # A number, or the key while it is one on the CPU, goes into the product with a tensor by
+        # value: to copy it to a device would be to wait for that.
+        part = _wrap(part) if isinstance(part, int) else part.to(torch.int64)
+        key = _mix(_mix(key + INCREMENT) ^ part)
     return key
 
 

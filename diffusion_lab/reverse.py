@@ -57,7 +57,10 @@ def step_variance(v: Tensor, sigma_s: Tensor, sigma_t: Tensor, share: Tensor | f
         sigma_t: σ_t.
         share: The share; 0 gives β̃ and 1 gives v.
     """
-    return v * (sigma_s**2 / sigma_t**2) ** (1 - share)
+    base = sigma_s**2 / sigma_t**2
+    if not base.ndim and base.device.type == "cpu":
+        return v * base.item() ** (1 - share)  # the share may be on another device
+    return v * base ** (1 - share)
 
 
 def step_nats(square: Tensor, share: Tensor | float, fall: Tensor, log_range: Tensor) -> Tensor:

@@ -203,6 +203,7 @@ COMMON: Rules = _within("sampler", SAMPLER) | {
 }  # fmt: skip
 TRAIN: Rules = COMMON | _within("data", DATA) | _within("fid.sampler", SAMPLER) | {
     "pretrained": _null_or(TEXT),
+    "compile": FLAG,
     "label_dropout": SHARE,
     "ema.decay": BELOW_1,
     "ema.widths": _different(WIDTH),
@@ -225,6 +226,7 @@ TRAIN: Rules = COMMON | _within("data", DATA) | _within("fid.sampler", SAMPLER) 
     "network.image_channels": COUNT,
     "network.classes": COUNT_OR_0,
     "network.learn_variance": FLAG,
+    "network.checkpointing": FLAG,
     "parameterization.sigma_data": POSITIVE,
     "loss.sigma_data": POSITIVE,
     "loss.gamma": NOT_NEGATIVE,
@@ -280,7 +282,10 @@ EVAL: Rules = COMMON | _within("model.data", DATA) | {
         Rule("a text or a whole number >= 0", lambda v: TEXT.check(v) or COUNT_OR_0.check(v))
     ),
     "strength": NOT_NEGATIVE,
-    "batch_size": COUNT,
+    "batch_size": _or("auto", COUNT),
+    "precision": _one_of("float32", "bfloat16"),
+    "compile": FLAG,
+    "cuda_graphs": FLAG,
     "data.source": _null_or(TEXT),
     "data.cache_dir": TEXT,
     "model.path": _null_or(TEXT),

@@ -55,6 +55,7 @@ FIXED = ("network", "schedule", "parameterization", "data", "seed")
 FREE = (
     "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.column",
     "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
+    "network.checkpointing",  # the same numbers, to the last bit
 )  # fmt: skip
 
 

@@ -205,14 +205,20 @@ class DiscreteSchedule(Schedule):
             log_alpha_bar = -torch.log1p(shift**2 * torch.expm1(-log_alpha_bar))
         # Entry k holds log ᾱ at t = k / T. Not persistent: the configuration makes it again.
         self.register_buffer("log_alpha_bar", log_alpha_bar, persistent=False)
+        self.on_cpu = log_alpha_bar  # stays there when the model is moved
         self.steps = len(beta)
         self.t_min = 1 / self.steps
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The table's entries at both ends of t's interval, and t's place in it, in [0, 1]."""
-        position = t.to(self.log_alpha_bar.device, torch.float64) * self.steps
+        table = self._table(t)
+        position = t.to(table.device, torch.float64) * self.steps
         left = position.floor().long().clamp(0, self.steps - 1)
-        return self.log_alpha_bar[left], self.log_alpha_bar[left + 1], position - left
+        return table[left], table[left + 1], position - left
+
+    def _table(self, value: Tensor) -> Tensor:
+        """The table where the value is: times on the CPU are looked up without the device."""
+        return self.on_cpu if value.device.type == "cpu" else self.log_alpha_bar
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         return torch.lerp(*self._interval(t))
@@ -227,7 +233,7 @@ class DiscreteSchedule(Schedule):
         return torch.sqrt(torch.expm1(-self._log_alpha_bar(t)).abs())
 
     def _inverse(self, ratio: Tensor) -> Tensor:
-        table = self.log_alpha_bar
+        table = self._table(ratio)
         wanted = -torch.log1p(ratio.to(table.device) ** 2)  # log ᾱ = -log(1 + r²)
         left = torch.searchsorted(-table, -wanted.contiguous(), right=True) - 1
         left = left.clamp(0, self.steps - 1)

@@ -1,5 +1,6 @@
 """The training step by hand, the moving average of the weights, the learning rates."""
 
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,7 +136,7 @@ def draws(batch: dict) -> tuple[Tensor, Tensor]:
 
 
 def test_the_training_loss_is_that_of_the_paper() -> None:
-    module, batch = fitting(), make_batch(6)
+    module, batch = fitting(Devices(every=1)), make_batch(6)
     t, epsilon = draws(batch)
     assert len(set(t.tolist())) == 6 and float(t.min()) > 0 and float(t.max()) <= 1
     expected = by_hand(batch["x_0"], t, epsilon, module.network).mean()
@@ -314,7 +315,7 @@ def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole()
 
 
 def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> None:
-    devices = Devices(micro=3)
+    devices = Devices(micro=3, every=1)
     module = fitting(devices)
     means = []
     for number in range(7):
@@ -333,7 +334,7 @@ def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> Non
 @pytest.mark.parametrize("every", [1, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_devices_talk_only_in_steps_that_are_logged(every: int, micro: int) -> None:
-    """Once a step, about the mean over its micro-batches; other steps show the own loss."""
+    """Once a step, about the mean over its micro-batches; other steps log nothing."""
     devices = Devices(micro=micro, every=every, others=(5.0, 10.0))
     module = fitting(devices)
     own = []
@@ -346,7 +347,7 @@ def test_devices_talk_only_in_steps_that_are_logged(every: int, micro: int) -> N
         own.append(sum(losses) / micro)
     logged = [step for step in range(8) if (step + 1) % every == 0]
     assert devices.reduced == pytest.approx([own[step] for step in logged], rel=1e-6)
-    expected = [(x + 15) / 3 if step in logged else x for step, x in enumerate(own)]
+    expected = [(own[step] + 15) / 3 for step in logged]
     assert [value for _, value in module.logged] == pytest.approx(expected, rel=1e-6)
 
 
@@ -436,6 +437,7 @@ def test_no_update_while_gradients_are_accumulated_nor_right_after_a_resume() ->
 
 def test_buffers_are_not_averaged() -> None:
     module, callback = make_module(), EMA(0.5)
+    callback.on_train_start(SimpleNamespace(global_step=0), module)
     module.network.count.fill_(10)
     end_of_batch(callback, module, 1)
     assert float(module.network_ema.count) == 0
@@ -697,3 +699,33 @@ def test_a_row_of_two_devices_is_that_of_one(tmp_path: Path) -> None:
         row = {k: v for k, v in row.items() if k.startswith("train/")}
         assert len(row) >= 8
         assert {k: two[step][k] for k in row} == pytest.approx(row, rel=1e-5)
+
+
+def test_a_fused_optimizer_goes_on_from_a_state_in_another_order_of_memory() -> None:
+    """That of a network that was not channels_last, of which Adam would read the wrong numbers."""
+
+    def step(module: DiffusionModule, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.network.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(drawn)  # as autograd lays it out
+        optimizer.step()
+
+    def make(layout: torch.memory_format) -> tuple[DiffusionModule, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = make_module(nn.Conv2d(4, 6, 3).to(memory_format=layout))
+        return module, torch.optim.Adam(module.network.parameters(), lr=0.1, fused=True)
+
+    before, optimizer = make(torch.contiguous_format)
+    step(before, optimizer, seed=1)
+    states = copy.deepcopy(optimizer.state_dict())
+    after, resumed = make(torch.channels_last)
+    after.load_state_dict(before.state_dict())
+    after.on_load_checkpoint({"optimizer_states": [states]})
+    resumed.load_state_dict(states)
+    step(before, optimizer, seed=2)
+    step(after, resumed, seed=2)
+    for actual, expected in zip(
+        after.network.parameters(), before.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)

@@ -100,6 +100,9 @@ class LastCheckpoint(Checkpoint):
             # In place of Lightning's own, which lose what came after the last checkpoint, or
             # talk to other processes in the middle of whatever is going on.
             self.handlers = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        # With several devices Lightning asks before every batch whether one got its signal: a
+        # collective whose answer the host waits for, with nothing under way on the device.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number).name

@@ -68,9 +68,14 @@ class EMA(Callback):
             raise ValueError(f"decay={decay} is not allowed; it lies in [0, 1)")
         self.decay = decay
         self.step = 0
+        self.averages: list[Tensor] = []
+        self.parameters: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.step = trainer.global_step
+        # Listed once: to look for them in all modules takes longer than to average them.
+        self.averages = list(module.network_ema.parameters())
+        self.parameters = list(module.network.parameters())
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -80,8 +85,7 @@ class EMA(Callback):
             return
         self.step = n = trainer.global_step
         decay = min(self.decay, (1 + n) / (10 + n))
-        averages, parameters = module.network_ema.parameters(), module.network.parameters()
-        _move(list(averages), list(parameters), 1 - decay, module.skipped)
+        _move(self.averages, self.parameters, 1 - decay, module.skipped)
 
 
 class PowerEMA(Callback):
@@ -115,6 +119,7 @@ class PowerEMA(Callback):
         self.every_n_steps = every_n_steps
         self.step = self.written_step = 0
         self.averages: dict[float, dict[str, Tensor]] = {}  # by width and by parameter
+        self.parameters: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages and the step they are of; empty if none are kept."""
@@ -156,6 +161,7 @@ class PowerEMA(Callback):
                 for width in self.widths
             }
         self.step = self.written_step = n
+        self.parameters = list(parameters.values())
         if trainer.is_global_zero and not trainer.fast_dev_run:
             for step, path in snapshots(self.directory).items():
                 if step > n:
@@ -188,7 +194,7 @@ class PowerEMA(Callback):
         if not self.widths or n == self.step:  # gradients are still being accumulated
             return
         self.step = n
-        parameters = [parameter.float() for parameter in module.network.parameters()]
+        parameters = [parameter.float() for parameter in self.parameters]
         for width, gamma in zip(self.widths, self.gammas, strict=True):
             beta = (1 - 1 / n) ** (gamma + 1)
             _move(list(self.averages[width].values()), parameters, 1 - beta, module.skipped)

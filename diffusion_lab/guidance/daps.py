@@ -52,7 +52,7 @@ class DAPSSampler(Sampler):
             inner = State(float(u), x_u, denoiser(x_u, u) if u > 0 else x_u)
         # From pure noise on, r_t is any large number: x_s would be far off its level for nothing.
         x_0 = self.coupling(inner.x_t, min(float(sigma_t / alpha_t), LARGEST), noise)
-        return alpha_s.to(x_0) * x_0 + sigma_s.to(x_0) * noise(x_0)
+        return alpha_s.to(x_0.dtype) * x_0 + sigma_s.to(x_0.dtype) * noise(x_0)
 
 
 class DAPS(Coupled):

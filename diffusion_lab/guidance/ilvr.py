@@ -73,7 +73,7 @@ class ILVR(Guidance):
         def refine(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
             if s < self.until:
                 return x
-            alpha_s, sigma_s = (c.to(x) for c in schedule(s))
+            alpha_s, sigma_s = (c.to(x, non_blocking=True) for c in schedule(s))
             seen = alpha_s * observation.y + operator(sigma_s * noise(x) - x)
             return x + operator.pseudo_inverse(seen)
 

@@ -87,7 +87,7 @@ class Descent(Sampler):
         if s == 0:
             return mu.clone()
         alpha_s, sigma_s, _, _, _ = transition(denoiser.schedule, state.t, s)
-        return alpha_s.to(mu) * mu + sigma_s.to(mu) * noise(mu)
+        return alpha_s.to(mu.dtype) * mu + sigma_s.to(mu.dtype) * noise(mu)
 
 
 class REDDiff(Guidance):

@@ -67,7 +67,7 @@ class Replacement(Guidance):
         schedule = denoiser.schedule
 
         def replace(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
-            alpha_s, sigma_s = (c.to(x) for c in schedule(s))
+            alpha_s, sigma_s = (c.to(x, non_blocking=True) for c in schedule(s))
             c, z = operator.vt(x), operator.vt(noise(x))
             return operator.v(spectrum.replaced(c, z, alpha_s, sigma_s))
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lab.denoiser import broadcast
 from diffusion_lab.operator import LinearOperator
 
 
@@ -45,9 +46,8 @@ def pull_back(
         sigma_y: σ_y, at least 0.
     """
     c = operator.ut(residual)
-    s = operator.singular_values.to(residual)
-    v = variance.to(residual)
-    v = v.reshape(-1, *[1] * (c.ndim - 1)) if v.ndim else v
+    s, v = operator.singular_values, broadcast(variance, c)
+    s = s.to(residual) if s.ndim else s.to(residual.dtype)
     return operator.v(_divide(s, sigma_y**2 + v * s**2) * c)
 
 

@@ -75,7 +75,7 @@ class Travelling(Sampler):
         if s <= below:
             return x
         alpha_below, _, alpha_s, _, v = transition(denoiser.schedule, s, below)
-        return (alpha_s / alpha_below).to(x) * x + torch.sqrt(v).to(x) * noise(x)
+        return (alpha_s / alpha_below).to(x.dtype) * x + torch.sqrt(v).to(x.dtype) * noise(x)
 
 
 def check_travel(repeats: int, jump: int) -> None:

@@ -50,6 +50,8 @@ Sources:
 
 __all__ = ["kernel_stein_discrepancy", "posterior_score", "stein_discrepancy"]
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,7 @@ def stein_discrepancy(
     *,
     generator: KeyedGenerator | torch.Generator | None = None,
     scale: Tensor | float | None = None,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Returns the squared discrepancy of posterior samples at noise level t, of shape (N,).
 
@@ -77,6 +80,7 @@ def stein_discrepancy(
         observation: What was seen, as it was given to the method, with `group` M.
         generator: Where the noise comes from, see `normal_like`.
         scale: See `kernel_stein_discrepancy`.
+        batch_size: Samples that go through the network at once; None takes all.
 
     Raises:
         ValueError: See `posterior_score` and `kernel_stein_discrepancy`.
@@ -84,7 +88,17 @@ def stein_discrepancy(
     t = torch.as_tensor(t, dtype=torch.float64, device=x_0.device)
     alpha_t, sigma_t = (broadcast(c, x_0) for c in denoiser.schedule(t))
     x_t = alpha_t * x_0 + sigma_t * normal_like(x_0, generator)
-    score = posterior_score(denoiser, x_t, t, observation)
+    size = batch_size or len(x_t)
+    sigma_y = observation.sigma_y
+    each = isinstance(sigma_y, Tensor) and sigma_y.ndim > 0 and len(sigma_y) == len(x_t)
+    parts = [
+        replace(observation, y=y, sigma_y=sigma_y[k * size :][:size] if each else sigma_y, group=1)
+        for k, y in enumerate(observation.y.split(size))
+    ]
+    score = torch.cat([
+        posterior_score(denoiser, x, t, part)
+        for x, part in zip(x_t.split(size), parts, strict=True)
+    ])  # fmt: skip
     groups = (-1, observation.group)
     return kernel_stein_discrepancy(
         x_t.unflatten(0, groups), score.unflatten(0, groups), scale=scale

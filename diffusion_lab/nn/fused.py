@@ -106,10 +106,11 @@ def norm_silu_conv(
         conv: The convolution, 3x3 with stride 1 and padding 1.
         dropout: What is dropped in between, if anything is.
     """
-    drops = dropout is not None and dropout.training and dropout.p > 0
-    if torch.compiler.is_compiling() or drops or not torch.is_grad_enabled():
-        a = F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled())
-        return conv(dropout(a) if drops else a)
+    if dropout is not None and dropout.training and dropout.p > 0:
+        return conv(dropout(F.silu(group_norm(x, norm))))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))
+    assert conv.bias is not None  # all of ours have one
     x, *weights = _reduced(x, norm.weight, norm.bias, conv.weight, conv.bias)
     with torch.autocast(x.device.type, enabled=False):
         return _NormSiLUConv.apply(x, *weights, norm.num_groups, norm.eps)

@@ -37,7 +37,7 @@ class Graphed:
         self.classes = getattr(network, "classes", 0)
         self.records: dict[tuple, Any] = {}  # None after the first call of its shapes
         self.pool: Any = None  # graphs never run at once: they share their memory
-        network.forward = self  # type: ignore[method-assign]
+        network.forward = self
 
     def __call__(self, *inputs: Any) -> Tensor:
         x = inputs[0]

@@ -192,8 +192,10 @@ class UNet(nn.Module):
         index = torch.as_tensor(index, device=x.device).expand(x.shape[0])
         embedding = self.time_embedding(index)
         if self.classes:
-            label = torch.as_tensor(self.classes if label is None else label, device=x.device)
-            embedding = embedding + self.class_embedding(label.expand(x.shape[0]))
+            if label is None:
+                label = torch.full((len(x),), self.classes, device=x.device)
+            label = torch.as_tensor(label, device=x.device).expand(len(x))
+            embedding = embedding + self.class_embedding(label)
         embedding, h = F.silu(embedding), self.conv_in(x)
         dtype = next(self.mid.parameters()).dtype
         cast = dtype != self.conv_in.weight.dtype  # the blocks were

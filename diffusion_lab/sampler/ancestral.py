@@ -85,7 +85,7 @@ class Ancestral(Sampler):
         mean_of_x = (alpha_t / alpha_s) * sigma_s**2 / sigma_t**2
         mean_of_denoised = alpha_s * v / sigma_t**2
         std = torch.sqrt(step_variance(v, sigma_s, sigma_t, share))
-        # The last step adds no noise (algorithm 2, line 3).
-        std = torch.where((s > 0).to(std.device), std, 0)
-        mean = mean_of_x.to(x_t) * x_t + mean_of_denoised.to(x_t) * state.denoised
-        return mean + std.to(x_t) * noise(x_t)
+        if s == 0:  # the last step adds no noise (algorithm 2, line 3)
+            std = torch.zeros_like(std)
+        mean = mean_of_x.to(x_t.dtype) * x_t + mean_of_denoised.to(x_t.dtype) * state.denoised
+        return mean + std.to(x_t.dtype) * noise(x_t)

@@ -46,6 +46,8 @@ class State:
     share: Tensor | None = None
 
 
+ASKED = 16  # steps after which a device is asked whether the states were finite, and waited for
+
 Callback: TypeAlias = Callable[[State], None]
 Noise: TypeAlias = Callable[[Tensor], Tensor]  # draws z ~ N(0, I) like its argument
 
@@ -133,8 +135,9 @@ class Sampler(ABC):
             )
         if self.clip:
             denoiser = Clipped(denoiser)
-        state, x_t = None, start
-        for k, (t, s) in enumerate(pairwise(self.times(schedule, t_start))):
+        state, x_t, times = None, start, self.times(schedule, t_start)
+        finite, every = list[Tensor](), 1 if start.device.type == "cpu" else ASKED
+        for k, (t, s) in enumerate(pairwise(times)):
             denoised, share = denoiser.with_share(x_t, t)
             state = State(float(t), x_t, denoised, _shortened(state, self.memory), share)
             state = self.refine(schedule, state)
@@ -143,15 +146,24 @@ class Sampler(ABC):
             x_t = self.step(denoiser, state, s, lambda x: normal_like(x, generator))
             if adjust is not None:
                 x_t = adjust(state, x_t)
-            if not bool(torch.isfinite(x_t).all()):
-                raise SamplingError(
-                    f"{type(self).__name__}: x_t is not finite after step {k + 1} of {self.steps} "
-                    f"(from t={float(t):.6g} to {float(s):.6g}); is the denoiser trained at this "
-                    "level? Otherwise take more steps, another grid, or clip=true"
-                )
+            finite.append(torch.isfinite(x_t).all())
+            if len(finite) == every or s == 0:
+                self._check_finite(torch.stack(finite).tolist(), times, k + 1)
+                finite.clear()
         if callback is not None:
             callback(State(0.0, x_t, x_t))
         return x_t
+
+    def _check_finite(self, finite: list[bool], times: Tensor, step: int) -> None:
+        """Raises SamplingError if one of the states after the steps up to `step` was not."""
+        if all(finite):
+            return
+        k = step - len(finite) + finite.index(False)
+        raise SamplingError(
+            f"{type(self).__name__}: x_t is not finite after step {k + 1} of {self.steps} "
+            f"(from t={float(times[k]):.6g} to {float(times[k + 1]):.6g}); is the denoiser "
+            "trained at this level? Otherwise take more steps, another grid, or clip=true"
+        )
 
 
 def _shortened(state: State | None, length: int) -> State | None:

@@ -45,7 +45,7 @@ class DDIM(Sampler):
         x_t, denoised = state.x_t, state.denoised
         alpha_s, sigma_s, alpha_t, sigma_t, v = transition(denoiser.schedule, state.t, s)
         std = self.eta * torch.sqrt(v) * sigma_s / sigma_t
-        epsilon = (x_t - alpha_t.to(x_t) * denoised) / sigma_t.to(x_t)
+        epsilon = (x_t - alpha_t.to(x_t.dtype) * denoised) / sigma_t.to(x_t.dtype)
         direction = torch.sqrt((sigma_s**2 - std**2).clamp(min=0))
-        x_s = alpha_s.to(x_t) * denoised + direction.to(x_t) * epsilon
-        return x_s + std.to(x_t) * noise(x_t) if self.stochastic else x_s
+        x_s = alpha_s.to(x_t.dtype) * denoised + direction.to(x_t.dtype) * epsilon
+        return x_s + std.to(x_t.dtype) * noise(x_t) if self.stochastic else x_s

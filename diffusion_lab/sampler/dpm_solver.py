@@ -70,12 +70,16 @@ class DPMSolver(Sampler):
         d = state.denoised
         if self.order == 2 and state.previous is not None:
             h_before = _lambda(schedule, state.t) - _lambda(schedule, state.previous.t)
-            d = d + (h / (2 * h_before)).to(d) * (d - state.previous.denoised)
+            d = d + (h / (2 * h_before)).to(d.dtype) * (d - state.previous.denoised)
         if z is None:
-            return (sigma_s / sigma_t).to(d) * x_t - (alpha_s * torch.expm1(-h)).to(d) * d
+            return (sigma_s / sigma_t).to(d.dtype) * x_t - (alpha_s * torch.expm1(-h)).to(
+                d.dtype
+            ) * d
         kept = -torch.expm1(-2 * h)
-        x_s = (sigma_s / sigma_t * torch.exp(-h)).to(d) * x_t + (alpha_s * kept).to(d) * d
-        return x_s + (sigma_s * torch.sqrt(kept)).to(d) * z
+        x_s = (sigma_s / sigma_t * torch.exp(-h)).to(d.dtype) * x_t + (alpha_s * kept).to(
+            d.dtype
+        ) * d
+        return x_s + (sigma_s * torch.sqrt(kept)).to(d.dtype) * z
 
 
 class UniPC(Sampler):
@@ -119,10 +123,10 @@ class UniPC(Sampler):
         else:
             rho = (_lambda(schedule, before.previous.t) - _lambda(schedule, before.t)) / h
             c_1 = (b_1 - b_2) / (1 - rho)
-            first = (before.previous.denoised - before.denoised) / rho.to(last)
-            correction = c_1.to(last) * first + (b_1 - c_1).to(last) * last
+            first = (before.previous.denoised - before.denoised) / rho.to(last.dtype)
+            correction = c_1.to(last.dtype) * first + (b_1 - c_1).to(last.dtype) * last
         d = before.denoised + correction
-        x_s = (sigma_s / sigma_t).to(d) * before.x_t - (alpha_s * moment).to(d) * d
+        x_s = (sigma_s / sigma_t).to(d.dtype) * before.x_t - (alpha_s * moment).to(d.dtype) * d
         return replace(state, x_t=x_s)
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -134,8 +138,8 @@ class UniPC(Sampler):
         d = state.denoised
         if state.previous is not None:
             rho = (_lambda(schedule, state.previous.t) - _lambda(schedule, state.t)) / h
-            d = d + (state.previous.denoised - d) / (2 * rho).to(d)
-        return (sigma_s / sigma_t).to(d) * x_t - (alpha_s * torch.expm1(-h)).to(d) * d
+            d = d + (state.previous.denoised - d) / (2 * rho).to(d.dtype)
+        return (sigma_s / sigma_t).to(d.dtype) * x_t - (alpha_s * torch.expm1(-h)).to(d.dtype) * d
 
 
 class SEEDS(Sampler):
@@ -168,9 +172,11 @@ class SEEDS(Sampler):
         alpha_s, sigma_s = schedule(s)
         k = _lambda(schedule, m) - _lambda(schedule, state.t)
         fresh, kept = -torch.expm1(-2 * k), -torch.expm1(-4 * k)
-        n_m = torch.sqrt(fresh).to(x_t) * noise(x_t)
-        x_m = (sigma_m / sigma_t * torch.exp(-k)).to(x_t) * x_t + sigma_m.to(x_t) * n_m
-        x_m = x_m + (alpha_m * fresh).to(x_t) * state.denoised
-        n_s = torch.exp(-k).to(x_t) * n_m + torch.sqrt(fresh).to(x_t) * noise(x_t)
-        x_s = (sigma_s / sigma_t * torch.exp(-2 * k)).to(x_t) * x_t + sigma_s.to(x_t) * n_s
-        return x_s + (alpha_s * kept).to(x_t) * denoiser(x_m, m)
+        n_m = torch.sqrt(fresh).to(x_t.dtype) * noise(x_t)
+        x_m = (sigma_m / sigma_t * torch.exp(-k)).to(x_t.dtype) * x_t + sigma_m.to(x_t.dtype) * n_m
+        x_m = x_m + (alpha_m * fresh).to(x_t.dtype) * state.denoised
+        n_s = torch.exp(-k).to(x_t.dtype) * n_m + torch.sqrt(fresh).to(x_t.dtype) * noise(x_t)
+        x_s = (sigma_s / sigma_t * torch.exp(-2 * k)).to(x_t.dtype) * x_t + sigma_s.to(
+            x_t.dtype
+        ) * n_s
+        return x_s + (alpha_s * kept).to(x_t.dtype) * denoiser(x_m, m)

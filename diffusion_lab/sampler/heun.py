@@ -67,17 +67,17 @@ class Heun(Sampler):
         t = schedule.t_from_ratio(raised)
         alpha_t, _, alpha_new, _, _ = transition(schedule, t, state.t)
         std = self.noise * alpha_new * torch.sqrt(raised**2 - r**2)
-        x_t = (alpha_new / alpha_t).to(x_t) * x_t + std.to(x_t) * noise(x_t)
+        x_t = (alpha_new / alpha_t).to(x_t.dtype) * x_t + std.to(x_t.dtype) * noise(x_t)
         return State(float(t), x_t, denoiser(x_t, t))
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         state, schedule = self._churned(denoiser, state, noise), denoiser.schedule
         alpha_s, _, alpha_t, _, _ = transition(schedule, state.t, s)
-        r_s, r_t = (schedule.ratio(t).to(state.x_t) for t in (s, state.t))
-        u = state.x_t / alpha_t.to(state.x_t)
+        r_s, r_t = (schedule.ratio(t).to(state.x_t.dtype) for t in (s, state.t))
+        u = state.x_t / alpha_t.to(state.x_t.dtype)
         slope = (u - state.denoised) / r_t
-        x_s = alpha_s.to(u) * (u + (r_s - r_t) * slope)
+        x_s = alpha_s.to(u.dtype) * (u + (r_s - r_t) * slope)
         if s == 0 or r_t > LARGEST:  # from pure noise on, the mean slope would be all error
             return x_s
-        slope_s = (x_s / alpha_s.to(u) - denoiser(x_s, s)) / r_s
-        return alpha_s.to(u) * (u + (r_s - r_t) * (slope + slope_s) / 2)
+        slope_s = (x_s / alpha_s.to(u.dtype) - denoiser(x_s, s)) / r_s
+        return alpha_s.to(u.dtype) * (u + (r_s - r_t) * (slope + slope_s) / 2)

@@ -29,7 +29,7 @@ from diffusion_lab.schedule import Schedule
 
 
 def _langevin(x: Tensor, score: Tensor, size: Tensor, noise: Noise) -> Tensor:
-    return x + size.to(x) * score + torch.sqrt(2 * size).to(x) * noise(x)
+    return x + size.to(x.dtype) * score + torch.sqrt(2 * size).to(x.dtype) * noise(x)
 
 
 class PredictorCorrector(Sampler):
@@ -114,8 +114,8 @@ class AnnealedLangevin(Sampler):
         for k in range(self.corrections):
             if k:
                 denoised = denoiser(x_t, t)
-            score = (alpha_t.to(x_t) * denoised - x_t) / (sigma_t**2).to(x_t)
+            score = (alpha_t.to(x_t.dtype) * denoised - x_t) / (sigma_t**2).to(x_t.dtype)
             x_t = _langevin(x_t, score, size, noise)
         if s == 0:
             return denoiser(x_t, t)
-        return (alpha_s / alpha_t).to(x_t) * x_t
+        return (alpha_s / alpha_t).to(x_t.dtype) * x_t

@@ -104,12 +104,12 @@ class ProbabilityFlow(Sampler):
         if s == 0:
             return state.denoised
         schedule = denoiser.schedule
-        u = state.x_t / schedule(torch.tensor(state.t, dtype=torch.float64))[0].to(state.x_t)
+        u = state.x_t / schedule(torch.tensor(state.t, dtype=torch.float64))[0].to(state.x_t.dtype)
         level, end = (schedule.ratio(t).log().expand(len(u)) for t in (state.t, s))
         first = ((u - state.denoised).flatten(1),)
         slope = _slope(denoiser, u.shape)
         (u_s,), _, _ = _stages(slope, (u.flatten(1),), level, end - level, first)
-        return (schedule(s)[0].to(u) * u_s).reshape(u.shape)
+        return (schedule(s)[0].to(u.dtype) * u_s).reshape(u.shape)
 
     @torch.no_grad()
     def __call__(

@@ -21,7 +21,7 @@ from diffusion_lab.sampler.grid import Grid
 
 def _score(state: State, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     x_t = state.x_t
-    return (alpha_t.to(x_t) * state.denoised - x_t) / (sigma_t**2).to(x_t)
+    return (alpha_t.to(x_t.dtype) * state.denoised - x_t) / (sigma_t**2).to(x_t.dtype)
 
 
 class EulerMaruyama(Sampler):
@@ -53,7 +53,9 @@ class EulerMaruyama(Sampler):
         f = torch.log(alpha_t / alpha_s)
         g = schedule.diffusion_integral(state.t) - schedule.diffusion_integral(s)
         score = _score(state, alpha_t, sigma_t)
-        return x_t - f.to(x_t) * x_t + g.to(x_t) * score + torch.sqrt(g).to(x_t) * z
+        return (
+            x_t - f.to(x_t.dtype) * x_t + g.to(x_t.dtype) * score + torch.sqrt(g).to(x_t.dtype) * z
+        )
 
 
 class ReverseDiffusion(Sampler):
@@ -79,5 +81,5 @@ class ReverseDiffusion(Sampler):
             return state.denoised
         alpha_s, _, alpha_t, sigma_t, v = transition(denoiser.schedule, state.t, s)
         score = _score(state, alpha_t, sigma_t)
-        x_s = (2 - alpha_t / alpha_s).to(x_t) * x_t + v.to(x_t) * score
-        return x_s + torch.sqrt(v).to(x_t) * z
+        x_s = (2 - alpha_t / alpha_s).to(x_t.dtype) * x_t + v.to(x_t.dtype) * score
+        return x_s + torch.sqrt(v).to(x_t.dtype) * z

@@ -31,6 +31,9 @@ from diffusion_lab.tracking.log import log_results
 
 log = logging.getLogger(__name__)
 
+AUTO = {"cuda": 256}  # images at once with batch_size=auto, before it is known what fits
+AUTO_ELSEWHERE = 64
+
 Row = tuple[str, str, float, float, int]  # estimate, metric, mean, standard error, n
 
 
@@ -57,15 +60,23 @@ class Task(LightningModule, ABC):
         run: The run.
         directory: Where results go.
         seed: Seed of every draw.
-        batch_size: Images that go through the network at once.
+        batch_size: Images that go through the network at once. "auto" begins with many, and takes
+            half as many where the device's memory does not hold them.
     """
 
-    def __init__(self, run: Run, directory: Path, seed: int, batch_size: int) -> None:
+    def __init__(self, run: Run, directory: Path, seed: int, batch_size: int | str) -> None:
         super().__init__()
         self.run = run
         self.denoiser = run.denoiser
         self.directory = directory
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.auto = seed, batch_size == "auto"
+        self.batch_size = AUTO_ELSEWHERE if isinstance(batch_size, str) else batch_size
+
+    def setup(self, stage: str) -> None:
+        """Chooses the first size of `auto`, once the device is known."""
+        if self.auto:
+            device = self.trainer.strategy.root_device.type
+            self.batch_size = AUTO.get(device, AUTO_ELSEWHERE)
 
     @property
     @abstractmethod
@@ -129,7 +140,7 @@ class Task(LightningModule, ABC):
         if not numbers:
             return
         results = [
-            {"index": k, **result} for k, result in zip(numbers, self.compute(index), strict=True)
+            {"index": k, **result} for k, result in zip(numbers, self._fitting(index), strict=True)
         ]
         buffer = io.BytesIO()
         torch.save(results, buffer)
@@ -141,6 +152,35 @@ class Task(LightningModule, ABC):
                 f"cannot write results to {self.directory}: {error}; free space there and go on "
                 f"with: python eval.py resume={self.directory}"
             ) from error
+
+    def _fitting(self, index: Tensor) -> list[dict[str, Any]]:
+        """The results of a group of images, in parts of it that the device's memory holds.
+
+        Raises:
+            RunError: If it does not hold a part, and none smaller is allowed.
+        """
+        results: list[dict[str, Any]] = []
+        before = self.batch_size
+        while len(results) < len(index):
+            try:
+                results += self.compute(index[len(results) :][: self.group])
+                continue
+            except torch.OutOfMemoryError as error:
+                if not self.auto or self.batch_size == 1:
+                    way_out = "take precision=bfloat16, fewer samples or another guidance="
+                    if not self.auto:
+                        way_out = f"set batch_size=auto or below {self.batch_size}"
+                    raise RunError(
+                        f"the device's memory does not hold batch_size={self.batch_size} "
+                        f"({str(error).splitlines()[0]}); {way_out}"
+                    ) from error
+            # Not within `except`: until its end the error holds on to what was computed.
+            self.batch_size //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self.batch_size < before:
+            log.info("batch_size=auto: the device's memory holds %d at once", self.batch_size)
+        return results
 
     def conclude(self, trainer: Trainer) -> None:
         """Finishes from the results of all ranks, after `Trainer.test`.

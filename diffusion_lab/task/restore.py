@@ -309,7 +309,7 @@ class Restore(Task):
         try:
             return stein_discrepancy(
                 self.denoiser, samples.flatten(0, 1), schedule.t_from_ratio(level), observation,
-                generator=KeyedGenerator(keys),
+                generator=KeyedGenerator(keys), batch_size=self.batch_size,
             )  # fmt: skip
         except ValueError:  # y without noise, or samples that are all the same: there is none
             return samples.new_full((len(samples),), float("nan"))

@@ -131,7 +131,10 @@ def test_an_infinite_loss_is_left_out_though_its_gradient_is_finite() -> None:
 
 def test_a_healthy_run_is_what_it_is_without_the_guard() -> None:
     class Unguarded(DiffusionModule):
+        """Lightning's own clipping, too: the norm is computed anew."""
+
         on_before_optimizer_step = LightningModule.on_before_optimizer_step
+        configure_gradient_clipping = LightningModule.configure_gradient_clipping
 
     guarded, trainer = trained()
     module = make_module()

@@ -293,6 +293,21 @@ def test_shares_of_separate_modes_are_not_seen_at_little_noise() -> None:
         assert (float(found["equal", ratio].mean()) > 10 * error) == seen
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_samples_may_go_through_the_network_in_parts(each: bool) -> None:
+    """Parts that do not end where sets do, with one noise or one of each row's own."""
+    case, schedule, t = Case(whole=False), VP(), torch.tensor(0.1)
+    sigma_y = SIGMA_Y * (1 + torch.rand(8, 1, dtype=torch.float64)) if each else SIGMA_Y
+    observation = Observation(case.y.expand(8, -1), sigma_y, case.operator, group=4)
+    whole, parts = (
+        stein_discrepancy(
+            case.prior.denoiser(schedule), normal(8, D), t, observation,
+            generator=torch.Generator().manual_seed(0), batch_size=size,
+        ) for size in (None, 3)
+    )  # fmt: skip
+    torch.testing.assert_close(parts, whole)
+
+
 def test_discrepancy_is_of_each_group_and_does_not_depend_on_the_batch() -> None:
     """Two observations of four samples each: together, and each alone."""
     prior, schedule = mixture(), VP()

@@ -1,0 +1,258 @@
+"""The speed benchmark measures the same thing on both sides, and says who is better."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from benchmarks import machine
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import report, sides
+from benchmarks.speed.turns import OutOfMemory, take_turns
+from diffusion_lab.interop.diffusers import save_unet
+
+TINY = sides.SETTINGS["tiny"]
+KEYS = {"name", "device", "ours", "peer", "peer_name", "unit", "ratio", "spread"}
+FLOPS, MEMORY = 10**9, [100e6, 110e6, 120e6]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_unet(sides.make_network(TINY), folder)
+    return folder
+
+
+@pytest.mark.parametrize("peer", command.EAGER)
+def test_both_sides_have_the_same_weights(weights: Path, peer: str) -> None:
+    x, _, index = sides._inputs("ours", TINY, 2, "cpu")
+    ours, theirs = (
+        sides.predict(sides.load(side, TINY, weights, "cpu").eval(), x, index)
+        for side in ("ours", peer)
+    )
+    assert ours.abs().max() > 0.1  # not the zeros of a new network
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for mine, other in zip(
+        *(sides.guided(side, TINY, weights, 2, "cpu").step() for side in ("ours", peer)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_both_sides_train_and_sample_images_of_one_shape(weights: Path) -> None:
+    for side in ("ours", "diffusers contiguous"):
+        work = sides.train(side, TINY, weights, "float32", 2, "cpu")
+        work.step()
+        assert len(work.facts["memory"]) == 3
+        images = torch.as_tensor(sides.sample(side, TINY, weights, "float32", 2, "cpu").step())
+        assert sorted(images.shape) == [2, 3, 16, 16]
+        assert 0 <= images.min() < images.max() <= 1
+
+
+def test_memory_is_what_a_step_holds_at_most() -> None:
+    size = 64 * 2**20
+
+    def step() -> None:
+        for _ in range(2):  # one after the other: the memory of one
+            torch.ones(size // 4)
+
+    assert sides._memory_of(step, "cpu") == pytest.approx(size, rel=0.1)
+
+
+class Stub:
+    """A side of known speed."""
+
+    def __init__(self, log: list, name: str, seconds: float) -> None:
+        self.log, self.name, self.seconds = log, name, seconds
+
+    def run(self, steps: int) -> float:
+        self.log.append((self.name, steps))
+        return steps * self.seconds
+
+
+def test_sides_take_turns() -> None:
+    log: list = []
+    pair = {name: Stub(log, name, s) for name, s in (("a", 0.1), ("b", 0.25))}
+    assert take_turns(pair, 3, 60) == {"a": [0.1] * 3, "b": [0.25] * 3}
+    # A turn of the slower one lasts a second; no side is always the first.
+    assert log == [("a", 1), ("b", 1), *[(name, 4) for name in "abbaab"]]
+    assert len(take_turns(pair, 9, seconds=0)["a"]) == 3
+    assert len(take_turns(pair, 2, seconds=0, steps=1)["a"]) == 2
+
+
+def test_a_ratio_above_1_means_that_ours_is_better() -> None:
+    ours, peer = [0.1, 0.2, 0.4, 0.2], [0.2, 0.2, 0.4, 0.6]  # ratios 2, 1, 1, 3
+    row = report.row("train/x/float32", "cpu", "images/s", ours, peer, "p", flops=1e9, peak=1e10)
+    assert row.keys() >= KEYS
+    assert (row["ours"], row["peer"], row["ratio"]) == (5, 3.333, 1.5)
+    assert row["spread"] == pytest.approx((2.25 - 1) / 1.5, rel=1e-3)
+    assert (row["gflops"], row["share"]) == (5, 0.5)
+    row = report.row("sample/x/float32", "cpu", "ms", [0.1], [0.14], "p")
+    assert (row["ours"], row["peer"], row["ratio"], row["spread"]) == (100, 140, 1.4, 0)
+    assert "gflops" not in row and "share" not in row
+    assert report.row("memory/x/float32", "cpu", "MB", [8e7], [1e8], "p")["ratio"] == 1.25
+
+
+SECONDS = {
+    "ours": 0.5, "ours compiled": 0.4, "diffusers contiguous": 0.8,
+    "diffusers channels_last": 0.6, "diffusers compiled": 0.6, "bare loop": 0.49, "network": 1.0,
+    "torchvision": 1.0,
+}  # fmt: skip
+
+
+class Stubbed(command.Bench):
+    """A bench whose sides have known speeds; the peers have no memory for large batches."""
+
+    def peak(self, dtype: str) -> None:
+        self.peaks[dtype] = 1e11
+
+    def weights(self, config: str) -> Path:
+        return self.folder
+
+    def compete(self, make, names, arguments, rounds=9, seconds=30, steps=None):
+        if arguments.get("batch") == 64 and make == sides.train:
+            names = ["ours"]
+        if arguments.get("batch") == 512 and make == sides.sample:
+            raise OutOfMemory("ours")
+        times = {name: [SECONDS[name]] * 3 for name in names}
+        facts = {"flops": FLOPS} | ({"memory": MEMORY} if make == sides.train else {})
+        return times, dict.fromkeys(names, facts)
+
+
+def stubbed(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *only: str
+) -> tuple[list, Sequence[str]]:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(sides, "make_photos", lambda folder: 64)
+    bench = Stubbed(device, 2, tmp_path, only)
+    return bench.everything(), bench.left_out
+
+
+def test_rows_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "has_bfloat16", lambda: False)
+    rows, left_out = stubbed("cpu", tmp_path, monkeypatch)
+    assert not left_out
+    assert all(row.keys() >= KEYS and row["device"] == "cpu" for row in rows)
+    found = {(row["name"], row["peer_name"]): row for row in rows}
+    assert len(found) == len(rows)
+    eager = found["train/faces/float32", "diffusers eager"]
+    assert eager["note"] == "channels_last"  # the faster layout
+    assert (eager["ours"], eager["ratio"]) == (32, 1.2)
+    assert eager["gflops"] == 3 * FLOPS * 32 / 1e9
+    compiled = found["train/faces/float32", "diffusers compiled"]
+    assert (compiled["ours"], compiled["ratio"]) == (40, 1.5)
+    assert compiled["note"].endswith("eager: 1.20")
+    assert found["memory/64/float32", "diffusers eager"]["ours"] == 110
+    sampled = found["sample/faces/float32", "diffusers eager"]
+    assert (sampled["ours"], sampled["gflops"]) == (50, 16 * FLOPS / 1e9 / 0.05)
+    assert "emulated" in found["sample/faces/bf16", "diffusers eager"]["note"]
+    assert found["framework/faces", "bare loop"]["ratio"] == 0.98
+    assert found["loader/jpeg", "torchvision ImageFolder"]["ours"] == 64  # of two cores
+
+
+def test_rows_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rows, _ = stubbed("cuda", tmp_path, monkeypatch, "train", "sample")
+    assert {row["device"] for row in rows} == {"some GPU"}
+    found = {(row["name"], row["peer_name"]): row for row in rows}
+    # The peers fit at half of the batch; what ours does alone is said.
+    row = found["train/256/bf16", "diffusers compiled"]
+    assert row["batch"] == 32
+    assert (
+        "batch 64: the peer is out of memory, ours takes 7.81 ms an image and 110 MB"
+        in (row["note"])
+    )
+    assert found["sample/faces/bf16", "diffusers eager"]["batch"] == 256
+    printed = capsys.readouterr().out
+    assert "train/256/bf16: 128 of 300 a second (ours, batch 64)" in printed
+    assert "sample/256/bf16: 1600 of 900 a second (ours compiled, batch 64)" in printed
+
+
+def test_what_there_is_no_time_for_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Stubbed("cpu", 2, tmp_path, ["guided"], minutes=0)
+    assert bench.everything() == []
+    assert bench.left_out == ["guided/faces/float32", "guided/64/float32"]
+
+
+def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
+    def rows(device: str, *names: str) -> list:
+        return [report.row(n, device, "ms", [1.0], [2.0], "p", machine=device) for n in names]
+
+    old = [*rows("cpu", "a", "b"), *rows("gpu", "a")]
+    new = rows("cpu", "b")
+    assert report.merge(old, new, everything=False) == [*rows("cpu", "a"), *rows("gpu", "a"), *new]
+    assert report.merge(old, new, everything=True) == [*rows("gpu", "a"), *new]
+
+
+def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = stubbed("cpu", tmp_path, monkeypatch)
+    blocks: dict[str, str] = {}
+    monkeypatch.setattr(command, "write_block", blocks.__setitem__)
+    command.write(rows, True, tmp_path)
+    assert json.loads((tmp_path / "latest.json").read_text()) == rows
+    page = (tmp_path / "speed.md").read_text()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
+    read = [c for c in cells if len(c) == 10][2:]  # but for the head
+    assert [(c[0], c[4], c[3], c[9]) for c in read] == [
+        (r["name"], r["peer_name"], r["unit"], r.get("note", "")) for r in rows
+    ]
+    for c, row in zip(read, rows, strict=True):
+        values = [float(text.replace(",", "")) for text in (c[1], c[2], c[5])]
+        assert values == pytest.approx([row["ours"], row["peer"], row["ratio"]], rel=6e-3)
+    assert rows[0]["machine"] in page and command.METHOD in page
+    shown = re.findall(r"^\| training step, faces, float32 \|.*\| ([\d.]+) \|$", blocks["speed"],
+                       flags=re.M)  # fmt: skip
+    assert shown == ["1.20", "1.50"]
+
+
+def test_the_readme_shows_the_newest_rows() -> None:
+    path = machine.RESULTS / "latest.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    assert all(row.keys() >= KEYS for row in rows)
+    page = (machine.ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- speed:begin -->\n(.*?)<!-- speed:end -->", page, flags=re.S)
+    assert shown[1] == report.readme(rows)
+
+
+def test_bfloat16_is_told_by_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    assert not machine.has_bfloat16()
+    file.write_text("model name\t: Some Processor @ 2 GHz\nflags\t: avx2 avx512_bf16\n")
+    assert machine.has_bfloat16()
+    assert machine.cpu_name() == "Some Processor @ 2 GHz"
+    file.write_text("flags\t: avx2 avx512f\n")
+    assert not machine.has_bfloat16()
+
+
+@pytest.mark.slow
+def test_the_whole_runs_with_a_tiny_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    found: list = []
+    everything = command.Bench.everything
+
+    def run(bench: command.Bench) -> list:
+        found.extend(everything(bench))
+        return found
+
+    monkeypatch.setattr(
+        command.Bench, "everything", lambda b: found.extend(everything(b)) or found
+    )
+    monkeypatch.setattr(command, "write", lambda *_, **__: pytest.fail("--quick writes nothing"))
+    command.main(["--quick", "--device", "cpu", "--threads", "1"])
+    names = [row["name"].split("/")[0] for row in found]
+    assert names == [
+        "peak", "train", "memory", "sample", "guided", "framework", "loader", "features",
+    ]  # fmt: skip
+    assert all(row.keys() >= KEYS and row["ratio"] > 0 for row in found)
+    assert median(row["rounds"] for row in found) == 1
