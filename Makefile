@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types docs results report clean
+.PHONY: help setup demo test test-slow lint types docs results bench report clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ docs: .venv/.done  ## The pages, into docs/_build/html
 
 results: .venv/.done  ## The README's figures, from the newest run
 	$(BIN)/python benchmarks/denoising.py
+
+bench: .venv/.done  ## Speed against what people use today, in 25 minutes; also the README's table
+	$(BIN)/python -m benchmarks.speed
 
 report: .venv/.done  ## One page of a run, evaluation or sweep: make report RUN=<directory>
 	@$(BIN)/python -m diffusion_lab.tracking $(RUN)

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,11 @@ from pyarrow import parquet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import RESULTS, cpu_name, versions
 from diffusion_lab.data import ImageDataModule, decode
 from diffusion_lab.data.cache import PackedCache, ingest
 from diffusion_lab.data.source import open_source
 
-RESULTS = Path(__file__).parent / "results"
 SIZE, IMAGES, PNGS, BATCH, ROWS, ROUNDS = 256, 1500, 300, 64, 100, 5
 MEMORY, TIMES = 0.25, 10  # data.memory in GiB; how many times larger the streamed set is
 FAST_EPOCHS = 10  # of pixels at hand, of which one epoch is too short to time
@@ -237,14 +236,13 @@ def main() -> None:
         lines = measure(Path(directory))
         streamed = memory(Path(directory), encoded)
     kilobytes = sum(len(image) for image in encoded) / IMAGES / 1000
-    cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0]
-    packages = ", ".join(f"{k} {version(k)}" for k in ("Pillow", "simplejpeg", "pyarrow"))
+    packages = versions("Pillow", "simplejpeg", "pyarrow")
     text = "\n".join(lines) + (
         f"\n\nMedian of {ROUNDS} rounds; {IMAGES:,} JPEG images of {SIZE}x{SIZE}, quality 95 "
         f"where nothing else is said, {kilobytes:.0f} kB each ({PNGS} as PNG), batch {BATCH}, "
         f"shuffled unless in lanes, files in the page cache, batches left uint8. 0 workers: the "
         f"main thread alone.\n\n"
-        f"{streamed}\n\n{cpu.strip()}, {CORES} cores; torch {torch.__version__}, {packages}; "
+        f"{streamed}\n\n{cpu_name()}, {CORES} cores; torch {torch.__version__}, {packages}; "
         f"{date.today()}.\n"
     )
     RESULTS.mkdir(exist_ok=True)

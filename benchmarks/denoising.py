@@ -10,7 +10,6 @@ many weights, and writes benchmarks/results/denoising.md, the README's table, an
 import csv
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from skimage.restoration import denoise_tv_chambolle
 
+from benchmarks.machine import RESULTS, ROOT, write_block
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.data.module import to_model
 from diffusion_lab.instantiate import instantiate
@@ -28,8 +28,6 @@ from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.runs import newest_run, rebuild
 from diffusion_lab.tracking.grid import image_grid, save_png
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 IMAGES, SAMPLES, SIGMA_T = 64, 8, 0.5
 WEIGHTS = np.arange(0.3, 1.21, 0.1)
 NAMES = {
@@ -106,10 +104,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "denoising.md").write_text(text)
-    readme = ROOT / "README.md"
-    marked = r"(<!-- denoising:begin -->\n).*?(<!-- denoising:end -->)"
-    page = readme.read_text()
-    readme.write_text(re.sub(marked, lambda m: m[1] + text + m[2], page, flags=re.S))
+    write_block("denoising", text)
 
     images = ROOT / "docs" / "images"
     shutil.copy(work / "denoise" / "samples" / "grid.png", images / "denoise.png")

@@ -9,15 +9,14 @@ benchmarks/results/samplers.md and the README's table.
 """
 
 import platform
-import re
 import sys
 import time
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import RESULTS, write_block
 from diffusion_lab.data.images import Split
 from diffusion_lab.denoiser import Denoiser, Rescheduled
 from diffusion_lab.instantiate import instantiate
@@ -29,7 +28,6 @@ from diffusion_lab.sampler.grid import LogSNR
 from diffusion_lab.schedule import EDM
 from diffusion_lab.tracking.grid import to_uint8
 
-ROOT = Path(__file__).parent.parent
 IMAGES, SEEDS_TAKEN, BATCH, SHAPE = 128, 3, 64, (3, 32, 32)
 LOWER = 10.0  # σ/α of the rows that start lower than t = 1
 SAMPLERS: dict[str, Sampler] = {
@@ -111,11 +109,8 @@ def main() -> None:
         '"From σ/α = 10" starts at that noise level, under schedule=edm: where hardly any image '
         "is left the network errs most, and deterministic samplers keep what it says there.\n"
     )
-    (ROOT / "benchmarks" / "results" / "samplers.md").write_text(text)
-    readme = ROOT / "README.md"
-    marked = r"(<!-- samplers:begin -->\n).*?(<!-- samplers:end -->)"
-    page = re.sub(marked, lambda m: m[1] + text + m[2], readme.read_text(), flags=re.S)
-    readme.write_text(page)
+    (RESULTS / "samplers.md").write_text(text)
+    write_block("samplers", text)
 
 
 if __name__ == "__main__":

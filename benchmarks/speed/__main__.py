@@ -1,0 +1,364 @@
+"""Times ours against what people use today: `make bench`, 25 minutes on two cores.
+
+    python -m benchmarks.speed [--only train/256 sample/256] [--minutes 24] [--quick]
+
+Writes benchmarks/results/latest.json, speed.md beside it, and the README's table. With --only,
+which takes what names of rows begin with, the other rows stay as they were. --quick runs it once
+with a tiny network and writes nothing. What there is a GPU for is measured there; --device cpu.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import RESULTS, cpu_name, has_bfloat16, versions, write_block
+from benchmarks.speed import report, sides
+from benchmarks.speed.report import Row
+from benchmarks.speed.sides import SETTINGS, STEPS
+from benchmarks.speed.turns import OutOfMemory, Work, Worker, take_turns
+from diffusion_lab.interop.diffusers import save_unet
+
+EAGER = ["diffusers contiguous", "diffusers channels_last"]
+OTHER = "denoising-diffusion-pytorch"
+ROUNDS, QUICK_ROUNDS, EMULATED_ROUNDS = 9, 1, 3
+PACKAGES = ("torch", "torchvision", "diffusers", "lightning", "simplejpeg", "Pillow")
+EMULATED = "bfloat16 is emulated by this processor"
+TARGETS = {"train/256/bf16": 300.0, "sample/256/bf16": 900.0}  # images/s, network calls x images/s
+METHOD = f"""Both sides have the same weights, inputs, batch, type and number of threads. Each is a
+process of its own, and they take turns of about a second: values are medians over up to {ROUNDS}
+rounds, the ratio is the median of the rounds' ratios, above 1 where ours is better, and the spread
+its interquartile range over the median.
+
+- *train*: forward, backward, fused Adam; bf16 by autocast.
+- *sample*: one of {STEPS} steps of DDPM's sampler for a whole batch, the peer by its DDPMPipeline;
+  bf16 by the weights' type.
+- *guided*: E[x₀ given x_t] and a product with its Jacobian.
+- *memory*: the most that a training step holds above what the process held before.
+- *loader*: JPEG files of 256x256, decoded, mirrored, in [-1, 1] on the device, by as many threads
+  as the peer (ImageFolder, Resize, RandomHorizontalFlip, ToTensor, Normalize) has processes.
+- *framework*: a step of `python train.py` against a loop with the same network, loss, optimizer
+  and averaged weights and nothing else.
+- *features*: those of EfficientNet-Lite0, as the Fréchet distance takes them.
+- *peak*: a 3x3 convolution against a matrix product, of which the better is the peak.
+
+*diffusers eager* is in the faster of its two memory layouts, *diffusers compiled* is torch.compile
+of the channels_last network, and compared with our compiled blocks; sampling on a GPU, both are
+CUDA graphs (mode reduce-overhead there, cuda_graphs=true here). FLOP are those of the
+published network; a training step counts three forward passes."""
+NEED = {"loader": 90, "framework": 90, "features": 60, "peak": 30}  # seconds, on two cores
+
+
+class Bench:
+    """Measures, and collects the rows.
+
+    Arguments:
+        device: "cpu" or "cuda".
+        threads: Threads of an operator.
+        folder: For weights, files and runs.
+        only: What the names of the rows to be measured begin with; all if there is none.
+        minutes: When nothing more is begun.
+        quick: Whether everything is tiny, and done once.
+    """
+
+    def __init__(
+        self, device: str, threads: int, folder: Path, only: Sequence[str] = (),
+        minutes: float = 25, quick: bool = False,
+    ) -> None:  # fmt: skip
+        self.device, self.threads, self.folder, self.only = device, threads, folder, tuple(only)
+        self.quick, self.rows, self.left_out = quick, [], []
+        self.deadline = time.perf_counter() + 60 * minutes
+        self.name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        processor = f"{cpu_name()}, {threads} threads"
+        self.machine = f"{processor}; {versions(*PACKAGES)}; {date.today()}"
+        self.peaks: dict[str, float] = {}  # FLOP/s by type
+        self.emulated = device == "cpu" and not has_bfloat16()
+
+    def wants(self, name: str, seconds: float) -> bool:
+        """Whether rows of a name are asked for, and there is time for them."""
+        if self.only and not any(name.startswith(each) for each in self.only):
+            return False
+        if time.perf_counter() + seconds > self.deadline:
+            self.left_out.append(name)
+            return False
+        print(f"{name} ...", flush=True)
+        return True
+
+    def compete(
+        self, make: Callable[..., Work | None], names: Sequence[str], arguments: Mapping[str, Any],
+        rounds: int = ROUNDS, seconds: float = 30, steps: int | None = None,
+    ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:  # fmt: skip
+        """Returns the seconds a step in each round, and the facts, of each side by its name.
+
+        A peer that needs more memory than there is drops out.
+
+        Raises:
+            OutOfMemory: If ours does.
+        """
+        workers = {}
+        for name in names:
+            keeps = name.startswith("ours") or make == sides.framework
+            arguments = {**arguments, "side": name}
+            workers[name] = Worker(make, self.threads, self.device, keeps, arguments)
+        try:
+            facts = {}
+            if self.device == "cpu":
+                for worker in workers.values():  # all prepare at once
+                    worker.prepare()
+            for name, worker in list(workers.items()):
+                try:
+                    if self.device == "cuda":  # there is memory for one alone
+                        worker.prepare()
+                    facts[name] = worker.facts()
+                except OutOfMemory:
+                    if name.startswith("ours"):
+                        raise
+                    workers.pop(name).close()
+            if self.quick:
+                rounds, steps = QUICK_ROUNDS, 1
+            return take_turns(workers, rounds, seconds, steps), facts
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+    def add(self, name: str, unit: str, ours: Sequence[float], peer: Sequence[float],
+            peer_name: str, **more: Any) -> None:  # fmt: skip
+        row = report.row(
+            name, self.name, unit, ours, peer, peer_name, machine=self.machine, **more
+        )  # fmt: skip
+        self.rows.append(row)
+        print(report.table([row]).splitlines()[-1], flush=True)
+
+    def weights(self, config: str) -> Path:
+        """The folder of a setting's weights, in diffusers' format."""
+        folder = self.folder / f"weights-{config}"
+        if not folder.exists():
+            save_unet(sides.make_network(SETTINGS[config]), folder)
+        return folder
+
+    def peak(self, dtype: str) -> None:
+        """Measures what the machine can do."""
+        if dtype in self.peaks:
+            return
+        worker = Worker(sides.peak, self.threads, self.device, False, {"dtype": dtype})
+        try:
+            worker.prepare()
+            facts = worker.facts()
+        finally:
+            worker.close()
+        self.peaks[dtype] = 1 / min(min(facts["conv"]), min(facts["matmul"]))
+        self.add(
+            f"peak/{dtype}", "GFLOP/s", facts["conv"], facts["matmul"], "matmul",
+            note=self.note(dtype),
+        )  # fmt: skip
+
+    def note(self, dtype: str, *more: str) -> str:
+        own = [EMULATED] if dtype == "bf16" and self.emulated else []
+        return "; ".join([*own, *more])
+
+    def network(
+        self, kind: str, config: str, dtype: str, compiled: bool = False, need: float = 90,
+        seconds: float = 30, steps: int | None = None,
+    ) -> None:  # fmt: skip
+        """The rows of a training, sampling or guided step.
+
+        Arguments:
+            kind: "train", "sample" or "guided".
+            config: A key of SETTINGS.
+            dtype: "float32" or "bf16".
+            compiled: Whether the compiled sides take part.
+            need: Seconds that it takes on two cores, preparing included.
+            seconds: When no further round begins, from the third on.
+            steps: Of a turn; None finds out.
+        """
+        name, setting = f"{kind}/{config}/{dtype}", SETTINGS[config]
+        if not self.wants(name, need):
+            return
+        if kind != "guided":
+            self.peak(dtype)
+        names = ["ours", *EAGER]
+        if compiled and not self.quick:
+            names += ["ours compiled", "diffusers compiled"]
+        if kind == "train" and sides.has_denoising_diffusion_pytorch():
+            names.append(OTHER)
+        batch, notes = setting.batch[self.device], []
+        slow = dtype == "bf16" and self.emulated
+        while True:
+            arguments = {"setting": setting, "folder": self.weights(config), "batch": batch}
+            if kind != "guided":
+                arguments["dtype"] = dtype
+            try:
+                times, facts = self.compete(
+                    getattr(sides, kind), names, arguments, EMULATED_ROUNDS if slow else ROUNDS,
+                    seconds, 1 if slow else steps,
+                )  # fmt: skip
+            except OutOfMemory:
+                notes = [f"out of memory at batch {batch}"]
+            else:
+                each = {"train": batch, "sample": STEPS, "guided": 1}[kind]
+                costs = {side: [t / each for t in values] for side, values in times.items()}
+                self._targets(name, kind, batch, costs)
+                if any(not side.startswith("ours") for side in costs):
+                    break
+                alone = f"{1e3 * median(costs['ours']):.3g} ms"
+                if kind == "train":
+                    alone += f" an image and {median(facts['ours']['memory']) / 1e6:,.0f} MB"
+                notes = [f"batch {batch}: the peer is out of memory, ours takes {alone}"]
+            if batch == 1:
+                return
+            batch //= 2
+        self._compare(name, dtype, batch, costs, facts, notes)
+
+    def _targets(
+        self, name: str, kind: str, batch: int, costs: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Prints what was reached of what is wanted of a large GPU."""
+        if name in TARGETS and self.device == "cuda":
+            side = min((s for s in costs if s.startswith("ours")), key=lambda s: median(costs[s]))
+            rate = (batch if kind == "sample" else 1) / median(costs[side])
+            print(f"{name}: {rate:.0f} of {TARGETS[name]:.0f} a second ({side}, batch {batch})")
+
+    def _compare(
+        self, name: str, dtype: str, batch: int, costs: Mapping[str, Sequence[float]],
+        facts: Mapping[str, Mapping[str, Any]], notes: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Makes the rows of a network: ours eager against eager, compiled against compiled."""
+        kind, config, _ = name.split("/")
+        unit = "images/s" if kind == "train" else "ms"
+        forwards = {"train": 3, "sample": batch, "guided": 0}[kind]
+        flops = forwards * facts.get(EAGER[0], {}).get("flops", 0)
+
+        def add(ours: str, peer: str, peer_name: str, *more: str) -> None:
+            note = self.note(dtype, *notes, *more)
+            self.add(
+                name, unit, costs[ours], costs[peer], peer_name, flops=flops,
+                peak=self.peaks.get(dtype), batch=batch, note=note,
+            )  # fmt: skip
+            memory = [facts[side].get("memory") for side in (ours, peer)]
+            if all(memory):
+                held = f"memory/{config}/{dtype}"
+                self.add(held, "MB", *memory, peer_name, batch=batch, note=note)
+
+        eager = [side for side in EAGER if side in costs]
+        if eager:
+            best = min(eager, key=lambda side: median(costs[side]))
+            add("ours", best, "diffusers eager", best.removeprefix("diffusers "))
+        if "diffusers compiled" in costs:
+            pairs = zip(costs["diffusers compiled"], costs["ours"], strict=True)
+            plain = median([theirs / mine for theirs, mine in pairs])
+            more = f"ours is compiled, too; eager: {plain:.2f}"
+            add("ours compiled", "diffusers compiled", "diffusers compiled", more)
+        if OTHER in costs:
+            count, own = facts[OTHER]["parameters"], facts[OTHER]["flops"] / 1e9
+            add("ours", OTHER, OTHER, f"{count:,} parameters, {own:.3g} GFLOP an image")
+
+    def loader(self) -> None:
+        if not self.wants("loader/jpeg", NEED["loader"]):
+            return
+        photos = self.folder / "photos"
+        count = sides.make_photos(photos, *([16] if self.quick else []))
+        workers = self.threads
+        arguments = {"folder": photos, "cache": self.folder / "cache", "workers": workers}
+        times, _ = self.compete(sides.loader, ["ours", "torchvision"], arguments, steps=1)
+        whole = count // sides.JPEG_BATCH * sides.JPEG_BATCH / workers  # images a core
+        ours, peer = ([t / whole for t in times[side]] for side in ("ours", "torchvision"))
+        self.add(
+            "loader/jpeg", "images/s a core", ours, peer, "torchvision ImageFolder",
+            note=f"{workers} workers on as many cores",
+        )  # fmt: skip
+
+    def features(self) -> None:
+        if not self.wants("features/efficientnet", NEED["features"]):
+            return
+        batch = 8 if self.quick else 64
+        times, _ = self.compete(
+            sides.features, ["ours", "network"], {"batch": batch}, steps=1
+        )  # fmt: skip
+        ours, peer = ([t / batch for t in times[side]] for side in ("ours", "network"))
+        self.add(
+            "features/efficientnet", "images/s", ours, peer, "the network on the whole batch",
+            note=f"batch {batch}",
+        )  # fmt: skip
+
+    def framework(self) -> None:
+        if not self.wants("framework/faces", NEED["framework"]):
+            return
+        accelerator = "gpu" if self.device == "cuda" else "cpu"
+        overrides = [f"trainer.accelerator={accelerator}"]
+        if self.quick:
+            overrides += ["network=unet_tiny", "data.batch_size=2"]
+        arguments = {"folder": self.folder / "run", "overrides": overrides}
+        times, _ = self.compete(sides.framework, ["ours", "bare loop"], arguments, 2 * ROUNDS)
+        batch = 2 if self.quick else 16
+        ours, peer = ([t / batch for t in times[side]] for side in ("ours", "bare loop"))
+        self.add("framework/faces", "images/s", ours, peer, "bare loop", note="at least 0.97")
+
+    def everything(self) -> list[Row]:
+        """Measures, the most wanted first; returns the rows."""
+        if self.quick:
+            for kind in ("train", "sample", "guided"):
+                self.network(kind, "tiny", "float32")
+        elif self.device == "cuda":
+            for config, dtype in (("256", "bf16"), ("64", "bf16"), ("faces", "bf16"),
+                                  ("64", "float32"), ("faces", "float32")):  # fmt: skip
+                self.network("train", config, dtype, compiled=True)
+                self.network("sample", config, dtype, compiled=True)
+            for config in ("faces", "64"):
+                self.network("guided", config, "float32")
+        else:
+            self.network("train", "faces", "float32", compiled=True, need=330)
+            self.network("train", "64", "float32", need=150, seconds=75)
+            self.network("sample", "faces", "float32")
+            self.network("sample", "64", "float32", need=180, seconds=90, steps=1)
+            self.network("guided", "faces", "float32")
+            self.network("guided", "64", "float32", need=120)
+            self.network("train", "faces", "bf16", need=120)
+            self.network("sample", "faces", "bf16", need=120)
+            if not self.emulated:
+                self.network("train", "64", "bf16", need=120)
+                self.network("sample", "64", "bf16", need=120)
+        self.framework()
+        self.loader()
+        self.features()
+        return self.rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", default=())
+    parser.add_argument("--minutes", type=float, default=24)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            given.device, given.threads, Path(folder), given.only, given.minutes, given.quick
+        )
+        rows = bench.everything()
+    if bench.left_out:
+        print(f"no time was left for {', '.join(bench.left_out)}: raise --minutes")
+    if not given.quick and rows:
+        write(rows, everything=not given.only)
+
+
+def write(rows: Sequence[Row], everything: bool, results: Path = RESULTS) -> None:
+    """Writes the rows and their tables, beside what is kept of earlier ones."""
+    path = results / "latest.json"
+    old = json.loads(path.read_text()) if path.exists() else []
+    merged = report.merge(old, rows, everything)
+    path.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    (results / "speed.md").write_text(report.report(merged, METHOD))
+    write_block("speed", report.readme(merged))
+
+
+if __name__ == "__main__":
+    main()

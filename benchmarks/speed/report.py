@@ -1,0 +1,153 @@
+"""Rows of figures: made of measured costs, kept as JSON, shown as Markdown.
+
+A cost is what a side paid in each round: seconds an image or a step, or bytes. The ratio is the
+median over the rounds of the peer's cost over ours, above 1 where ours is better, and its spread
+is the interquartile range over the median.
+"""
+
+__all__ = ["Row", "merge", "readme", "report", "row", "spread", "table"]
+
+from collections.abc import Iterable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+Row = dict[str, Any]
+
+# What a cost is shown as: a rate is its inverse.
+UNITS = {
+    "images/s": lambda cost: 1 / cost,
+    "images/s a core": lambda cost: 1 / cost,
+    "GFLOP/s": lambda cost: 1e-9 / cost,
+    "ms": lambda cost: 1e3 * cost,
+    "MB": lambda cost: 1e-6 * cost,
+}
+HEAD = (
+    "| | ours | peer | | peer is | ratio | spread | ours, GFLOP/s | of the peak | |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+TELLING = ("train", "sample", "guided", "memory", "loader", "framework")  # of the README
+WHAT = {
+    "train": "training step", "sample": "sampling step", "guided": "guided step, with a VJP",
+    "memory": "memory of a training step", "loader": "JPEG files to tensors",
+    "framework": "`python train.py`",
+}  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range over the median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def row(
+    name: str, device: str, unit: str, ours: Sequence[float], peer: Sequence[float],
+    peer_name: str, **more: Any,
+) -> Row:  # fmt: skip
+    """Makes a row of both sides' costs.
+
+    Arguments:
+        name: What was measured, "train/faces/float32".
+        device: "cpu" or the GPU's name.
+        unit: A key of UNITS.
+        ours: Our cost in each round: seconds an image for "images/s", seconds for "ms", bytes.
+        peer: The peer's in the same rounds.
+        peer_name: Whom it is compared with.
+        more: Further keys: machine, note, flops (of a unit), peak (in FLOP/s).
+    """
+    flops, peak = more.pop("flops", None), more.pop("peak", None)
+    ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
+    if flops:
+        rate = flops / median(ours)
+        more |= {"gflops": _round(rate / 1e9), "share": _round(rate / peak)}
+    shown = UNITS[unit]
+    return {
+        "name": name,
+        "device": device,
+        "ours": _round(shown(median(ours))),
+        "peer": _round(shown(median(peer))),
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": _round(median(ratios)),
+        "spread": _round(spread(ratios)),
+        "rounds": len(ratios),
+        **{key: value for key, value in more.items() if value not in (None, "")},
+    }
+
+
+def _round(value: float) -> float:
+    """To four digits: more of them say nothing."""
+    return float(f"{value:.4g}")
+
+
+def merge(old: Iterable[Row], new: Sequence[Row], everything: bool) -> list[Row]:
+    """Returns the rows that are kept, and the new ones.
+
+    Arguments:
+        old: Those of earlier measurements.
+        new: Those of this one.
+        everything: Whether they are all that there is to measure on their device: then no other
+            row of it is kept. Otherwise only those are replaced that were measured again.
+    """
+    devices = {each["device"] for each in new}
+    again = {(each["name"], each["device"], each["peer_name"]) for each in new}
+    kept = [
+        each
+        for each in old
+        if (each["device"] not in devices if everything else _key(each) not in again)
+    ]
+    return [*kept, *new]
+
+
+def _key(each: Row) -> tuple[str, str, str]:
+    return each["name"], each["device"], each["peer_name"]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [HEAD]
+    for each in rows:
+        gflops = _number(each["gflops"]) if "gflops" in each else ""
+        share = f"{each['share']:.0%}" if "share" in each else ""
+        lines.append(
+            f"| {each['name']} | {_number(each['ours'])} | {_number(each['peer'])} "
+            f"| {each['unit']} | {each['peer_name']} | {each['ratio']:.2f} | {each['spread']:.1%} "
+            f"| {gflops} | {share} | {each.get('note', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def report(rows: Sequence[Row], method: str) -> str:
+    """The page of all rows: a table for each machine, and how it was measured."""
+    parts = []
+    for machine in dict.fromkeys(each["machine"] for each in rows):
+        own = [each for each in rows if each["machine"] == machine]
+        parts += [f"### {own[0]['device']}", f"{machine}.", table(own)]
+    return "\n\n".join([*parts, method]) + "\n"
+
+
+def readme(rows: Sequence[Row]) -> str:
+    """The rows that say most, on the fastest device there are rows of."""
+    if not rows:
+        return "Not measured yet.\n"
+    device = next((r["device"] for r in rows if r["device"] != "cpu"), "cpu")
+    own = [r for r in rows if r["device"] == device and r["name"].split("/")[0] in TELLING]
+    lines = ["| | ours | peer | | peer is | ratio |", "|---|---|---|---|---|---|"]
+    for each in sorted(own, key=lambda r: TELLING.index(r["name"].split("/")[0])):
+        kind, *rest = each["name"].split("/")
+        slow = " (emulated)" if "emulated" in each.get("note", "") else ""
+        lines.append(
+            f"| {WHAT[kind]}, {', '.join(rest)}{slow} | {_number(each['ours'])} "
+            f"| {_number(each['peer'])} | {each['unit']} | {each['peer_name']} "
+            f"| {each['ratio']:.2f} |"
+        )
+    machines = "; ".join(dict.fromkeys(each["machine"] for each in own))
+    return "\n".join(lines) + (
+        "\n\nThe same weights and inputs on both sides, which take turns; a ratio above 1 means "
+        f"that ours is better. {machines}.\n"
+    )
