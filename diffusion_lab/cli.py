@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from diffusion_lab import distributed, noise_level, runs, sweep
+from diffusion_lab.allocator import keep_memory
 from diffusion_lab.callback import AtomicCheckpointIO, Stopped
 from diffusion_lab.config import (
     CONFIG_PATH,
@@ -101,12 +102,14 @@ def blocks_of(network: nn.Module, setting: str) -> UNet:
 
 def train() -> None:
     """Trains a prior, continues a run, or trains one for each job of a sweep."""
+    keep_memory()
     with sweep.concluded():
         hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")(_train)()
 
 
 def evaluate() -> None:
     """Evaluates a trained prior, or grades all methods on priors in closed form."""
+    keep_memory()
     with sweep.concluded():
         hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")(_evaluate)()
 
@@ -213,6 +216,7 @@ def fit(config: DictConfig) -> None:
     data = instantiate(config.data, "data")
     callbacks = [instantiate(node, f"callbacks.{k}") for k, node in config.callbacks.items()]
     loggers = make_loggers(config)
+    distributed.set_up_ddp(config.trainer.accumulate_grad_batches)
     trainer = instantiate(
         config.trainer,
         "trainer",

@@ -9,7 +9,9 @@ Ranks that torchrun or srun start are left as they are. Each of them runs the wh
 decides where the run is.
 """
 
-__all__ = ["agree", "external", "follow", "gpus", "is_first", "launch", "processes", "rank"]
+__all__ = [
+    "agree", "external", "follow", "gpus", "is_first", "launch", "processes", "rank", "set_up_ddp",
+]  # fmt: skip
 
 import logging
 import os
@@ -38,9 +40,11 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
+from diffusion_lab.allocator import keep_memory
 from diffusion_lab.errors import RunError
 
 ROOT = Path(__file__).parents[1]  # an uninstalled checkout is not on the path by itself
@@ -78,6 +82,23 @@ def processes(trainer: DictConfig) -> int:
     if trainer.devices != "auto":
         return trainer.devices
     return max(1, gpus(trainer.accelerator, "auto"))
+
+
+def set_up_ddp(batches: int, start_method: str = "popen") -> None:
+    """Says what `trainer.strategy=ddp` is, which `auto` takes for several devices, too.
+
+    Gradients live in the buckets that are summed over the devices, so that nothing is copied.
+    Which parameters have one is settled by the first step; but not if that is of several batches:
+    torch counts from the first batch, and there hears of a gradient in the last one only.
+
+    Arguments:
+        batches: Batches of an optimizer step.
+        start_method: See `DDPStrategy`.
+    """
+    StrategyRegistry.register(
+        "ddp", DDPStrategy, override=True, start_method=start_method,
+        gradient_as_bucket_view=True, static_graph=batches == 1,
+    )  # fmt: skip
 
 
 def gpus(accelerator: str, devices: int | str) -> int:
@@ -261,6 +282,7 @@ def rank(command: str, folder: str) -> None:
         folder: Where the configuration is, and where a failure is noted.
     """
     follow(int(os.environ["DIFFUSION_LAB_PARENT"]))
+    keep_memory()
     from diffusion_lab import cli
 
     number = int(os.environ["LOCAL_RANK"])

@@ -112,6 +112,10 @@ class DiffusionModule(LightningModule):
         self.val_loss = MeanMetric()
         self.val_loss_ema = MeanMetric()
         self.val_loss_bin = nn.ModuleList(MeanMetric() for _ in range(BINS))
+        # The schedule's tables, which never change: devices would tell each other in every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if not name.startswith("network.")
+        ]
 
     def train(self, mode: bool = True) -> "DiffusionModule":
         """Sets the training mode, which the averaged network never takes."""

@@ -11,7 +11,13 @@ import pytest
 import torch
 from conftest import TINY
 from killing import seen
+from lightning import Callback, LightningModule, Trainer
+from test_module import make_batch, make_module
+from torch.utils.data import DataLoader, Dataset
 
+from diffusion_lab.callback import LastCheckpoint
+from diffusion_lab.distributed import set_up_ddp
+from diffusion_lab.nn import UNet
 from diffusion_lab.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -147,3 +153,88 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert float(b["mean"]) == mean, (options, a["estimate"], a["metric"])
         shutil.rmtree("e1")
         shutil.rmtree("e2")
+
+
+class Travel(Callback):
+    """Notes what the devices tell each other, and where training ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.batch = path, 0
+        self.buckets: list[tuple[int, int]] = []  # batch, bytes
+        self.others: list[tuple[int, str]] = []  # batch, collective
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        def summed(_, bucket):  # torch wants its own annotations or none
+            gradients = bucket.buffer()
+            self.buckets.append((self.batch, gradients.numel() * gradients.element_size()))
+            work = torch.distributed.all_reduce(gradients.div_(2), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        trainer.strategy.model.register_comm_hook(None, summed)
+        for name in ("broadcast", "_broadcast_coalesced", "all_gather", "barrier"):
+            self._watch(name)
+
+    def _watch(self, name: str) -> None:
+        call = getattr(torch.distributed, name)
+
+        def noted(*arguments, **keywords):
+            self.others.append((self.batch, name))
+            return call(*arguments, **keywords)
+
+        setattr(torch.distributed, name, noted)  # in a process that ends with the training
+
+    def on_train_batch_end(self, *_) -> None:
+        self.batch += 1
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            weights = {k: p.detach() for k, p in module.network.named_parameters()}
+            facts = {"buckets": self.buckets, "others": self.others, "weights": weights}
+            torch.save(facts, self.path)
+
+
+class Halves(Dataset):
+    """Four of eight images for each of two devices; all eight for one."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, k: int) -> dict:
+        rank = torch.distributed.get_rank() if self.world > 1 else 0
+        return make_batch(8 // self.world, 8 * k + 4 * rank)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("micro", [1, 2])
+def test_gradients_travel_once_a_step_and_nothing_else_does(tmp_path: Path, micro: int) -> None:
+    """4 bytes a parameter, with the last micro-batch; and the weights are those of one device."""
+
+    def trained(name: str, world: int) -> dict:
+        torch.manual_seed(0)
+        network = UNet(8, (1, 2), 1, (1,), groups=4, checkpointing=True)
+        module = make_module(network)
+        callbacks = [LastCheckpoint(str(tmp_path / name), 1000)]
+        if world > 1:
+            set_up_ddp(micro, start_method="fork")
+            callbacks.append(Travel(tmp_path / f"{name}.pt"))
+        trainer = Trainer(
+            accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto",
+            use_distributed_sampler=False, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=callbacks, max_steps=4, limit_val_batches=0,
+            accumulate_grad_batches=micro, log_every_n_steps=1000,
+        )  # fmt: skip
+        set_up_ddp(1)
+        trainer.fit(module, DataLoader(Halves(world), batch_size=None))
+        if world > 1:
+            return torch.load(tmp_path / f"{name}.pt")
+        return {"weights": {k: p.detach() for k, p in network.named_parameters()}}
+
+    two, one = trained("two", 2), trained("one", 1)
+    size = 4 * sum(weight.numel() for weight in one["weights"].values())
+    assert two["buckets"] == [((k + 1) * micro - 1, size) for k in range(4)]
+    assert [other for other in two["others"] if other[0] < 4 * micro - 1] == []
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6)

@@ -22,7 +22,8 @@ from diffusion_lab.lr_schedule import Cosine
 from diffusion_lab.module import DiffusionModule
 from diffusion_lab.nn import UNet
 from diffusion_lab.parameterization import Epsilon, V
-from diffusion_lab.schedule import VP, Cosine as CosineSchedule
+from diffusion_lab.schedule import VP
+from diffusion_lab.schedule import Cosine as CosineSchedule
 from diffusion_lab.time import Uniform
 
 aten = torch.ops.aten

@@ -53,12 +53,8 @@ from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
 
 STEPS = 10  # of a sampling
-JPEG_SIZE, JPEG_BATCH, JPEGS, COPIES = (
-    256,
-    64,
-    256,
-    4,
-)  # a file is drawn once and stored four times
+JPEG_SIZE, JPEG_BATCH = 256, 32
+JPEGS, COPIES = 256, 4  # a file is drawn once and stored four times
 FACES = 4096  # images of the framework's training
 TURNS = "benchmarks.speed.turns.Turns"
 TIMED = 5  # measurements of the peak, of which the best counts

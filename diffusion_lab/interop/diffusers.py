@@ -241,7 +241,7 @@ def _fill(network: UNet, state: Mapping[str, Tensor], where: str, file: str) -> 
         for theirs, name in names.items()
     }
     network.load_state_dict(weights, assign=True)
-    return network
+    return network.to(memory_format=torch.channels_last)  # as a new one is
 
 
 def _download(name: str, files: Sequence[str]) -> Path:
