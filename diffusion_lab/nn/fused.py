@@ -17,6 +17,7 @@ Source:
 
 __all__ = ["group_norm", "norm_silu_conv"]
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ aten = torch.ops.aten
 def _reduced(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Casts to the type that autocast asks for, or leaves everything as it is."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta: to count FLOP
         return x, *weights
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) for tensor in (x, *weights))
+
+
+def _as_is(x: Tensor) -> AbstractContextManager:
+    """Within it, types are those of the tensors."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -44,7 +50,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
         norm: The norm.
     """
     x, gamma, beta = _reduced(x, norm.weight, norm.bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_is(x):
         return F.group_norm(x, norm.num_groups, gamma, beta, norm.eps)
 
 
@@ -112,5 +118,5 @@ def norm_silu_conv(
         return conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))
     assert conv.bias is not None  # all of ours have one
     x, *weights = _reduced(x, norm.weight, norm.bias, conv.weight, conv.bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_is(x):
         return _NormSiLUConv.apply(x, *weights, norm.num_groups, norm.eps)
