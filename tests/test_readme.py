@@ -32,7 +32,7 @@ SMALL_EVAL = ["sampler.steps=2", "num_samples=2", "trainer.accelerator=cpu"]
 
 
 def test_the_first_screen_names_the_two_commands() -> None:
-    assert [c for c in COMMANDS if c.startswith("make ")] == ["make demo", "make test"]
+    assert [c for c in COMMANDS if c.startswith("make ")][:2] == ["make demo", "make test"]
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
     assert {"demo", "test"} <= set(targets)
     assert len(PYTHON) >= 15
