@@ -143,7 +143,7 @@ class Upsample(nn.Module):
     r"""Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
 
     Both are one transposed convolution of stride 2: a pixel meets a 4x4 patch of the result, by
-    the sums of neighbours of the mirrored W. That is 4 products a pixel of the result, not 9.
+    Sᵀ W S, S as below. That is 4 products a pixel of the result, not 9.
 
     Arguments:
         channels: Channels of input and output.
@@ -155,6 +155,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to (B, C, 2H, 2W)."""
-        w = self.conv.weight.transpose(0, 1).flip(2, 3)
-        kernel = 4 * F.avg_pool2d(w, kernel_size=2, stride=1, padding=1)  # sums of 2x2, and edges
+        w = self.conv.weight
+        # S: which of 4 rows of the result a pixel, repeated, reaches by each of W's 3.
+        k = torch.arange(3, device=w.device)[:, None] + torch.arange(4, device=w.device)
+        s = ((k == 2) | (k == 3)).to(w.dtype)
+        kernel = (w.flatten(2) @ torch.kron(s, s)).transpose(0, 1).unflatten(2, (4, 4))
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
