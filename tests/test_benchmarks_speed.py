@@ -191,6 +191,15 @@ def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
     assert report.merge(old, new, everything=True) == [*rows("gpu", "a"), *new]
 
 
+def test_shares_are_of_the_newest_peak() -> None:
+    old = [
+        report.row("train/a/float32", "cpu", "images/s", [1.0], [1.0], "b", flops=6e9, peak=5e9)
+    ]
+    peak = [report.row("peak/float32", "cpu", "GFLOP/s", [1 / 8e9], [1 / 7e9], "matmul")]
+    assert old[0]["share"] == 1.2
+    assert report.merge(old, peak, everything=False)[0]["share"] == 0.75
+
+
 def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stubbed("cpu", tmp_path, monkeypatch)
     blocks: dict[str, str] = {}

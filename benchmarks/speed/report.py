@@ -97,7 +97,17 @@ def merge(old: Iterable[Row], new: Sequence[Row], everything: bool) -> list[Row]
         for each in old
         if (each["device"] not in devices if everything else _key(each) not in again)
     ]
-    return [*kept, *new]
+    rows = [*kept, *new]
+    peaks: dict[tuple[str, str], float] = {}
+    for each in rows:
+        kind, _, dtype = each["name"].partition("/")
+        if kind == "peak":
+            peaks[each["device"], dtype] = max(each["ours"], each["peer"])
+    for each in rows:  # by the newest peak: an earlier one may have met a busy machine
+        peak = peaks.get((each["device"], each["name"].rpartition("/")[2]))
+        if "gflops" in each and peak:
+            each["share"] = _round(each["gflops"] / peak)
+    return rows
 
 
 def _key(each: Row) -> tuple[str, str, str]:
