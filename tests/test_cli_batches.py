@@ -50,7 +50,13 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", METHODS)
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=() if task in ("denoise", "inpaint_box") else pytest.mark.slow)
+        for task in METHODS
+    ],
+)
 def test_the_samples_of_all_images_are_one_batch_and_a_derivative_no_new_call(
     lab: Command, run: Path, batches: Batches, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
