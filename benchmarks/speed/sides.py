@@ -125,9 +125,7 @@ def load(
     """
     network: nn.Module
     if side.startswith("ours"):
-        network = UNet(**setting.network)
-        network.load_state_dict(load_unet(folder).state_dict())  # into the layout it was made with
-        network.to(device)
+        network = load_unet(folder).to(device)
         if side == "ours compiled":
             network.compile_blocks()
             if graphs:

@@ -234,14 +234,13 @@ def _fill(network: UNet, state: Mapping[str, Tensor], where: str, file: str) -> 
                 f"{file} does not fit {where}: {theirs} has the shape {tuple(state[theirs].shape)}"
                 f" and should have {tuple(own[name].shape)}"
             )
-    # Copied, so that the network shares no memory with the state or with the mapped file.
-    layout = {"copy": True, "memory_format": torch.contiguous_format}
+    # Copied into the network's own order in memory, and sharing none with the state or the file.
     weights = {
-        name: state[theirs].detach().to("cpu", torch.float32, **layout)
+        name: torch.empty_like(own[name], dtype=torch.float32, device="cpu").copy_(state[theirs])
         for theirs, name in names.items()
     }
     network.load_state_dict(weights, assign=True)
-    return network.to(memory_format=torch.channels_last)  # as a new one is
+    return network
 
 
 def _download(name: str, files: Sequence[str]) -> Path:
