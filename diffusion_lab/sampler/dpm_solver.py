@@ -72,13 +72,11 @@ class DPMSolver(Sampler):
             h_before = _lambda(schedule, state.t) - _lambda(schedule, state.previous.t)
             d = d + (h / (2 * h_before)).to(d.dtype) * (d - state.previous.denoised)
         if z is None:
-            return (sigma_s / sigma_t).to(d.dtype) * x_t - (alpha_s * torch.expm1(-h)).to(
-                d.dtype
-            ) * d
+            of_x, of_d = sigma_s / sigma_t, alpha_s * torch.expm1(-h)
+            return of_x.to(d.dtype) * x_t - of_d.to(d.dtype) * d
         kept = -torch.expm1(-2 * h)
-        x_s = (sigma_s / sigma_t * torch.exp(-h)).to(d.dtype) * x_t + (alpha_s * kept).to(
-            d.dtype
-        ) * d
+        of_x, of_d = sigma_s / sigma_t * torch.exp(-h), alpha_s * kept
+        x_s = of_x.to(d.dtype) * x_t + of_d.to(d.dtype) * d
         return x_s + (sigma_s * torch.sqrt(kept)).to(d.dtype) * z
 
 
@@ -176,7 +174,6 @@ class SEEDS(Sampler):
         x_m = (sigma_m / sigma_t * torch.exp(-k)).to(x_t.dtype) * x_t + sigma_m.to(x_t.dtype) * n_m
         x_m = x_m + (alpha_m * fresh).to(x_t.dtype) * state.denoised
         n_s = torch.exp(-k).to(x_t.dtype) * n_m + torch.sqrt(fresh).to(x_t.dtype) * noise(x_t)
-        x_s = (sigma_s / sigma_t * torch.exp(-2 * k)).to(x_t.dtype) * x_t + sigma_s.to(
-            x_t.dtype
-        ) * n_s
+        of_x = sigma_s / sigma_t * torch.exp(-2 * k)
+        x_s = of_x.to(x_t.dtype) * x_t + sigma_s.to(x_t.dtype) * n_s
         return x_s + (alpha_s * kept).to(x_t.dtype) * denoiser(x_m, m)
