@@ -259,6 +259,14 @@ class Bench:
             count, own = facts[OTHER]["parameters"], facts[OTHER]["flops"] / 1e9
             add("ours", OTHER, OTHER, f"{count:,} parameters, {own:.3g} GFLOP an image")
 
+    def _rates(
+        self, make: Callable[..., Work | None], peer: str, arguments: Mapping[str, Any],
+        images: float, **how: Any,
+    ) -> tuple[list[float], ...]:  # fmt: skip
+        """The seconds an image of ours and of a peer, for steps of so many images."""
+        times, _ = self.compete(make, ["ours", peer], arguments, **how)
+        return tuple([t / images for t in times[side]] for side in ("ours", peer))
+
     def loader(self) -> None:
         if not self.wants("loader/jpeg", NEED["loader"]):
             return
@@ -266,11 +274,10 @@ class Bench:
         count = sides.make_photos(photos, *([16] if self.quick else []))
         workers = self.threads
         arguments = {"folder": photos, "cache": self.folder / "cache", "workers": workers}
-        times, _ = self.compete(sides.loader, ["ours", "torchvision"], arguments, steps=1)
         whole = count // sides.JPEG_BATCH * sides.JPEG_BATCH / workers  # images a core
-        ours, peer = ([t / whole for t in times[side]] for side in ("ours", "torchvision"))
+        times = self._rates(sides.loader, "torchvision", arguments, whole, steps=1)
         self.add(
-            "loader/jpeg", "images/s a core", ours, peer, "torchvision ImageFolder",
+            "loader/jpeg", "images/s a core", *times, "torchvision ImageFolder",
             note=f"{workers} workers on as many cores",
         )  # fmt: skip
 
@@ -278,12 +285,9 @@ class Bench:
         if not self.wants("features/efficientnet", NEED["features"]):
             return
         batch = 8 if self.quick else 64
-        times, _ = self.compete(
-            sides.features, ["ours", "network"], {"batch": batch}, steps=1
-        )  # fmt: skip
-        ours, peer = ([t / batch for t in times[side]] for side in ("ours", "network"))
+        times = self._rates(sides.features, "network", {"batch": batch}, batch, steps=1)
         self.add(
-            "features/efficientnet", "images/s", ours, peer, "the network on the whole batch",
+            "features/efficientnet", "images/s", *times, "the network on the whole batch",
             note=f"batch {batch}",
         )  # fmt: skip
 
@@ -295,10 +299,9 @@ class Bench:
         if self.quick:
             overrides += ["network=unet_tiny", "data.batch_size=2"]
         arguments = {"folder": self.folder / "run", "overrides": overrides}
-        times, _ = self.compete(sides.framework, ["ours", "bare loop"], arguments, 2 * ROUNDS)
         batch = 2 if self.quick else 16
-        ours, peer = ([t / batch for t in times[side]] for side in ("ours", "bare loop"))
-        self.add("framework/faces", "images/s", ours, peer, "bare loop", note="at least 0.97")
+        times = self._rates(sides.framework, "bare loop", arguments, batch, rounds=2 * ROUNDS)
+        self.add("framework/faces", "images/s", *times, "bare loop", note="at least 0.97")
 
     def everything(self) -> list[Row]:
         """Measures, the most wanted first; returns the rows."""
