@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself. Another interpreter: make PYTHON=python3.12
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Tests are shared out over the cores, one thread each; a worker takes about 2 GB.
+SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint types docs results bench report clean
 
@@ -20,7 +22,7 @@ demo: .venv/.done  ## Train the embedded default, draw samples, denoise, print w
 	$(BIN)/python eval.py task=denoise sigma_t=0.5
 
 test: .venv/.done  ## The tests, in minutes
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow' $(SHARED)
 
 test-slow: .venv/.done  ## The slow tests
 	$(BIN)/python -m pytest -q -m slow

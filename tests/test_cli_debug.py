@@ -23,6 +23,7 @@ def rows(run: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_overfit_learns_eight_images(lab: Command) -> None:
     """An epoch is one batch of eight; the loss falls from that of a network that predicts 0."""
     quick = ["sampler.steps=2", "optimizer.lr=1e-2", "trainer.max_steps=160",

@@ -96,6 +96,7 @@ def test_accumulation_resumes_exactly_too(tiny: Command) -> None:
     assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
     common = ["trainer.max_steps=40", "checkpoint.every_n_steps=5", "sampler.steps=1"]
     tiny(*common, "hydra.run.dir=a")

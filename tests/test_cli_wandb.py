@@ -37,6 +37,7 @@ def pictures(run: Offline, key: str) -> list[Path]:
     return [run.directory / "files" / name for name in run.last(key)["filenames"]]
 
 
+@pytest.mark.slow
 def test_a_sweep_without_an_account_is_a_group_of_offline_runs(tmp_path: Path) -> None:
     """As a new user has it: no key, no login, WANDB_MODE not set."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}

@@ -48,8 +48,9 @@ def elastic(tmp_path: Path, *overrides: str) -> None:
 
 @pytest.mark.parametrize(
     ("tail", "order"),
-    [("spread", "shuffle"), pytest.param("drop", "lanes", marks=pytest.mark.slow)],
+    [("spread", "shuffle"), ("drop", "lanes")],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str, order: str
 ) -> None:

@@ -42,7 +42,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["at a checkpoint", pytest.param("at logging", marks=pytest.mark.slow)]
+)
 def test_a_run_survives_a_full_disk(
     case: str, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ CUES = [
     "validation:4", "validated:1", "validated:3", "write:1", "write:2", "write:5", "replace:1",
     "replace:3", "written:1", "written:4", "packed:1",
 ]  # fmt: skip
-FEW = ["step:8", "step:17", "validation:4", "write:2", "replace:3", "packed:1"]
+FEW = ["step:17", "write:2", "replace:3", "packed:1"]
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +129,16 @@ EVALUATION = ["num_images=7", "num_samples=2", "batch_size=4", "sampler.steps=3"
               "hydra.run.dir=e", "trainer.accelerator=cpu"]  # fmt: skip
 
 
-@pytest.mark.parametrize("cue", ["computed:1", "kept:1", "computed:3", "kept:4", "finished:1"])
+@pytest.mark.parametrize(
+    "cue",
+    [
+        "kept:4",
+        *(
+            pytest.param(cue, marks=pytest.mark.slow)
+            for cue in ("computed:1", "kept:1", "computed:3", "finished:1")
+        ),
+    ],
+)
 def test_an_evaluation_goes_on_to_the_same_table(whole, tmp_path: Path, cue: str) -> None:
     """Four groups of images; the last kill is after the report, before the parts are removed."""
     (tmp_path / "run").symlink_to(whole["plain"] / "run")

@@ -75,8 +75,9 @@ def run(lab: Command, command: str) -> Result:
 
 
 def timed(command: str) -> object:
-    """Those that take 256x256 images are slow."""
-    return pytest.param(command, marks=pytest.mark.slow if "_celeba" in command else ())
+    """Those that take 256x256 images are slow; the benchmark has a test of its own."""
+    slow = "_celeba" in command or "exact_posterior" in command
+    return pytest.param(command, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.mark.parametrize("command", map(timed, PYTHON))

@@ -29,8 +29,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cue", "step"),
     [
-        ("step:7:SIGTERM", 7), ("step:7:SIGUSR1", 7), ("step:8:SIGTERM", 8),
-        ("stepped:9:SIGTERM", 9), ("validation:2:SIGTERM", 6), ("written:1:SIGUSR1", 4),
+        ("step:8:SIGTERM", 8), ("validation:2:SIGTERM", 6), ("written:1:SIGUSR1", 4),
+        *(
+            pytest.param(cue, int(cue.split(":")[1]), marks=pytest.mark.slow)
+            for cue in ("step:7:SIGTERM", "step:7:SIGUSR1", "stepped:9:SIGTERM")
+        ),
     ],
 )  # fmt: skip
 def test_a_signal_saves_the_step_and_ends_cleanly(
@@ -74,6 +77,7 @@ def test_a_signal_ends_a_sweep(tmp_path: Path) -> None:
     assert not (directory / "sweep" / "1").exists()
 
 
+@pytest.mark.slow
 def test_two_devices_stop_at_the_same_step(tmp_path: Path) -> None:
     """The signal reaches one process; it arrives between two steps that are logged."""
     rest = [text for text in TINY if not text.startswith(("trainer.", "data.batch_size"))]

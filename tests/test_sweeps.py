@@ -107,6 +107,7 @@ def test_a_sweep_with_optuna_minimizes_the_validation_loss(tiny: Command) -> Non
     assert float(summary(Path("s"))[0]["optimizer.lr"]) == first
 
 
+@pytest.mark.slow
 def test_two_devices_in_one_job_leave_the_next_one_alone(tiny: Command) -> None:
     """The first job has two processes, the second none but this one."""
     before, threads = dict(os.environ), torch.get_num_threads()

@@ -516,6 +516,7 @@ def state(run: Path) -> dict:
     return load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]["PowerEMA"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tiny: Command, tmp_path: Path) -> None:
     """Stopped in an epoch; first on a step without a snapshot, then on one. 4 steps an epoch."""
     overrides = [

@@ -182,6 +182,7 @@ def test_exactly_the_bad_file_is_left_out(tmp_path: Path, name: str, kind: str) 
     assert re.search(reason, skipped["reason"])
 
 
+@pytest.mark.slow
 def test_the_command_outlives_every_bad_file(tmp_path: Path) -> None:
     """A process of its own, for a decoder could end it with a signal."""
     good, bad = write_corpus(tmp_path / "in")

@@ -412,6 +412,7 @@ def test_threads_that_fetch_ahead_read_hardly_more(parquet: Path) -> None:
     assert 27 <= reads <= 2 * 27
 
 
+@pytest.mark.slow
 def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> None:
     """275 MB of images through 27 MB, batches and reads included.
 
