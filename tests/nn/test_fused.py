@@ -10,8 +10,13 @@ from test_unet import SMALL, close, images, randomise
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffusion_lab.nn import UNet
-from diffusion_lab.nn.fused import norm_silu_conv
+from diffusion_lab.nn import UNet, fused
+from diffusion_lab.nn.fused import group_norm_backward, norm_silu_conv
+
+
+@pytest.fixture(autouse=True)
+def no_input_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALL", 0)
 
 
 def plain(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
@@ -89,6 +94,33 @@ def test_only_the_input_is_kept() -> None:
     statistics = 2 * 2 * 4  # mean and deviation, of each image and group
     assert held(lambda: norm_silu_conv(x, norm, conv)) == x.numel() + statistics
     assert held(lambda: plain(x, norm, conv)) == 3 * x.numel() + statistics
+
+
+def test_what_is_small_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, conv = parts()
+    x = images(2, 8, 16, 16).double().requires_grad_()
+    for small, tensors in ((x.numel(), 1), (x.numel() + 1, 3)):
+        monkeypatch.setattr(fused, "SMALL", small)
+        assert held(lambda: norm_silu_conv(x, norm, conv)) // x.numel() == tensors
+
+
+@pytest.mark.parametrize("size", [(31, 33), (32, 32)])  # by torch, by itself
+def test_the_norms_gradients_are_torchs(size: tuple[int, int]) -> None:
+    norm = parts()[0]
+    x, d_a = (
+        (s + images(3, 8, *size, seed=s).double()).contiguous(memory_format=torch.channels_last)
+        for s in (1, 2)
+    )
+    inputs = [x.requires_grad_(), norm.weight, norm.bias]
+    expected = torch.autograd.grad(norm(x), inputs, d_a)
+    x, gamma, beta = (each.detach() for each in inputs)
+    _, mean, rstd = torch.native_group_norm(x, gamma, beta, 3, 8, size[0] * size[1], 4, norm.eps)
+    arguments = (d_a, x, mean, rstd, gamma, 4)
+    for a, e in zip(group_norm_backward(*arguments, [True] * 3), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    d_x, *others = group_norm_backward(*arguments, [True, False, False])
+    torch.testing.assert_close(d_x, expected[0], rtol=1e-10, atol=1e-10)
+    assert others == [None, None] and d_x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_under_autocast_it_is_no_less_exact_than_torch() -> None:
