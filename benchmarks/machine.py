@@ -1,6 +1,6 @@
 """What the benchmarks share: the machine that figures are of, and their place in the README."""
 
-__all__ = ["RESULTS", "ROOT", "cpu_name", "has_bfloat16", "versions", "write_block"]
+__all__ = ["RESULTS", "ROOT", "cpu_name", "versions", "write_block"]
 
 import platform
 import re
@@ -10,7 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPUINFO = Path("/proc/cpuinfo")
-BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # instructions; the last is ARM's
 
 
 def cpu_name() -> str:
@@ -18,11 +17,6 @@ def cpu_name() -> str:
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
     return found[1].strip() if found else platform.machine()
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16, or has it emulated at a tenth of the speed."""
-    return CPUINFO.exists() and bool(BFLOAT16 & set(CPUINFO.read_text().split()))
 
 
 def versions(*packages: str) -> str:

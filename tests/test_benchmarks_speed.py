@@ -133,7 +133,7 @@ def stubbed(
 
 
 def test_rows_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(command, "emulates_bfloat16", lambda: True)
     rows, left_out = stubbed("cpu", tmp_path, monkeypatch)
     assert not left_out
     assert all(row.keys() >= KEYS and row["device"] == "cpu" for row in rows)
@@ -149,7 +149,10 @@ def test_rows_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["memory/64/float32", "diffusers eager"]["ours"] == 110
     sampled = found["sample/faces/float32", "diffusers eager"]
     assert (sampled["ours"], sampled["gflops"]) == (50, 16 * FLOPS / 1e9 / 0.05)
-    assert "emulated" in found["sample/faces/bf16", "diffusers eager"]["note"]
+    emulated = found["sample/faces/bf16", "diffusers eager"]["note"]
+    assert "emulated" in emulated and "float32" not in emulated
+    emulated = found["train/faces/bf16", "diffusers eager"]["note"]
+    assert "emulated" in emulated and "ours trains in float32" in emulated
     assert found["framework/faces", "bare loop"]["ratio"] == 0.98
     assert found["loader/jpeg", "torchvision ImageFolder"]["ours"] == 64  # of two cores
 
@@ -228,19 +231,6 @@ def test_the_readme_shows_the_newest_rows() -> None:
     page = (machine.ROOT / "README.md").read_text()
     shown = re.search(r"<!-- speed:begin -->\n(.*?)<!-- speed:end -->", page, flags=re.S)
     assert shown[1] == report.readme(rows)
-
-
-def test_bfloat16_is_told_by_the_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine, "CPUINFO", file)
-    assert not machine.has_bfloat16()
-    file.write_text("model name\t: Some Processor @ 2 GHz\nflags\t: avx2 avx512_bf16\n")
-    assert machine.has_bfloat16()
-    assert machine.cpu_name() == "Some Processor @ 2 GHz"
-    file.write_text("flags\t: avx2 avx512f\n")
-    assert not machine.has_bfloat16()
 
 
 @pytest.mark.slow

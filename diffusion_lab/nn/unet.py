@@ -6,14 +6,17 @@ concatenated to the input of one block of the way up. With the defaults this is 
 paper's CelebA-HQ-256 experiments, of 113,673,219 parameters.
 
 The weights are held channels_last, the order in memory that convolutions are fastest in, and so
-is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU.
+is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU. Autocast to
+bfloat16 has no effect on a processor without such instructions: emulated, a step takes 8 times as
+long as in float32, and is less exact.
 
 Source:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
 """
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "emulates_bfloat16"]
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +36,21 @@ from diffusion_lab.nn.blocks import (
     initialise,
 )
 from diffusion_lab.nn.fused import norm_silu_conv
+
+EMULATED = "this processor only emulates bfloat16, at an eighth of the speed of float32"
+
+
+def emulates_bfloat16() -> bool:
+    """Whether the processor has no instructions for bfloat16 that torch makes use of."""
+    mkldnn = torch.backends.mkldnn.is_available()
+    return not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_pointless(device: torch.device) -> bool:
+    """Whether what autocast asks for here is slower than float32, and less exact."""
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and emulates_bfloat16()
 
 
 class UNet(nn.Module):
@@ -161,6 +179,8 @@ class UNet(nn.Module):
         Arguments:
             dtype: The type, torch.bfloat16 or torch.float16.
         """
+        if self.conv_in.weight.device.type == "cpu" and emulates_bfloat16():
+            warnings.warn(f"{EMULATED}, which precision=float32 asks for", stacklevel=2)
         for part in self._parts():
             part.to(dtype)
 
@@ -183,6 +203,13 @@ class UNet(nn.Module):
         Raises:
             ValueError: If H or W is not a multiple of 2^(levels - 1).
         """
+        if _is_pointless(x.device):
+            warnings.warn(
+                f"{EMULATED}: the network is trained in float32, as by trainer.precision=32-true",
+                stacklevel=2,
+            )
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(x.float(), index, label)
         if x.shape[-2] % self.downsampling or x.shape[-1] % self.downsampling:
             raise ValueError(
                 f"an image of {x.shape[-2]}x{x.shape[-1]} pixels does not fit a U-Net of "

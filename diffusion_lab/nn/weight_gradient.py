@@ -97,4 +97,5 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor | None:
         or torch.backends.cpu.get_cpu_capability() != "AVX2"
     ):
         return None
-    return _by_winograd(x, gradient)
+    with torch.autocast("cpu", enabled=False):  # some call backward() within one
+        return _by_winograd(x, gradient)

@@ -10,7 +10,7 @@ from test_unet import SMALL, close, images, randomise
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffusion_lab.nn import UNet, fused
+from diffusion_lab.nn import UNet, fused, unet
 from diffusion_lab.nn.fused import group_norm_backward, norm_silu_conv
 
 
@@ -180,7 +180,8 @@ def test_compiled_blocks_say_the_same() -> None:
     assert torch.equal(copied(x, index), network(x, index))
 
 
-def test_cast_blocks_round_the_inside_alone() -> None:
+def test_cast_blocks_round_the_inside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
     network = randomise(UNet(**SMALL))
     x, index = images(4, 3, 16, 16), torch.tensor([3.0, 100.0, 500.0, 999.0])
     with torch.no_grad():
@@ -199,3 +200,24 @@ def test_cast_blocks_round_the_inside_alone() -> None:
         if parameter.dtype == torch.float32
     }
     assert kept == {"time_embedding", "conv_in", "norm_out", "conv_out"}
+
+
+def test_what_is_only_emulated_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = randomise(UNet(**SMALL))
+    x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    parameters = list(network.parameters())
+
+    def reduced(enabled: bool = True) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = network(x, index)
+        return [output, *torch.autograd.grad(output.sum(), parameters)]
+
+    exact = reduced(False)
+    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: True)
+    with pytest.warns(UserWarning, match="only emulates bfloat16.*trainer.precision=32-true"):
+        found = reduced()
+    assert all(map(torch.equal, found, exact))
+    with pytest.warns(UserWarning, match="only emulates bfloat16.*precision=float32"):
+        copy.deepcopy(network).cast_blocks()
+    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
+    assert not torch.equal(reduced()[0], exact[0])
