@@ -78,8 +78,8 @@ def test_sides_take_turns() -> None:
     log: list = []
     pair = {name: Stub(log, name, s) for name, s in (("a", 0.1), ("b", 0.25))}
     assert take_turns(pair, 3, 60) == {"a": [0.1] * 3, "b": [0.25] * 3}
-    # A turn of the slower one lasts a second; no side is always the first.
-    assert log == [("a", 1), ("b", 1), *[(name, 4) for name in "abbaab"]]
+    # A turn of the slower one lasts half a second; no side is always the first.
+    assert log == [("a", 1), ("b", 1), *[(name, 2) for name in "abbaab"]]
     assert len(take_turns(pair, 9, seconds=0)["a"]) == 3
     assert len(take_turns(pair, 2, seconds=0, steps=1)["a"]) == 2
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-TURN = 1.0  # seconds that a turn of the slowest side should take
+TURN = 0.6  # seconds that a turn of the slowest side should take
 MOST_STEPS = 100  # of a turn
 LEAST_ROUNDS = 3
 
@@ -189,7 +189,7 @@ def take_turns(
         sides: By name.
         rounds: The largest number of rounds.
         seconds: When no further round begins, from the third on.
-        steps: Of a turn; None tries one, and takes as many as last a second on the slowest side.
+        steps: Of a turn; None tries one, and takes as many as last `TURN` on the slowest side.
     """
     if steps is None:
         slowest = max(side.run(1) for side in sides.values())
