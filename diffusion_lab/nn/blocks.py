@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_lab.nn.fused import group_norm, norm_silu_conv
+from diffusion_lab.nn.fused import group_norm, norm_silu_conv, repeat_conv
 
 NORM_EPS = 1e-6
 NEARLY_ZERO = 1e-10  # the original's variance scale for last layers; 0 would also do
@@ -92,10 +92,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Maps x (B, C, H, W) and SiLU of the embedding (B, features) to (B, C', H, W)."""
-        h = norm_silu_conv(x, self.norm_1, self.conv_1)
-        h = h.add_(self.time(embedding)[:, :, None, None])
-        h = norm_silu_conv(h, self.norm_2, self.conv_2, self.dropout)
-        return h.add_(self.skip(x))
+        h = norm_silu_conv(x, self.norm_1, self.conv_1, time=self.time(embedding))
+        return norm_silu_conv(h, self.norm_2, self.conv_2, self.dropout, skip=self.skip(x))
 
 
 class Attention(nn.Module):
@@ -140,10 +138,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    r"""Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
-
-    Both are one transposed convolution of stride 2: a pixel meets a 4x4 patch of the result, by
-    Sᵀ W S, S as below. That is 4 products a pixel of the result, not 9.
+    """Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
 
     Arguments:
         channels: Channels of input and output.
@@ -155,9 +150,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to (B, C, 2H, 2W)."""
-        w = self.conv.weight
-        # S: which of 4 rows of the result a pixel, repeated, reaches by each of W's 3.
-        k = torch.arange(3, device=w.device)[:, None] + torch.arange(4, device=w.device)
-        s = ((k == 2) | (k == 3)).to(w.dtype)
-        kernel = (w.flatten(2) @ torch.kron(s, s)).transpose(0, 1).unflatten(2, (4, 4))
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        return repeat_conv(x, self.conv)

@@ -16,9 +16,8 @@ Source:
     Bulò, Porzi, Kontschieder, "In-place activated BatchNorm", 2018 (norm and activation as one).
 """
 
-__all__ = ["group_norm", "group_norm_backward", "norm_silu_conv"]
+__all__ = ["group_norm", "norm_silu_conv", "repeat_conv"]
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffusion_lab.nn.weight_gradient import weight_gradient
+from diffusion_lab.nn import winograd
 
 aten = torch.ops.aten
 SMALL = 2**18  # numbers, below which less memory is not worth the time of more operations
-LARGE = 1024  # pixels, from which on torch's kernel for channels_last is another one
 
 
 def _reduced(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -58,54 +56,6 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     x, gamma, beta = _reduced(x, norm.weight, norm.bias)
     with _as_is(x):
         return F.group_norm(x, norm.num_groups, gamma, beta, norm.eps)
-
-
-def group_norm_backward(
-    d_a: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, groups: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    r"""The gradients of a = x̂ γ + β for x, γ and β, those that are needed.
-
-        d_x = d_a γ / s - x k + (μ k - Σ d_a γ / (n s)),  s = √(v + eps),  k = Σ d_a γ x̂ / (n s²),
-
-    with sums over the n numbers of a group. On a CPU, torch takes 3 to 9 times as long for large
-    channels_last images as for small or contiguous ones; there this goes through memory by itself.
-
-    Arguments:
-        d_a: The gradient of a, of shape (B, C, H, W).
-        x: The norm's input, of the same shape.
-        mean, rstd: μ and 1 / s, of shape (B, groups).
-        gamma: γ, of shape (C,).
-        groups: The number of groups.
-        needs: Whether there is to be a gradient for x, γ, β.
-    """
-    batch, channels, height, width = x.shape
-    if (
-        x.device.type != "cpu"
-        or height * width < LARGE
-        or x.dtype not in (torch.float32, torch.float64)
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or not d_a.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return aten.native_group_norm_backward(
-            d_a, x, mean, rstd, gamma, batch, channels, height * width, groups, list(needs)
-        )
-    each, count = channels // groups, channels // groups * height * width
-    gamma, mean, rstd = gamma.view(groups, each), mean[:, :, None], rstd[:, :, None]
-    x, d_a = (tensor.permute(0, 2, 3, 1).flatten(1, 2) for tensor in (x, d_a))
-    product = x * d_a
-    of_x, d_beta = (sums.sum(1).view(batch, groups, each) for sums in (product, d_a))
-    d_gamma = (of_x - mean * d_beta) * rstd  # of each image, like d_beta
-    k = (d_gamma * gamma).sum(2, keepdim=True) * rstd**2 / count
-    constant = mean * k - (d_beta * gamma).sum(2, keepdim=True) * rstd / count
-    k, constant, scale = (
-        c.expand(batch, groups, each).reshape(batch, 1, channels)
-        for c in (k, constant, rstd * gamma)
-    )
-    d_x = torch.addcmul(constant, x, k, value=-1, out=product).addcmul_(d_a, scale)
-    d_x = d_x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    found = (d_x, d_gamma.sum(0).flatten(), d_beta.sum(0).flatten())
-    return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
 
 
 class _NormSiLUConv(torch.autograd.Function):
@@ -136,40 +86,112 @@ class _NormSiLUConv(torch.autograd.Function):
         scale, shift = (c.to(x.dtype).view(*x.shape[:2], 1, 1) for c in (scale, shift))
         a = torch.addcmul(shift, x, scale)
         activation = F.silu(a) if needs[3] else a  # else of the right shape is enough
-        own = weight_gradient(activation, gradient) if needs[3] else None
         d_activation, d_weight, d_bias = aten.convolution_backward(
             gradient, activation, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            [any(needs[:3]), needs[3] and own is None, needs[4] and own is None],
+            [any(needs[:3]), needs[3], needs[4]],
         )  # fmt: skip
-        if own is not None:  # torch would compute the weights' for the bias'
-            d_weight, d_bias = own, gradient.sum((0, 2, 3)) if needs[4] else None
         del activation
         if d_activation is None:
             return None, None, None, d_weight, d_bias, None, None
         d_a = aten.silu_backward(d_activation, a)
         del a, d_activation
-        gradients = group_norm_backward(d_a, x, mean, rstd, gamma, ctx.groups, needs[:3])
+        batch, channels, *size = x.shape
+        gradients = aten.native_group_norm_backward(
+            d_a, x, mean, rstd, gamma, batch, channels, size[0] * size[1], ctx.groups, needs[:3]
+        )
         return *gradients, d_weight, d_bias, None, None
 
 
-def norm_silu_conv(
-    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, dropout: nn.Dropout | None = None
-) -> Tensor:
-    """Returns conv(dropout(SiLU(norm(x)))), of shape (B, C', H, W).
+class _ByWinograd(torch.autograd.Function):
+    """f(x) * W + b + time + skip, by `winograd`: f is the norm and SiLU, or repeats pixels.
 
-    The gradient can be taken once; a second derivative raises an error if x is large.
+    Arguments x, γ, β, W, b, time, skip, the number of groups, eps; there is no γ if f repeats.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor,
+        bias: Tensor, time: Tensor | None, skip: Tensor | None, groups: int, eps: float,
+    ) -> Tensor:  # fmt: skip
+        norm = None if gamma is None else winograd.moments(x, gamma, beta, groups, eps)
+        ctx.save_for_backward(x, gamma, weight, *(norm or ()))
+        return winograd.convolve(x, weight, bias, norm, time, skip, repeats=norm is None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, weight, *saved = ctx.saved_tensors
+        norm = winograd.Moments(*saved) if saved else None
+        needs = ctx.needs_input_grad
+        d_x = d_gamma = d_beta = d_weight = d_bias = d_time = None
+        if needs[3]:
+            d_weight, d_time = winograd.weight_gradient(x, gradient, norm, repeats=norm is None)
+        elif needs[4] or needs[5]:
+            d_time = gradient.sum((2, 3))
+        if needs[4]:
+            d_bias = d_time.sum(0)
+        if any(needs[:3]):
+            d_x = winograd.convolve(gradient, weight, transposed=True)
+            if norm is None:
+                d_x = F.avg_pool2d(d_x, 2, divisor_override=1)
+            else:
+                d_x, d_gamma, d_beta = winograd.norm_silu_backward(d_x, x, gamma, norm)
+        d_time, d_skip = d_time if needs[5] else None, gradient if needs[6] else None
+        return d_x, d_gamma, d_beta, d_weight, d_bias, d_time, d_skip, None, None
+
+
+def norm_silu_conv(
+    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, dropout: nn.Dropout | None = None,
+    time: Tensor | None = None, skip: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns conv(dropout(SiLU(norm(x)))) + time + skip, of shape (B, C', H, W).
+
+    The gradient can be taken once; a second derivative raises an error if x is large, or on a CPU.
 
     Arguments:
         x: Of shape (B, C, H, W).
         norm: The group norm.
         conv: The convolution, 3x3 with stride 1 and padding 1.
         dropout: What is dropped in between, if anything is.
+        time: What is added to all pixels of an image, of shape (B, C').
+        skip: What is added to each pixel, of shape (B, C', H, W).
     """
-    if dropout is not None and dropout.training and dropout.p > 0:
-        return conv(dropout(F.silu(group_norm(x, norm))))
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < SMALL:
-        return conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))
-    assert conv.bias is not None  # all of ours have one
-    x, *weights = _reduced(x, norm.weight, norm.bias, conv.weight, conv.bias)
-    with _as_is(x):
-        return _NormSiLUConv.apply(x, *weights, norm.num_groups, norm.eps)
+    drops = dropout is not None and dropout.training and dropout.p > 0
+    if not drops and winograd.suits(x, conv.weight):
+        return _ByWinograd.apply(
+            x, norm.weight, norm.bias, conv.weight, conv.bias, time, skip, norm.num_groups,
+            norm.eps,
+        )  # fmt: skip
+    if drops:
+        h = conv(dropout(F.silu(group_norm(x, norm))))
+    elif torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < SMALL:
+        h = conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))
+    else:
+        assert conv.bias is not None  # all of ours have one
+        x, *weights = _reduced(x, norm.weight, norm.bias, conv.weight, conv.bias)
+        with _as_is(x):
+            h = _NormSiLUConv.apply(x, *weights, norm.num_groups, norm.eps)
+    if time is not None:
+        h = h.add_(time[:, :, None, None])
+    return h if skip is None else h.add_(skip)
+
+
+def repeat_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    r"""Repeats pixels, to twice the height and width, and applies a 3x3 convolution.
+
+    Both are one transposed convolution of stride 2: a pixel meets a 4x4 patch of the result, by
+    Sᵀ W S, S as below. That is 4 products a pixel of the result, not 9; or 2.25, by Winograd's
+    algorithm.
+
+    Arguments:
+        x: Of shape (B, C, H, W).
+        conv: The convolution, with stride 1 and padding 1.
+    """
+    w = conv.weight
+    if winograd.suits(x, w, repeats=True):
+        return _ByWinograd.apply(x, None, None, w, conv.bias, None, None, 0, 0.0)
+    # S: which of 4 rows of the result a pixel, repeated, reaches by each of W's 3.
+    k = torch.arange(3, device=w.device)[:, None] + torch.arange(4, device=w.device)
+    s = ((k == 2) | (k == 3)).to(w.dtype)
+    kernel = (w.flatten(2) @ torch.kron(s, s)).transpose(0, 1).unflatten(2, (4, 4))
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
