@@ -113,7 +113,9 @@ class _ByWinograd(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor,
         bias: Tensor, time: Tensor | None, skip: Tensor | None, groups: int, eps: float,
     ) -> Tensor:  # fmt: skip
-        norm = None if gamma is None else winograd.moments(x, gamma, beta, groups, eps)
+        norm = None
+        if gamma is not None and beta is not None:
+            norm = winograd.moments(x, gamma, beta, groups, eps)
         ctx.save_for_backward(x, gamma, weight, *(norm or ()))
         return winograd.convolve(x, weight, bias, norm, time, skip, repeats=norm is None)
 
@@ -123,20 +125,20 @@ class _ByWinograd(torch.autograd.Function):
         x, gamma, weight, *saved = ctx.saved_tensors
         norm = winograd.Moments(*saved) if saved else None
         needs = ctx.needs_input_grad
-        d_x = d_gamma = d_beta = d_weight = d_bias = d_time = None
+        d_x = d_gamma = d_beta = d_weight = sums = None
         if needs[3]:
-            d_weight, d_time = winograd.weight_gradient(x, gradient, norm, repeats=norm is None)
+            d_weight, sums = winograd.weight_gradient(x, gradient, norm, repeats=norm is None)
         elif needs[4] or needs[5]:
-            d_time = gradient.sum((2, 3))
-        if needs[4]:
-            d_bias = d_time.sum(0)
+            sums = gradient.sum((2, 3))
+        d_bias = sums.sum(0) if sums is not None and needs[4] else None
+        d_time = sums if needs[5] else None
         if any(needs[:3]):
             d_x = winograd.convolve(gradient, weight, transposed=True)
             if norm is None:
                 d_x = F.avg_pool2d(d_x, 2, divisor_override=1)
             else:
                 d_x, d_gamma, d_beta = winograd.norm_silu_backward(d_x, x, gamma, norm)
-        d_time, d_skip = d_time if needs[5] else None, gradient if needs[6] else None
+        d_skip = gradient if needs[6] else None
         return d_x, d_gamma, d_beta, d_weight, d_bias, d_time, d_skip, None, None
 
 
@@ -156,13 +158,14 @@ def norm_silu_conv(
         time: What is added to all pixels of an image, of shape (B, C').
         skip: What is added to each pixel, of shape (B, C', H, W).
     """
-    drops = dropout is not None and dropout.training and dropout.p > 0
-    if not drops and winograd.suits(x, conv.weight):
+    if dropout is not None and not (dropout.training and dropout.p > 0):
+        dropout = None
+    if dropout is None and winograd.suits(x, conv.weight):
         return _ByWinograd.apply(
             x, norm.weight, norm.bias, conv.weight, conv.bias, time, skip, norm.num_groups,
             norm.eps,
         )  # fmt: skip
-    if drops:
+    if dropout is not None:
         h = conv(dropout(F.silu(group_norm(x, norm))))
     elif torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < SMALL:
         h = conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_lab.nn import winograd
 from diffusion_lab.nn.blocks import (
     NEARLY_ZERO,
     NORM_EPS,
@@ -104,6 +105,7 @@ class UNet(nn.Module):
         features = 4 * channels
         self.image_channels, self.classes = image_channels, classes
         self.learn_variance, self.checkpointing = learn_variance, checkpointing
+        self._is_compiled = False
         self.downsampling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         self.time_embedding = TimeEmbedding(channels, features)
         if classes:  # a new network does not tell the classes apart
@@ -160,8 +162,10 @@ class UNet(nn.Module):
         """Has torch.compile make code of each block, in place: names and values stay.
 
         Blocks of one shape share their code, which keeps compiling short. The first call of each
-        shape of the input takes it.
+        shape of the input takes it. On a CPU that `winograd` serves they run as they are: its
+        code is compiled already, and twice as fast.
         """
+        self._is_compiled = True
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 64)  # one for each shape of a block
         for part in self._parts():
@@ -216,6 +220,15 @@ class UNet(nn.Module):
                 f"{len(self.down)} levels: height and width must be multiples of "
                 f"{self.downsampling}"
             )
+        if self._is_compiled and winograd.serves(self.conv_in.weight):
+            with torch.compiler.set_stance("force_eager"):
+                return self._predict(x, index, label)
+        return self._predict(x, index, label)
+
+    def _predict(
+        self, x: Tensor, index: Tensor | float, label: Tensor | int | None
+    ) -> Tensor:  # fmt: skip
+        """The network itself."""
         index = torch.as_tensor(index, device=x.device).expand(x.shape[0])
         embedding = self.time_embedding(index)
         if self.classes:

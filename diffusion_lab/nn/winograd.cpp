@@ -368,7 +368,7 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
 // u = G w Gᵀ, (36, out / n, channels, n) with n = 8 vectors(out), of w, (out, 3, 3, channels). If
 // `transposed`, of the convolution that gives the input's gradient: w is (channels, 3, 3, out),
 // and turned by 180°.
-void lab_transform_weight(const float* w, long channels, long out, int transposed, float* u) {
+int lab_transform_weight(const float* w, long channels, long out, int transposed, float* u) {
   const long n = LANES * vectors(out), some = 8, run = some * n;
 #pragma omp parallel for collapse(2)
   for (long first = 0; first < out; first += n)
@@ -390,6 +390,7 @@ void lab_transform_weight(const float* w, long channels, long out, int transpose
       for (long i = 0; i < 36; i++)
         memcpy(u + (i * out + first) * channels + start * n, buffer[i], sizeof(float) * run);
     }
+  return 1;
 }
 
 // y = conv(input) + bias + time + skip; each of the last three may be null: (out),

@@ -1,10 +1,11 @@
-r"""3x3 convolutions on a CPU by Winograd's algorithm F(4x4, 3x3), with a norm and SiLU before them.
+r"""3x3 convolutions on a CPU by Winograd's algorithm F(4x4, 3x3), norm and SiLU included.
 
     y = Aᵀ [ Σ_channels (G w Gᵀ) ⊙ (Bᵀ d B) ] A
 
 is a tile of 4x4 pixels of the result; d are the 6x6 of the input that they depend on. The sum is
-36 matrix products, 2.25 multiplications a pixel, where the convolution as it stands takes 9. Turned
-around, it gives both gradients: that of the input by the weights' transpose, that of the weights by
+36 matrix products, 2.25 multiplications a pixel, where the convolution as it stands takes 9. The
+gradient of the input is such a convolution as well, with the weights turned by 180° and their
+channels exchanged; that of the weights is
 
     dw = Gᵀ [ Σ_tiles (Bᵀ d B) ⊙ (A g Aᵀ) ] G.
 
@@ -19,7 +20,7 @@ Source:
     choice of points.
 """
 
-__all__ = ["convolve", "moments", "norm_silu_backward", "suits", "weight_gradient"]
+__all__ = ["convolve", "moments", "norm_silu_backward", "serves", "suits", "weight_gradient"]
 
 import ctypes
 import functools
@@ -62,28 +63,34 @@ def _compile(compiler: str, to: Path) -> None:
 
 
 def _load() -> ctypes.CDLL:
-    """Compiles the source if it is not yet, and loads it.
+    """Loads the compiled source; makes it first if it is not in the cache, or spoilt there.
 
     Raises:
         OSError, subprocess.CalledProcessError: If that cannot be done.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise FileNotFoundError(f"there is no {os.environ.get('CXX') or 'g++'}")
     key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, *FLAGS]).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion_lab"
     path = cache / f"winograd-{key[:16]}.so"
-    if not path.exists():
-        try:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        pass
+    try:
+        _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError:  # no room there, or not ours to write to
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / path.name
             _compile(compiler, path)
-        except PermissionError:  # a home that is not ours to write to
-            with tempfile.TemporaryDirectory() as folder:
-                _compile(compiler, path := Path(folder) / path.name)
-                return ctypes.CDLL(str(path))
-    return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they do not run, with a warning if only g++ is missing."""
+    """The compiled functions; None where they do not run, with a warning if g++ is missing."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return None
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # AVX2 or AVX512
@@ -100,52 +107,62 @@ def _library() -> ctypes.CDLL | None:
         return None
     image = [POINTER, LONG, LONG, LONG, LONG, POINTER, POINTER, INT]
     norm = [LONG, LONG, LONG, LONG]
-    for name, arguments, result in (
-        ("moments", [POINTER, *norm, POINTER, POINTER, ctypes.c_float, *[POINTER] * 4], INT),
-        ("norm_silu_backward", [POINTER, POINTER, *norm, *[POINTER] * 7], INT),
-        ("transform_weight", [POINTER, LONG, LONG, INT, POINTER], None),
-        ("convolve", [*image, POINTER, LONG, *[POINTER] * 4], INT),
-        ("weight_gradient", [*image, POINTER, LONG, POINTER, POINTER], INT),
+    for name, arguments in (
+        ("moments", [POINTER, *norm, POINTER, POINTER, ctypes.c_float, *[POINTER] * 4]),
+        ("norm_silu_backward", [POINTER, POINTER, *norm, *[POINTER] * 7]),
+        ("transform_weight", [POINTER, LONG, LONG, INT, POINTER]),
+        ("convolve", [*image, POINTER, LONG, *[POINTER] * 4]),
+        ("weight_gradient", [*image, POINTER, LONG, POINTER, POINTER]),
     ):
-        function = getattr(library, f"lab_{name}")
-        function.argtypes, function.restype = arguments, result
+        getattr(library, f"lab_{name}").argtypes = arguments
     return library
 
 
-def suits(x: Tensor, weight: Tensor, repeats: bool = False) -> bool:
-    """Whether the functions below serve for an input and a convolution's weights.
-
-    Arguments:
-        x: The input, of shape (B, C, H, W).
-        weight: Of shape (C', C, k, k).
-        repeats: Whether the convolution is of x with its pixels repeated.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
-    (batch, _, height, width), (out, channels, *size) = x.shape, weight.shape
-    if repeats:
-        height, width = 2 * height, 2 * width
+def serves(x: Tensor) -> bool:
+    """Whether images like x are served: float32, on such a processor, with a compiler."""
     return (
-        size == [3, 3]
-        and channels % LANES == out % LANES == 0
-        and channels * out <= MOST
-        and height % TILE == width % TILE == 0
-        and batch * height * width >= FEW * TILE**2
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _library() is not None
     )
 
 
+def suits(x: Tensor, weight: Tensor, repeats: bool = False) -> bool:
+    """Whether the functions below do a convolution, and are the faster way.
+
+    Arguments:
+        x: The input, of shape (B, C, H, W).
+        weight: Of shape (C', C, k, k).
+        repeats: Whether the convolution is of x with its pixels repeated.
+    """
+    (batch, _, height, width), (out, channels, *size) = x.shape, weight.shape
+    if repeats:
+        height, width = 2 * height, 2 * width
+    return (
+        size == [3, 3]
+        and weight.dtype == torch.float32
+        and channels % LANES == out % LANES == 0
+        and channels * out <= MOST
+        and height % TILE == width % TILE == 0
+        and batch * height * width >= FEW * TILE**2
+        and serves(x)
+    )
+
+
 def _at(tensor: Tensor | None) -> int | None:
+    """Where its numbers begin; nowhere, if there is none."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _in_order(x: Tensor) -> Tensor:
+    """The numbers in the order that the compiled functions read."""
     return x.detach().contiguous(memory_format=torch.channels_last)
 
 
 def _call(name: str, *arguments: object) -> None:
+    """Runs a compiled function; it returns 0 where it got no memory."""
     if not getattr(_library(), f"lab_{name}")(*arguments):
         raise MemoryError(f"no memory for {name} of {arguments[1:5]}; take a smaller batch_size")
 
@@ -217,7 +234,7 @@ def _transformed(weight: Tensor, transposed: bool) -> Tensor:
     out, channels = weight.shape[1::-1] if transposed else weight.shape[:2]
     u = weight.new_empty(36, channels, out)
     ordered = _in_order(weight)
-    _library().lab_transform_weight(_at(ordered), channels, out, transposed, _at(u))
+    _call("transform_weight", _at(ordered), channels, out, transposed, _at(u))
     return u
 
 
@@ -244,9 +261,7 @@ def convolve(
     if repeats:
         height, width = 2 * height, 2 * width
     out = weight.shape[1 if transposed else 0]
-    y = torch.empty(
-        batch, out, height, width, dtype=x.dtype, memory_format=torch.channels_last
-    )  # fmt: skip
+    y = torch.empty(batch, out, height, width, memory_format=torch.channels_last)
     bias, time = (t if t is None else t.detach().contiguous() for t in (bias, time))
     skip = skip if skip is None else _in_order(skip)
     scale, shift = (None, None) if norm is None else norm[2:]

@@ -1,0 +1,310 @@
+"""Winograd's algorithm says what torch says, in value and gradient, and only where it serves."""
+
+import copy
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_unet import images, randomise
+from torch import Tensor, nn
+
+from diffusion_lab.nn import UNet, fused, winograd
+from diffusion_lab.nn.fused import norm_silu_conv, repeat_conv
+
+serves = winograd._library() is not None
+needs_it = pytest.mark.skipif(not serves, reason="no AVX2, or no g++, or not Linux")
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def layers(channels: int, out: int, groups: int) -> tuple[nn.GroupNorm, nn.Conv2d]:
+    made = nn.ModuleList([nn.GroupNorm(groups, channels), nn.Conv2d(channels, out, 3, padding=1)])
+    norm, conv = randomise(made)
+    return norm, conv
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# Every way through the code: 1, 2 and 3 vectors of columns; tiles that fill no block of rows; one
+# tile an image; sums over several parts of an image; several blocks of a weight gradient.
+SHAPES = [
+    (2, 8, 8, 8, 8),
+    (3, 24, 16, 12, 20),
+    (1, 16, 24, 36, 40),
+    (5, 40, 48, 8, 4),
+    (9, 24, 24, 4, 4),
+    (2, 32, 8, 64, 36),
+    (1, 96, 128, 64, 64),
+]
+
+
+@needs_it
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("batch", "channels", "out", "height", "width"), SHAPES)
+def test_values_and_gradients_are_those_of_float64(
+    batch: int, channels: int, out: int, height: int, width: int, layout: torch.memory_format
+) -> None:
+    norm, conv = layers(channels, out, groups=8)
+    x = (1 + 2 * images(batch, channels, height, width)).contiguous(memory_format=layout)
+    time, skip = images(batch, out, 1, 1, seed=1)[:, :, 0, 0], images(batch, out, height, width)
+    towards = images(batch, out, height, width, seed=2).contiguous(memory_format=layout)
+    inputs = [x, time, skip, *norm.parameters(), *conv.parameters()]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    a = F.group_norm(exact[0], 8, *exact[3:5], norm.eps)
+    wanted = F.conv2d(F.silu(a), *exact[5:], padding=1) + exact[1][:, :, None, None] + exact[2]
+    assert winograd.suits(x, conv.weight)
+    inputs = [each.requires_grad_() for each in inputs]
+    actual = norm_silu_conv(x, norm, conv, time=time, skip=skip)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert error(actual.detach(), wanted.detach()) < 10 * EPS
+    gradients = torch.autograd.grad(actual, inputs, towards)
+    for own, reference in zip(
+        gradients, torch.autograd.grad(wanted, exact, towards.double()), strict=True
+    ):
+        assert error(own, reference) < 40 * EPS
+    with torch.no_grad():
+        assert torch.equal(norm_silu_conv(x, norm, conv, time=time, skip=skip), actual)
+
+
+@needs_it
+@pytest.mark.parametrize(("batch", "channels", "out"), [(2, 24, 24), (3, 16, 8)])
+def test_repeated_pixels_too(batch: int, channels: int, out: int) -> None:
+    conv = layers(channels, out, groups=8)[1]
+    x, towards = images(batch, channels, 6, 10), images(batch, out, 12, 20, seed=1)
+    inputs = [x.requires_grad_(), *conv.parameters()]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    wanted = F.conv2d(F.interpolate(exact[0], scale_factor=2), *exact[1:], padding=1)
+    assert winograd.suits(x, conv.weight, repeats=True)
+    actual = repeat_conv(x, conv)
+    assert error(actual.detach(), wanted.detach()) < 10 * EPS
+    gradients = torch.autograd.grad(actual, inputs, towards)
+    for own, reference in zip(
+        gradients, torch.autograd.grad(wanted, exact, towards.double()), strict=True
+    ):
+        assert error(own, reference) < 40 * EPS
+
+
+@needs_it
+def test_gradients_that_nobody_asks_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, conv = layers(24, 16, groups=8)
+    x = images(2, 24, 16, 16).requires_grad_()
+    time = images(2, 16, 1, 1)[:, :, 0, 0].requires_grad_()
+    everything = [x, time, *norm.parameters(), *conv.parameters()]
+    towards = images(2, 16, 16, 16, seed=1)
+    wanted = torch.autograd.grad(norm_silu_conv(x, norm, conv, time=time), everything, towards)
+    calls = []
+    call = winograd._call
+    monkeypatch.setattr(winograd, "_call", lambda name, *a: calls.append(name) or call(name, *a))
+
+    def found(*needed: int) -> None:
+        for i, each in enumerate(everything):
+            each.requires_grad_(i in needed)
+        calls.clear()
+        gradients = torch.autograd.grad(
+            norm_silu_conv(x, norm, conv, time=time), [everything[i] for i in needed], towards
+        )
+        for i, gradient in zip(needed, gradients, strict=True):
+            torch.testing.assert_close(gradient, wanted[i], rtol=1e-5, atol=1e-5)
+
+    found(0)  # guidance, through a network that is not trained
+    assert "weight_gradient" not in calls and "norm_silu_backward" in calls
+    found(1, 5)
+    assert calls == ["moments", "transform_weight", "convolve"]
+    found(4)
+    assert calls == ["moments", "transform_weight", "convolve", "weight_gradient"]
+
+
+@needs_it
+def test_an_image_does_not_depend_on_its_batch_nor_on_threads(threads: None) -> None:
+    norm, conv = layers(48, 40, groups=8)
+    x = images(13, 48, 8, 12)
+    results = []
+    for number in (1, 2, 3, 8):
+        torch.set_num_threads(number)
+        leaves = [x.clone().requires_grad_(), *norm.parameters(), *conv.parameters()]
+        y = norm_silu_conv(leaves[0], norm, conv)
+        results.append([y, *torch.autograd.grad(y, leaves, images(13, 40, 8, 12, seed=1))])
+        with torch.no_grad():
+            alone = torch.cat([norm_silu_conv(x[i : i + 2], norm, conv) for i in range(0, 12, 2)])
+        assert torch.equal(alone, y[:12])
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
+
+
+@needs_it
+def test_extreme_numbers_are_torchs() -> None:
+    norm, conv = layers(8, 8, groups=8)
+    with torch.no_grad():
+        norm.weight.fill_(1)
+        norm.bias.copy_(torch.tensor([-1e4, -100.0, -88.5, -20.0, 0.0, 20.0, 88.5, 1e4]))
+    conv.weight.data = torch.zeros(8, 8, 3, 3)
+    conv.weight.data[range(8), range(8), 1, 1] = 1
+    conv.bias.data.zero_()
+    x = torch.zeros(1, 8, 16, 16)
+    with torch.no_grad():
+        exact = F.silu(F.group_norm(x, 8, norm.weight, norm.bias, norm.eps))
+        assert winograd.suits(x, conv.weight)
+        torch.testing.assert_close(norm_silu_conv(x, norm, conv), exact, rtol=1e-5, atol=1e-5)
+        x[0, 3, 7, 9] = torch.nan  # its group, and so all of the result that depends on it
+        assert norm_silu_conv(x, norm, conv).isnan().all()
+        assert winograd.convolve(x, conv.weight)[:, :, 5:10, 7:12].isnan().any()
+
+
+@needs_it
+def test_a_network_says_what_it_says_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = randomise(
+        UNet(channels=16, multipliers=[1, 2], blocks=1, groups=8, attention_levels=[1])
+    )
+    x, index = images(4, 3, 32, 32), torch.tensor([3.0, 100.0, 500.0, 999.0])
+    calls = []
+    call = winograd._call
+    monkeypatch.setattr(winograd, "_call", lambda name, *a: calls.append(name) or call(name, *a))
+
+    def results(network: UNet) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        output = network(leaf, index)
+        inputs = [leaf, *network.parameters()]
+        return [
+            output.detach(),
+            *torch.autograd.grad(output, inputs, images(*output.shape, seed=3)),
+        ]
+
+    own = results(network)
+    # Eight residual blocks of two and one that repeats pixels; those of the norm but for the last.
+    assert [calls.count(c) for c in ("convolve", "moments", "weight_gradient")] == [34, 16, 17]
+    compiled = copy.deepcopy(network)
+    compiled.compile_blocks()  # to no effect: it is compiled already
+    assert all(map(torch.equal, results(compiled), own))
+    monkeypatch.setattr(winograd, "serves", lambda x: False)
+    calls.clear()
+    torchs = results(network)
+    assert not calls
+    size = max(float(each.norm()) for each in torchs[1:])  # some are zero but for rounding
+    for a, b in zip(own, torchs, strict=True):
+        assert float((a - b).norm()) < 1e-5 * float(b.norm()) + 1e-7 * size
+
+
+def image(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+@needs_it
+@pytest.mark.parametrize(
+    ("x", "weight", "served"),
+    [
+        (image(1, 16, 16, 16), image(8, 16, 3, 3), True),
+        (image(1, 16, 16, 16), image(8, 16, 1, 1), False),  # another kernel
+        (image(1, 12, 16, 16), image(8, 12, 3, 3), False),  # channels
+        (image(1, 16, 16, 16), image(3, 16, 3, 3), False),
+        (image(1, 16, 18, 16), image(8, 16, 3, 3), False),  # size
+        (image(1, 16, 8, 8), image(8, 16, 3, 3), False),  # few tiles
+        (image(2, 16, 8, 8), image(8, 16, 3, 3), True),
+        (image(0, 16, 16, 16), image(8, 16, 3, 3), False),
+        (image(2, 512, 8, 8), image(512, 512, 3, 3), False),  # much of the weights
+        (image(1, 16, 16, 16).double(), image(8, 16, 3, 3).double(), False),
+        (image(1, 16, 16, 16).bfloat16(), image(8, 16, 3, 3).bfloat16(), False),
+        (image(1, 16, 16, 16).to("meta"), image(8, 16, 3, 3).to("meta"), False),
+    ],
+)
+def test_where_it_serves(x: Tensor, weight: Tensor, served: bool) -> None:
+    assert winograd.suits(x, weight) == served
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not winograd.suits(x, weight)
+
+
+@needs_it
+def test_dropout_is_not_skipped() -> None:
+    norm, conv = layers(16, 16, groups=8)
+    x, dropout = images(2, 16, 16, 16), nn.Dropout(0.5)
+    with torch.no_grad():
+        whole = norm_silu_conv(x, norm, conv, dropout.eval())
+        assert torch.equal(whole, norm_silu_conv(x, norm, conv))
+        assert error(norm_silu_conv(x, norm, conv, dropout.train()), whole.double()) > 0.1
+
+
+@needs_it
+def test_no_memory_is_an_error() -> None:
+    x, weight = image(1, 8, 16, 16), image(8, 8, 3, 3)
+    library = winograd._library()
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *a: 0) if name == "lab_convolve" else getattr(library, name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError, match="batch_size"):
+        patch.setattr(winograd, "_library", Full)
+        winograd.convolve(x, weight)
+
+
+@needs_it
+def test_it_is_compiled_once_wherever_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda c, **k: commands.append(c) or run(c, **k))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    winograd._load()
+    (path,) = (tmp_path / ".cache" / "diffusion_lab").iterdir()
+    assert len(commands) == 2 and path.name.startswith("winograd-")
+    winograd._load()
+    assert len(commands) == 2
+    spoilt = tmp_path / "x" / "diffusion_lab" / path.name
+    spoilt.parent.mkdir(parents=True)
+    spoilt.write_bytes(b"spoilt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    winograd._load()
+    assert len(commands) == 4 and spoilt.read_bytes() == path.read_bytes()
+    # Where no folder can be made, a temporary one will do.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert winograd._load().lab_convolve and len(commands) == 6
+
+
+@needs_it
+def test_without_a_compiler_it_warns_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho one >&2\necho out of order >&2\nexit 3\n")
+    broken.chmod(0o755)
+    for compiler, reason in ((tmp_path / "none", "there is no .*none"), (broken, "out of order")):
+        monkeypatch.setenv("CXX", str(compiler))
+        with pytest.warns(UserWarning, match=rf"install g\+\+ or name one in .* CXX \({reason}\)"):
+            assert winograd._library.__wrapped__() is None
+    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+
+
+def test_other_processors_have_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = winograd._library.__wrapped__
+    monkeypatch.setattr(winograd, "_load", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert library() is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(winograd.platform, "machine", lambda: "aarch64")
+    assert library() is None
+    monkeypatch.setattr(winograd, "_library", lambda: None)
+    x, (norm, conv) = images(2, 16, 16, 16), layers(16, 16, groups=8)
+    assert not winograd.suits(x, conv.weight)
+    assert torch.equal(
+        fused.norm_silu_conv(x, norm, conv).detach(), conv(F.silu(norm(x))).detach()
+    )
