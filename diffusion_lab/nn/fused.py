@@ -7,6 +7,9 @@ Here only x is kept, and μ and v, one number a group: a and SiLU(a) are compute
 over x, when the gradient comes. The skip of a residual block keeps x anyway. Where x is small
 there is little to be saved, and it is written out.
 
+On a CPU that `winograd` serves, all of it happens there, whatever its size, and what is added to
+the result is added on the way.
+
 Under autocast all of it runs in the reduced precision, with the norm's sums in float32, where
 torch's own rule would have a and SiLU(a) written in float32 and rounded afterwards. What
 torch.compile traces is the plain formula: its partitioner makes the same choice by itself.

@@ -273,22 +273,32 @@ int lab_moments(const float* x, long batch, long pixels, long channels, long gro
     const long b = task / parts, start = task % parts * PART;
     const float* image = x + b * pixels * channels;
     sum_part(start, std::min(pixels, start + PART), channels, partial + 2 * task * channels,
-             [&](long, long at, v8& sum, v8& squares) {
-               const v8 a = load(image + at);
+             [&](long k, long at, v8& sum, v8& squares) {
+               const v8 a = sub(load(image + at), load(image + k));
                sum = add(sum, a);
                squares = fma(a, a, squares);
              });
   }
   for (long b = 0; b < batch; b++)
     for (long g = 0; g < groups; g++) {
-      double sum = 0, squares = 0;
-      for (long part = 0; part < parts; part++)
-        for (long k = g * each; k < (g + 1) * each; k++) {
+      // Numbers are summed less the channel's first one: the square of a large mean would leave
+      // nothing of a small variance. So each channel has its own v, and the group's is
+      // mean(v) + mean(μ²) - mean(μ)², with its μ less the group's first one.
+      const float* first = x + b * pixels * channels;
+      double mu = 0, square = 0;
+      for (long k = g * each; k < (g + 1) * each; k++) {
+        double sum = 0, squares = 0;
+        for (long part = 0; part < parts; part++) {
           sum += partial[2 * (b * parts + part) * channels + k];
           squares += partial[(2 * (b * parts + part) + 1) * channels + k];
         }
-      const double n = static_cast<double>(each) * pixels, mu = sum / n;
-      const double r = 1 / std::sqrt(std::max(0., squares / n - mu * mu) + eps);
+        const double m = sum / pixels, v = squares / pixels - m * m;
+        const double apart = m + (static_cast<double>(first[k]) - first[g * each]);
+        mu += apart / each;
+        square += (v + apart * apart) / each;
+      }
+      const double r = 1 / std::sqrt(std::max(0., square - mu * mu) + eps);
+      mu += first[g * each];
       mean[b * groups + g] = mu;
       rstd[b * groups + g] = r;
       for (long k = g * each; k < (g + 1) * each; k++) {
@@ -306,11 +316,13 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
                            const float* scale, const float* shift, float* d_gamma,
                            float* d_beta) {
   const long parts = (pixels + PART - 1) / PART, each = channels / groups;
-  Memory memory(4 * batch * parts * channels + 2 * batch * channels);
+  Memory memory(4 * batch * parts * channels + 3 * batch * channels);
   if (!memory.start) return 0;
   double* partial = reinterpret_cast<double*>(memory.start);
-  // d_x = d_a scale - x k + constant, with k and the constant of each channel's group.
-  float *k_of = memory.start + 4 * batch * parts * channels, *constant_of = k_of + batch * channels;
+  // d_x = d_a scale - (x - μ) k + constant, with μ, k and the constant of each channel's group.
+  float* mu_of = memory.start + 4 * batch * parts * channels;
+  float *k_of = mu_of + batch * channels, *constant_of = k_of + batch * channels;
+  for (long i = 0; i < batch * channels; i++) mu_of[i] = mean[i / each];
 #pragma omp parallel for
   for (long task = 0; task < batch * parts; task++) {
     const long b = task / parts, start = task % parts * PART;
@@ -325,14 +337,14 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
                const v8 d_a = mul(mul(g, s), fma(a, sub(all(1.f), s), all(1.f)));
                store(gradient + at, d_a);
                sum = add(sum, d_a);
-               products = fma(d_a, numbers, products);
+               products = fma(d_a, sub(numbers, load(mu_of + b * channels + k)), products);
              });
   }
   std::fill(d_gamma, d_gamma + channels, 0.f);
   std::fill(d_beta, d_beta + channels, 0.f);
   for (long b = 0; b < batch; b++)
     for (long g = 0; g < groups; g++) {
-      const double mu = mean[b * groups + g], r = rstd[b * groups + g];
+      const double r = rstd[b * groups + g];
       double of_scale = 0, of_shift = 0;  // Σ d_a γ x̂ and Σ d_a γ
       for (long k = g * each; k < (g + 1) * each; k++) {
         double sum = 0, products = 0;
@@ -340,7 +352,7 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
           sum += partial[2 * (b * parts + part) * channels + k];
           products += partial[(2 * (b * parts + part) + 1) * channels + k];
         }
-        const double of_gamma = (products - mu * sum) * r;
+        const double of_gamma = products * r;
         d_gamma[k] += of_gamma;
         d_beta[k] += sum;
         of_scale += of_gamma * gamma[k];
@@ -349,7 +361,7 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
       const double n = static_cast<double>(each) * pixels;
       for (long k = b * channels + g * each; k < b * channels + (g + 1) * each; k++) {
         k_of[k] = of_scale * r * r / n;
-        constant_of[k] = (of_scale * r * mu - of_shift) * r / n;
+        constant_of[k] = -of_shift * r / n;
       }
     }
 #pragma omp parallel for
@@ -358,7 +370,8 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
     for (long i = start; i < std::min(pixels, start + PART); i++)
       for (long k = 0; k < channels; k += LANES) {
         const long at = (b * pixels + i) * channels + k, of = b * channels + k;
-        const v8 rest = nfma(load(x + at), load(k_of + of), load(constant_of + of));
+        const v8 from_mean = sub(load(x + at), load(mu_of + of));
+        const v8 rest = nfma(from_mean, load(k_of + of), load(constant_of + of));
         store(d + at, fma(load(d + at), load(scale + of), rest));
       }
   }

@@ -209,7 +209,7 @@ def norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradients of SiLU(a), a = x̂ γ + β, for x, γ and β.
 
-        d_x = d_a γ / s - x k + (μ k - Σ d_a γ / (n s)),  s = √(v + eps),  k = Σ d_a γ x̂ / (n s²),
+        d_x = d_a γ / s - (x - μ) k - Σ d_a γ / (n s),  s = √(v + eps),  k = Σ d_a γ x̂ / (n s²),
 
     with sums over the n numbers of a group.
 

@@ -84,6 +84,18 @@ def test_values_and_gradients_are_those_of_float64(
 
 
 @needs_it
+def test_a_norm_of_numbers_far_from_zero_is_exact() -> None:
+    norm = layers(24, 8, groups=4)[0]
+    x = 1000 * images(2, 24, 1, 1, seed=1) + images(2, 24, 36, 40)
+    x[1] = images(24, 36, 40) + 1000  # but all channels of a group alike
+    mean, rstd, *_ = winograd.moments(x, norm.weight, norm.bias, 4, norm.eps)
+    groups = x.double().reshape(2, 4, -1)
+    torch.testing.assert_close(mean.double(), groups.mean(2), rtol=EPS, atol=0)
+    exact = (groups.var(2, unbiased=False) + norm.eps).rsqrt()
+    torch.testing.assert_close(rstd.double(), exact, rtol=2 * EPS, atol=0)
+
+
+@needs_it
 @pytest.mark.parametrize(("batch", "channels", "out"), [(2, 24, 24), (3, 16, 8)])
 def test_repeated_pixels_too(batch: int, channels: int, out: int) -> None:
     conv = layers(channels, out, groups=8)[1]
