@@ -53,10 +53,10 @@ the spread its interquartile range over the median.
 - *peak*: a 3x3 convolution against a matrix product, of which the better is the peak.
 
 *diffusers eager* is in the faster of its two memory layouts, *diffusers compiled* is torch.compile
-of the channels_last network, and compared with ours with compile=true, which has no effect on a CPU
-that convolutions are compiled for anyway; sampling on a GPU, both are CUDA graphs (mode
+of the channels_last network, and compared with ours with compile=true, which has no effect on a
+CPU that convolutions are compiled for anyway; sampling on a GPU, both are CUDA graphs (mode
 reduce-overhead, cuda_graphs=true). FLOP are those of the published network; a training step counts
-three forward passes. A step with fewer of them, by Winograd's algorithm, may pass the peak."""
+three forward passes. A step with fewer, by Winograd's algorithm, may pass the peak."""
 SECONDS = {"cpu": 60.0, "cuda": 25.0}  # of all turns; a CPU's neighbours make more noise
 NEED = {"loader": 120, "framework": 150, "features": 90}  # seconds, on two cores
 
