@@ -26,6 +26,11 @@ from diffusion_lab.schedule import Cosine, Linear
 SIDE = 8
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
+
+
 def random_network() -> UNet:
     """A U-Net in which every branch counts as much as any other."""
     torch.manual_seed(0)
@@ -75,9 +80,8 @@ def test_only_the_blocks_are_reduced(dtype: torch.dtype) -> None:
         assert value.dtype == dtype
 
 
-def test_an_image_of_fifty_steps_hardly_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_fifty_steps_hardly_changes() -> None:
     """In levels of 255, in the mean: at most 2.5; under autocast, which rounds more, 1.5."""
-    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
     network = random_network()
     x_1 = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,7 @@
 """The fast paths of the network say what the plain formula says, in value and gradient."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -199,7 +200,23 @@ def test_what_is_only_emulated_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(UserWarning, match="only emulates bfloat16.*trainer.precision=32-true"):
         found = reduced()
     assert all(map(torch.equal, found, exact))
-    with pytest.warns(UserWarning, match="only emulates bfloat16.*precision=float32"):
-        copy.deepcopy(network).cast_blocks()
     monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
     assert not torch.equal(reduced()[0], exact[0])
+
+
+def test_blocks_that_were_cast_run_in_float32_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = randomise(UNet(**SMALL))
+    cast = copy.deepcopy(network)
+    cast.cast_blocks()
+    for part in network._parts():
+        part.bfloat16().float()
+    x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    monkeypatch.setattr(unet, "emulates_bfloat16", lambda: True)
+    with pytest.warns(UserWarning, match="only emulates bfloat16.* runs in float32"):
+        with torch.inference_mode():
+            once = cast(x, index)
+    assert torch.equal(once, network(x, index))
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(cast(x.requires_grad_(), index), once)  # and not only in that mode
