@@ -6,9 +6,9 @@ concatenated to the input of one block of the way up. With the defaults this is 
 paper's CelebA-HQ-256 experiments, of 113,673,219 parameters.
 
 The weights are held channels_last, the order in memory that convolutions are fastest in, and so
-is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU. On a processor
-without instructions for bfloat16 it runs in float32, whatever it is asked for: emulated, a step
-takes 8 to 20 times as long, and is less exact.
+is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU. Where a
+processor has no instructions for bfloat16, it runs in float32 whatever it is asked for: emulated, a
+step takes 8 to 20 times as long, and is less exact.
 
 Source:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
@@ -38,7 +38,9 @@ from diffusion_lab.nn.blocks import (
 )
 from diffusion_lab.nn.fused import norm_silu_conv
 
-EMULATED = "this processor only emulates bfloat16, which takes 8 times as long or more: the network"
+EMULATED = (
+    "this processor only emulates bfloat16, which takes 8 times as long or more: the network"
+)
 
 
 def emulates_bfloat16() -> bool:
