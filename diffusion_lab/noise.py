@@ -21,6 +21,7 @@ __all__ = ["KeyedGenerator", "make_key", "normal_like"]
 
 import hashlib
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,15 +37,23 @@ MULTIPLIER_1 = _wrap(0xBF58476D1CE4E5B9)
 MULTIPLIER_2 = _wrap(0x94D049BB133111EB)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own shift of int64 copies the sign bit."""
+Bits = TypeVar("Bits", int, Tensor)  # one number, in [-2⁶³, 2⁶³), or many
+
+
+def _shift(x: Bits, bits: int) -> Bits:
+    """Logical right shift: Python's and torch's own of int64 copy the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits; int64 products wrap around."""
-    x = (x ^ _shift(x, 30)) * MULTIPLIER_1
-    x = (x ^ _shift(x, 27)) * MULTIPLIER_2
+def _times(x: Bits, factor: int) -> Bits:
+    """The product modulo 2⁶⁴; that of int64 wraps around by itself."""
+    return _wrap(x * factor) if isinstance(x, int) else x * factor
+
+
+def _mix(x: Bits) -> Bits:
+    """The finaliser of SplitMix64, a bijection of 64 bits."""
+    x = _times(x ^ _shift(x, 30), MULTIPLIER_1)
+    x = _times(x ^ _shift(x, 27), MULTIPLIER_2)
     return x ^ _shift(x, 31)
 
 
@@ -58,16 +67,15 @@ def make_key(*parts: int | str | Tensor) -> Tensor:
     Returns:
         The key, int64, with the broadcast shape of the parts.
     """
-    key = torch.zeros((), dtype=torch.int64)
+    key: Any = 0  # a number as long as it can be: tensors take a hundred times as long
     for part in parts:
         if isinstance(part, str):
             digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
             part = int.from_bytes(digest, "little", signed=True)
-        # A number, or the key while it is one on the CPU, goes into the product with a tensor by
-        # value: to copy it to a device would be to wait for that.
-        part = _wrap(part) if isinstance(part, int) else part.to(torch.int64)
-        key = _mix(_mix(key + INCREMENT) ^ part)
-    return key
+        word: Any = _wrap(part) if isinstance(part, int) else part.to(torch.int64)
+        key = key + INCREMENT
+        key = _mix(_mix(_wrap(key) if isinstance(key, int) else key) ^ word)
+    return torch.tensor(key) if isinstance(key, int) else key
 
 
 class KeyedGenerator:

@@ -7,8 +7,8 @@ paper's CelebA-HQ-256 experiments, of 113,673,219 parameters.
 
 The weights are held channels_last, the order in memory that convolutions are fastest in, and so
 is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU. Where a
-processor has no instructions for bfloat16, it runs in float32 whatever it is asked for: emulated, a
-step takes 8 to 20 times as long, and is less exact.
+processor has no instructions for bfloat16, the network runs in float32 whatever it is asked for:
+emulated, a step takes 8 to 20 times as long, and is less exact.
 
 Source:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
