@@ -4,9 +4,9 @@
 //
 // An image is (batch, height, width, channels) in memory; channels are multiples of 8, height and
 // width of 4. A tile is 4x4 pixels of the result and the 6x6 of the input that they depend on.
-// A tile's 36 values become rows of 36 matrices: v of the input, (36, tiles, channels), m of the
-// result, (36, tiles, out), which are not quite next to each other: see `matrix`. Values do not depend on the number of threads, nor those of an image
-// on the others of its batch.
+// A tile's 36 values become rows of 36 matrices: v of the input, (36, tiles, channels), and m of
+// the result, (36, tiles, out), which do not quite follow each other: see `matrix`. Values do not
+// depend on the number of threads, nor those of an image on the others of its batch.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -51,8 +51,8 @@ inline v8 sigmoid(v8 a) {
   return _mm256_div_ps(all(1.f), add(all(1.f), exponential(sub(all(0.f), a))));
 }
 
-// The matrices of F(4x4, 3x3) for the points 0, ±P, ±Q, ∞. With Lavin and Gray's 1 and 2, rounding
-// errors are three times as large.
+// The matrices of F(4x4, 3x3) for the points 0, ±P, ±Q, ∞. Lavin and Gray's 1 and 2 would double
+// the rounding errors.
 constexpr double P = 0.70710678118654752, Q = 1.41421356237309505, P2 = P * P, Q2 = Q * Q;
 constexpr double G0 = 1 / (P2 * Q2), GP = 1 / (2 * P2 * (P2 - Q2)), GQ = 1 / (2 * Q2 * (Q2 - P2));
 inline v8 c(double a) { return all(static_cast<float>(a)); }
