@@ -57,15 +57,20 @@ constexpr double P = 0.70710678118654752, Q = 1.41421356237309505, P2 = P * P, Q
 constexpr double G0 = 1 / (P2 * Q2), GP = 1 / (2 * P2 * (P2 - Q2)), GQ = 1 / (2 * Q2 * (Q2 - P2));
 inline v8 c(double a) { return all(static_cast<float>(a)); }
 
+// Values at P, -P, Q, -Q of polynomials with these even and odd parts.
+inline void at_points(v8 p_even, v8 p_odd, v8 q_even, v8 q_odd, v8 t[6]) {
+  t[1] = add(p_even, p_odd);
+  t[2] = sub(p_even, p_odd);
+  t[3] = add(q_even, q_odd);
+  t[4] = sub(q_even, q_odd);
+}
+
 // Bᵀ d
 inline void input_1d(const v8 d[6], v8 t[6]) {
   const v8 p_even = nfma(c(Q2), d[2], d[4]), p_odd = mul(c(P), nfma(c(Q2), d[1], d[3]));
   const v8 q_even = nfma(c(P2), d[2], d[4]), q_odd = mul(c(Q), nfma(c(P2), d[1], d[3]));
   t[0] = fma(c(P2 * Q2), d[0], nfma(c(P2 + Q2), d[2], d[4]));
-  t[1] = add(p_even, p_odd);
-  t[2] = sub(p_even, p_odd);
-  t[3] = add(q_even, q_odd);
-  t[4] = sub(q_even, q_odd);
+  at_points(p_even, p_odd, q_even, q_odd, t);
   t[5] = fma(c(P2 * Q2), d[1], nfma(c(P2 + Q2), d[3], d[5]));
 }
 
@@ -84,10 +89,7 @@ inline void gradient_1d(const v8 g[4], v8 t[6]) {
   const v8 p_even = fma(c(P2), g[2], g[0]), p_odd = mul(c(P), fma(c(P2), g[3], g[1]));
   const v8 q_even = fma(c(Q2), g[2], g[0]), q_odd = mul(c(Q), fma(c(Q2), g[3], g[1]));
   t[0] = g[0];
-  t[1] = add(p_even, p_odd);
-  t[2] = sub(p_even, p_odd);
-  t[3] = add(q_even, q_odd);
-  t[4] = sub(q_even, q_odd);
+  at_points(p_even, p_odd, q_even, q_odd, t);
   t[5] = g[3];
 }
 
@@ -96,10 +98,7 @@ inline void weight_1d(const v8 w[3], v8 t[6]) {
   const v8 p_even = mul(c(GP), fma(c(P2), w[2], w[0])), p_odd = mul(c(GP * P), w[1]);
   const v8 q_even = mul(c(GQ), fma(c(Q2), w[2], w[0])), q_odd = mul(c(GQ * Q), w[1]);
   t[0] = mul(c(G0), w[0]);
-  t[1] = add(p_even, p_odd);
-  t[2] = sub(p_even, p_odd);
-  t[3] = add(q_even, q_odd);
-  t[4] = sub(q_even, q_odd);
+  at_points(p_even, p_odd, q_even, q_odd, t);
   t[5] = w[2];
 }
 

@@ -38,6 +38,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lab.files import write_atomic
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 # OpenMP's library is not named: its functions are found in the one that torch has loaded, whose
 # threads are those of torch.set_num_threads.
@@ -49,17 +51,15 @@ MOST = 2**17  # pairs of channels, above which it does not fit the cache
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
-def _compile(compiler: str, to: Path) -> None:
-    """Makes a library of the source, in one step: others may be making the same."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        unlinked, library = Path(folder) / "winograd.o", Path(folder) / to.name
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unlinked)],
-            [compiler, "-shared", str(unlinked), "-o", str(library)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        library.replace(to)
+def _compile(compiler: str, folder: Path) -> Path:
+    """Makes a library of the source in a folder."""
+    unlinked, library = folder / "winograd.o", folder / "winograd.so"
+    for command in (
+        [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(unlinked)],
+        [compiler, "-shared", str(unlinked), "-o", str(library)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
 
 
 def _load() -> ctypes.CDLL:
@@ -78,14 +78,12 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError:
         pass
-    try:
-        _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except OSError:  # no room there, or not ours to write to
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / path.name
-            _compile(compiler, path)
-            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        made = _compile(compiler, Path(folder))
+        try:
+            return ctypes.CDLL(str(write_atomic(path, made.read_bytes())))
+        except OSError:  # no room there, or not ours to write to
+            return ctypes.CDLL(str(made))
 
 
 @functools.cache
@@ -159,6 +157,11 @@ def _at(tensor: Tensor | None) -> int | None:
 def _in_order(x: Tensor) -> Tensor:
     """The numbers in the order that the compiled functions read."""
     return x.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    """A tensor of x's type in that order, whatever torch's default type is."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -261,7 +264,7 @@ def convolve(
     if repeats:
         height, width = 2 * height, 2 * width
     out = weight.shape[1 if transposed else 0]
-    y = torch.empty(batch, out, height, width, memory_format=torch.channels_last)
+    y = _empty(x, batch, out, height, width)
     bias, time = (t if t is None else t.detach().contiguous() for t in (bias, time))
     skip = skip if skip is None else _in_order(skip)
     scale, shift = (None, None) if norm is None else norm[2:]
@@ -283,7 +286,7 @@ def weight_gradient(
     """
     x, gradient = _in_order(x), _in_order(gradient)
     (batch, channels), (out, height, width) = x.shape[:2], gradient.shape[1:]
-    d_w = torch.empty(out, channels, 3, 3, memory_format=torch.channels_last)
+    d_w = _empty(x, out, channels, 3, 3)
     d_time = x.new_empty(batch, out)
     scale, shift = (None, None) if norm is None else norm[2:]
     _call(

@@ -242,6 +242,23 @@ def test_where_it_serves(x: Tensor, weight: Tensor, served: bool) -> None:
 
 
 @needs_it
+def test_torchs_default_type_is_not_taken_for_the_images() -> None:
+    norm, conv = layers(16, 8, groups=8)
+    x, towards = images(2, 16, 8, 8).requires_grad_(), images(2, 8, 8, 8, seed=1)
+
+    def results() -> tuple[Tensor, ...]:
+        y = norm_silu_conv(x, norm, conv)
+        return y, *torch.autograd.grad(y, [x, *conv.parameters()], towards)
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, results(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_it
 def test_dropout_is_not_skipped() -> None:
     norm, conv = layers(16, 16, groups=8)
     x, dropout = images(2, 16, 16, 16), nn.Dropout(0.5)
