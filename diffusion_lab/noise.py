@@ -51,7 +51,7 @@ def _times(x: Bits, factor: int) -> Bits:
 
 
 def _mix(x: Bits) -> Bits:
-    """The finaliser of SplitMix64, a bijection of 64 bits."""
+    """The finaliser of SplitMix64, a bijection of 64 bits; a number is taken modulo 2⁶⁴."""
     x = _times(x ^ _shift(x, 30), MULTIPLIER_1)
     x = _times(x ^ _shift(x, 27), MULTIPLIER_2)
     return x ^ _shift(x, 31)
@@ -73,8 +73,7 @@ def make_key(*parts: int | str | Tensor) -> Tensor:
             digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
             part = int.from_bytes(digest, "little", signed=True)
         word: Any = _wrap(part) if isinstance(part, int) else part.to(torch.int64)
-        key = key + INCREMENT
-        key = _mix(_mix(_wrap(key) if isinstance(key, int) else key) ^ word)
+        key = _mix(_mix(key + INCREMENT) ^ word)
     return torch.tensor(key) if isinstance(key, int) else key
 
 
