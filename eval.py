@@ -1,6 +1,6 @@
 """Evaluates a trained prior: python eval.py task=denoise sigma_t=0.5"""
 
-from diffusion_lab.cli import evaluate
+from diffusion_lab.command.cli import evaluate
 
 if __name__ == "__main__":
     evaluate()

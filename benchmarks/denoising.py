@@ -21,12 +21,12 @@ from skimage.restoration import denoise_tv_chambolle
 
 from benchmarks.machine import RESULTS, ROOT, write_block
 from diffusion_lab.data.faces import draw_faces
-from diffusion_lab.data.module import to_model
-from diffusion_lab.instantiate import instantiate
 from diffusion_lab.metric import psnr, ssim
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.image_grid import image_grid, save_png
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.runs import newest_run, rebuild
-from diffusion_lab.tracking.grid import image_grid, save_png
+from diffusion_lab.runs.instantiate import instantiate
 
 IMAGES, SAMPLES, SIGMA_T = 64, 8, 0.5
 WEIGHTS = np.arange(0.3, 1.21, 0.1)

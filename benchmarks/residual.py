@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from diffusion_lab.benchmark import BEDS, Method, grade
 from diffusion_lab.guidance import Residual
+from diffusion_lab.leaderboard import BEDS, Method, grade
+from diffusion_lab.report.page import Curve, write_report
 from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
-from diffusion_lab.tracking.report import Curve, write_report
 
 RESULTS = Path(__file__).parent / "results"
 STRENGTHS = [10 ** (k / 2 - 4) for k in range(9)]  # 1e-4 to 1

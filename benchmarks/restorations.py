@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from diffusion_lab.metric import nominal
-from diffusion_lab.tracking.sweep_report import Job, read_jobs
+from diffusion_lab.report.sweep_report import Job, read_jobs
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("task", "guidance", "sigma_t", "sigma_y", "truth", "settings")  # what tells jobs apart

@@ -19,14 +19,14 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, write_block
 from diffusion_lab.data.images import Split
 from diffusion_lab.denoiser import Denoiser, Rescheduled
-from diffusion_lab.instantiate import instantiate
 from diffusion_lab.metric import EfficientNetLite0, Moments, frechet_distance
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.runs import rebuild
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.sampler import DDIM, SEEDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
-from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR
 from diffusion_lab.schedule import EDM
-from diffusion_lab.tracking.grid import to_uint8
 
 IMAGES, SEEDS_TAKEN, BATCH, SHAPE = 128, 3, 64, (3, 32, 32)
 LOWER = 10.0  # σ/α of the rows that start lower than t = 1

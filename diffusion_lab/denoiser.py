@@ -9,7 +9,7 @@ A network may have learned the variance of the reverse steps, too, see `reverse.
 its output is a share for each number of the image, of which only `with_share` speaks.
 """
 
-__all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled", "broadcast"]
+__all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled"]
 
 from abc import ABC, abstractmethod
 
@@ -18,18 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
-
-
-def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Gives a coefficient of shape () or (B,) x's type, device and number of dimensions.
-
-    One number may stay on the CPU, from where products with x take it by value: to copy it would
-    be to wait for the device.
-    """
-    if not coefficient.ndim and coefficient.device.type == "cpu":
-        return coefficient.to(x.dtype)
-    coefficient = coefficient.to(x)
-    return coefficient.reshape(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+from diffusion_lab.tensor import broadcast
 
 
 def _for_each(number: Tensor, x: Tensor) -> Tensor:

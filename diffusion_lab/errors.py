@@ -1,21 +1,46 @@
-"""Errors that are the user's to mend: one message, no traceback, exit code 1."""
+"""User-facing errors: one message, no traceback, exit code 1."""
 
-__all__ = ["ConfigError", "DataError", "RunError", "SamplingError"]
+__all__ = ["ArgumentError", "ConfigError", "DataError", "LabError", "RunError", "SamplingError"]
 
-from hydra.errors import CompactHydraException
+from typing import Any
 
 
-class ConfigError(CompactHydraException, ValueError):
+class LabError(Exception):
+    """Base of all errors that are reported to the user without a traceback."""
+
+
+class ArgumentError(ValueError):
+    """An argument of a constructor or function has a value that is not allowed.
+
+    Arguments:
+        name: The argument's name, or the full key of the configuration.
+        value: Its value.
+        allowed: The allowed values in words, after "it must be".
+    """
+
+    def __init__(self, name: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{name}={_shown(value)} is not allowed; it must be {allowed}")
+        self.name, self.value, self.allowed = name, value, allowed
+
+
+def _shown(value: Any) -> str:
+    """The value as it is written in YAML."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class ConfigError(LabError, ValueError):
     """A key of the configuration has a value that is not allowed."""
 
 
-class DataError(CompactHydraException):
-    """A source of images is missing, empty or corrupt."""
+class DataError(LabError):
+    """A data source is missing, empty or corrupt."""
 
 
-class RunError(CompactHydraException):
+class RunError(LabError):
     """A run directory or checkpoint is missing, unreadable or does not fit."""
 
 
-class SamplingError(CompactHydraException):
-    """A sampler's state is no longer a number, or it does not arrive."""
+class SamplingError(LabError):
+    """A sampler diverged (NaN or infinity), or did not converge."""

@@ -33,11 +33,13 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Denoiser, broadcast
-from diffusion_lab.noise import KeyedGenerator
-from diffusion_lab.reverse import last_variance, pixel_nats, step_nats
+from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.rng import KeyedGenerator
 from diffusion_lab.sampler.ode import ProbabilityFlow
-from diffusion_lab.schedule import LARGEST, DiscreteSchedule, Schedule
+from diffusion_lab.schedule import DiscreteSchedule, Schedule
+from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.tensor import broadcast
+from diffusion_lab.transition import last_variance, pixel_nats, step_nats
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 TERMS = 1000  # into which the bound cuts a continuous schedule

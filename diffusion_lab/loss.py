@@ -24,10 +24,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import broadcast
 from diffusion_lab.parameterization import Parameterization
-from diffusion_lab.reverse import last_variance, pixel_nats, step_nats, transition
 from diffusion_lab.schedule import DiscreteSchedule, Schedule
+from diffusion_lab.tensor import broadcast
+from diffusion_lab.transition import last_variance, pixel_nats, step_nats, transition
 
 
 class Loss(nn.Module, ABC):

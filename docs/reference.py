@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import diffusion_lab
-from diffusion_lab.config import CONFIG_PATH
-from diffusion_lab.rules import EVAL, TRAIN, find_rule
+from diffusion_lab.command.rules import EVAL, TRAIN, find_rule
+from diffusion_lab.runs.compose import CONFIG_PATH
 
 CONF = Path(CONFIG_PATH)
 ONLY_EVAL = {"benchmark", "guidance", "model", "task"}

@@ -19,7 +19,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
-from diffusion_lab import cli
+from diffusion_lab.command import cli
 
 # Tensors are tiny here: threads that wait for each other on a busy machine cost up to 50 x.
 torch.set_num_threads(1)

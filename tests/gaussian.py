@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance import Guidance, Observation
-from diffusion_lab.noise import KeyedGenerator
+from diffusion_lab.rng import KeyedGenerator
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.schedule import Schedule
 

@@ -19,7 +19,9 @@ def train(cue: str, directory: Path, *overrides: str, command: str = "train") ->
     """Runs train.py or eval.py; returns its exit code, negative if it died by a signal."""
     # A server that has imported everything and run nothing: a fork of it costs no five seconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusion_lab.cli", "diffusion_lab.callback", "killing"])
+    context.set_forkserver_preload(
+        ["diffusion_lab.command.cli", "diffusion_lab.callback", "killing"]
+    )
     process = context.Process(target=_run, args=(cue, directory, list(overrides), command))
     process.start()
     process.join(300)
@@ -40,7 +42,7 @@ def seen(directory: Path) -> dict[tuple[int, int, int], list[int]]:
 def _run(cue: str, directory: Path, overrides: list[str], command: str) -> None:
     import torch
 
-    from diffusion_lab import cli
+    from diffusion_lab.command import cli
 
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
@@ -59,8 +61,9 @@ def _arm(cue: str) -> None:
     count, number = int(count), signal.Signals[kind]
     from diffusion_lab.callback import checkpoint
     from diffusion_lab.data import cache
-    from diffusion_lab.module import DiffusionModule
+    from diffusion_lab.runs import checkpoint as checkpoint_file
     from diffusion_lab.task import Restore
+    from diffusion_lab.training.module import DiffusionModule
 
     passed = dict.fromkeys(
         [
@@ -105,7 +108,7 @@ def _arm(cue: str) -> None:
     around(checkpoint.LastCheckpoint, "on_train_batch_end", before="stepped")
     around(DiffusionModule, "validation_step", before="validation")
     around(DiffusionModule, "on_validation_epoch_end", after="validated")
-    around(checkpoint.AtomicCheckpointIO, "save_checkpoint", after="written")
+    around(checkpoint_file.AtomicCheckpointIO, "save_checkpoint", after="written")
     around(cache._Packer, "_write", before="packed")
     around(Restore, "compute", after="computed")
     around(Restore, "test_step", after="kept")
@@ -119,8 +122,8 @@ def _arm(cue: str) -> None:
             here("replace")
             os.replace(*args)
 
-    checkpoint.os = Os()
-    save = checkpoint.torch.save
+    checkpoint_file.os = Os()
+    save = checkpoint_file.torch.save
 
     class Torch:
         def __getattr__(self, name: str):
@@ -134,16 +137,16 @@ def _arm(cue: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             save(content, file)
 
-    _torch = checkpoint.torch
-    checkpoint.torch = Torch()
+    _torch = checkpoint_file.torch
+    checkpoint_file.torch = Torch()
 
 
 if __name__ == "__main__":
-    from diffusion_lab import cli, distributed
+    from diffusion_lab.command import cli, launcher, worker
 
     _arm(os.environ.get("CUE", ""))
     if "LOCAL_RANK" in os.environ:
-        distributed.rank(*sys.argv[1:])
+        worker.main(*sys.argv[1:])
     else:
-        distributed.PROGRAM = [sys.executable, __file__]
+        launcher.PROGRAM = [sys.executable, __file__]
         cli.train()

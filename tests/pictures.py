@@ -267,7 +267,9 @@ def start(root: Path, kind: str, **options: Any) -> multiprocessing.Process:
     """Packs such a source in a process of its own."""
     # The server is shared with other tests: what it imports first is the same.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusion_lab.cli", "diffusion_lab.callback", "killing"])
+    context.set_forkserver_preload(
+        ["diffusion_lab.command.cli", "diffusion_lab.callback", "killing"]
+    )
     process = context.Process(target=_pack, args=(root, kind, options))
     process.start()
     return process

@@ -19,13 +19,13 @@ from diffusion_lab.denoiser import ClassifierFree, NetworkDenoiser
 from diffusion_lab.errors import ConfigError, DataError
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.loss import Simple
-from diffusion_lab.lr_schedule import Constant
-from diffusion_lab.module import DiffusionModule
 from diffusion_lab.nn import UNet
-from diffusion_lab.noise import make_key
 from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.rng import make_key
 from diffusion_lab.sampler import UniPC
 from diffusion_lab.schedule import Linear
+from diffusion_lab.training.lr_schedule import Constant
+from diffusion_lab.training.module import DiffusionModule
 
 
 def opened(tmp_path: Path, **options) -> ImageDataModule:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_lab import load_run
 from diffusion_lab.interop.diffusers import save_unet
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 SMALL = ["num_images=5", "num_samples=3", "sampler.steps=3", "trainer.accelerator=cpu"]
 

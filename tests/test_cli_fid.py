@@ -15,8 +15,7 @@ from conftest import Command
 from PIL import Image
 from test_cli_eval import table
 
-from diffusion_lab import cli
-from diffusion_lab.instantiate import instantiate
+from diffusion_lab.command import cli
 from diffusion_lab.metric import (
     Moments,
     extract,
@@ -24,13 +23,14 @@ from diffusion_lab.metric import (
     kernel_distance,
     precision_recall,
 )
-from diffusion_lab.metric.statistics import PooledPixels
+from diffusion_lab.metric.feature_statistics import PooledPixels
 from diffusion_lab.runs import rebuild
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.task import FID
 
 FEW = [
     "task=fid", "num_samples=9", "num_seeds=2", "sampler.steps=2", "trainer.accelerator=cpu",
-    "extractor._target_=diffusion_lab.metric.statistics.PooledPixels",  # quick
+    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick
 ]  # fmt: skip
 
 

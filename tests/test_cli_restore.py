@@ -10,9 +10,9 @@ from PIL import Image
 from test_cli_eval import SMALL, table
 
 from diffusion_lab.analytic import Gaussian
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Cosine, Linear
-from diffusion_lab.task.images import model_pairs, read_image
+from diffusion_lab.task.user_images import model_pairs, read_image
 
 
 def picture(path: str, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:

@@ -15,7 +15,7 @@ from conftest import TINY, Command
 from test_conf import make_photos
 
 from diffusion_lab import load_run
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.runs import load_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"

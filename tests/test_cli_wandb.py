@@ -14,14 +14,14 @@ from conftest import TINY, Command
 from PIL import Image
 from wandb_file import Offline, read
 
-from diffusion_lab.module import DiffusionModule
-from diffusion_lab.tracking import wandb as logger
-from diffusion_lab.tracking.workspace import SECTIONS, Choices, Lines, Pictures, Values
+from diffusion_lab.logger import wandb_logger as logger
+from diffusion_lab.logger.wandb_workspace import SECTIONS, Choices, Lines, Pictures, Values
+from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).parent.parent
 FID = [
     "task=fid", "num_samples=9", "num_seeds=1", "sampler.steps=2", "trainer.accelerator=cpu",
-    "extractor._target_=diffusion_lab.metric.statistics.PooledPixels",  # quick
+    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick
 ]  # fmt: skip
 SMALL = ["num_images=2", "num_samples=2", "sampler.steps=3", "trainer.accelerator=cpu"]
 

@@ -8,9 +8,10 @@ from conftest import Command
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from diffusion_lab.config import CONFIG_PATH, check_eval
-from diffusion_lab.instantiate import instantiate
+from diffusion_lab.command.validation import check_eval
 from diffusion_lab.runs import compose
+from diffusion_lab.runs.compose import CONFIG_PATH
+from diffusion_lab.runs.instantiate import instantiate
 
 CONF = Path(CONFIG_PATH)
 OPTIONS = [

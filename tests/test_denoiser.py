@@ -5,11 +5,12 @@ import torch
 from gaussian import COVARIANCE, MEAN, GaussianDenoiser
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import Clipped, NetworkDenoiser, Rescheduled, broadcast
+from diffusion_lab.denoiser import Clipped, NetworkDenoiser, Rescheduled
 from diffusion_lab.parameterization import EDM as EDMParameterization
 from diffusion_lab.parameterization import X0, Epsilon, Parameterization, Score, V
 from diffusion_lab.parameterization import Flow as FlowParameterization
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, SubVP
+from diffusion_lab.tensor import broadcast
 
 SCHEDULES = [Linear(), Cosine(), VP(), SubVP(), VE(), EDM(), Flow()]
 PARAMETERIZATIONS = [

@@ -16,9 +16,9 @@ from test_module import make_batch, make_module
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion_lab.callback import LastCheckpoint
-from diffusion_lab.distributed import set_up_ddp
 from diffusion_lab.nn import UNet
 from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.runs.ranks import set_up_ddp
 
 ROOT = Path(__file__).parent.parent
 OWN = ("data.splits", "data.batch_size", "trainer.accelerator")  # set below instead

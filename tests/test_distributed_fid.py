@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from test_distributed import OWN, SPLITS, command
 
-PIXELS = "extractor._target_=diffusion_lab.metric.statistics.PooledPixels"
+PIXELS = "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels"
 
 
 def rows(path: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from diffusion_lab.analytic import GaussianMixture
 from diffusion_lab.guidance import Observation
 from diffusion_lab.operator import Inpainting
 from diffusion_lab.sampler import DDIM, EulerMaruyama
-from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR
 from diffusion_lab.schedule import Cosine, Linear
 
 ROOT = Path(__file__).parent.parent

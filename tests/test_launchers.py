@@ -20,10 +20,12 @@ from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab import distributed, plugins
-from diffusion_lab.config import CONFIG_PATH, register_resolvers
+from diffusion_lab.command import launcher, worker
 from diffusion_lab.errors import ConfigError, RunError
-from diffusion_lab.tracking.sweep_report import read_jobs
+from diffusion_lab.report.sweep_report import read_jobs
+from diffusion_lab.runs import hydra_plugins as plugins
+from diffusion_lab.runs import ranks as rank_info
+from diffusion_lab.runs.compose import CONFIG_PATH, register_resolvers
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 JOBS = [*TINY, "trainer.max_steps=2", "schedule=linear,cosine", "hydra.sweep.dir=s"]
@@ -115,10 +117,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, code: str, count: int = 2) -> None
     head = (
         "import os, signal, sys, time; k = int(os.environ['LOCAL_RANK']); folder = sys.argv[2]\n"
     )
-    monkeypatch.setattr(distributed, "PROGRAM", [sys.executable, "-c", head + code])
+    monkeypatch.setattr(launcher, "PROGRAM", [sys.executable, "-c", head + code])
     logs = OmegaConf.create({"job_logging": {}})
-    monkeypatch.setattr(distributed.HydraConfig, "get", lambda: logs)
-    distributed.launch("train", OmegaConf.create({"a": 1, "b": "${a}"}), count)
+    monkeypatch.setattr(launcher.HydraConfig, "get", lambda: logs)
+    launcher.launch("train", OmegaConf.create({"a": 1, "b": "${a}"}), count)
 
 
 def test_each_rank_finds_what_lightning_looks_for(
@@ -144,7 +146,7 @@ def test_each_rank_finds_what_lightning_looks_for(
 def test_a_rank_that_is_killed_takes_those_along_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(launcher, "GRACE", 0.2)
     code = "time.sleep(600) if k == 0 else os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RunError, match="device 1 of 2 was killed by SIGKILL; is the memory full"):
         launched(monkeypatch, code)
@@ -187,7 +189,7 @@ def test_a_signal_goes_to_every_rank(
 
 def _follower(pid: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    distributed.follow(pid)
+    worker.follow(pid)
     time.sleep(600)
 
 
@@ -207,8 +209,8 @@ def test_a_job_ends_when_its_sweep_is_gone() -> None:
 def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> None:
     os.environ.update({name: value.format(k=k) for name, value in variables.items()})
     rank_zero_only.rank = k
-    distributed._store.cache_clear()
-    queue.put((k, distributed.agree(f"directory of {k}")))
+    rank_info._store.cache_clear()
+    queue.put((k, rank_info.agree(f"directory of {k}")))
     everyone.wait()  # the others may still be asking rank 0
 
 
@@ -224,7 +226,7 @@ def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> N
 def test_ranks_from_outside_take_the_directory_of_rank_0(variables: dict[str, str]) -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    port = {"MASTER_PORT": str(distributed._free_port())}
+    port = {"MASTER_PORT": str(launcher._free_port())}
     more = (queue, context.Barrier(3))
     ranks = [
         context.Process(target=_agreeing, args=(k, variables | port, *more)) for k in (2, 1, 0)
@@ -235,7 +237,7 @@ def test_ranks_from_outside_take_the_directory_of_rank_0(variables: dict[str, st
     assert found == dict.fromkeys(range(3), "directory of 0")
     for process in ranks:
         process.join()
-    assert distributed.agree("my own") == "my own"
+    assert rank_info.agree("my own") == "my own"
 
 
 # --- with the plugins ---------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_torchrun_makes_one_directory(here: Path) -> None:
     late = "import os, runpy, sys, time; time.sleep(1.5 * int(os.environ['RANK'])); "
     run = f"sys.argv = {[str(TRAIN), *TINY, 'trainer=ddp_sim', 'trainer.max_steps=2']}; "
     (here / "late.py").write_text(f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.launcher.run", "--standalone"]
     result = subprocess.run(
         [*command, "--nproc-per-node=2", "late.py"], capture_output=True, text=True, timeout=300
     )

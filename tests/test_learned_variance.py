@@ -22,26 +22,26 @@ from torch import Tensor, nn
 
 from diffusion_lab import load_run
 from diffusion_lab import parameterization as kinds
-from diffusion_lab.config import check_train
-from diffusion_lab.denoiser import (
-    ClassifierFree,
-    Clipped,
-    Denoiser,
-    NetworkDenoiser,
-    Rescheduled,
-    broadcast,
-)
+from diffusion_lab.command.validation import check_train
+from diffusion_lab.denoiser import ClassifierFree, Clipped, Denoiser, NetworkDenoiser, Rescheduled
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import load_schedule, load_unet, save_unet
 from diffusion_lab.likelihood import bound
 from diffusion_lab.loss import Hybrid, Loss, Simple
-from diffusion_lab.module import DiffusionModule
 from diffusion_lab.nn import UNet
-from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.reverse import last_variance, pixel_nats, step_nats, step_variance, transition
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.runs import compose
 from diffusion_lab.sampler import DDIM, Ancestral, State
 from diffusion_lab.schedule import VP, Cosine, DiscreteSchedule, Linear
+from diffusion_lab.tensor import broadcast
+from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.transition import (
+    last_variance,
+    pixel_nats,
+    step_nats,
+    step_variance,
+    transition,
+)
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 TWENTY = Linear(1e-4, 0.6, steps=20)  # whose last step, which adds no noise, is a small one

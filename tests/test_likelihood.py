@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_lab.analytic import Gaussian
 from diffusion_lab.likelihood import bound, flow
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import ProbabilityFlow
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, DiscreteSchedule, Linear, Schedule, SubVP
 from diffusion_lab.schedule import Flow as FlowSchedule

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffusion_lab import parameterization as kinds
-from diffusion_lab.denoiser import broadcast
 from diffusion_lab.loss import EDM, P2, SNR, Likelihood, Loss, MinSNR, Simple
 from diffusion_lab.schedule import EDM as EDMSchedule
 from diffusion_lab.schedule import VE, VP, Cosine, Flow, Linear, Schedule, SubVP
+from diffusion_lab.tensor import broadcast
 
 KINDS: dict[str, kinds.Parameterization] = {
     "epsilon": kinds.Epsilon(),

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from diffusion_lab.callback import NaNGuard, Throughput
 from diffusion_lab.callback.ema import EMA
 from diffusion_lab.loss import P2, Likelihood, Loss, MinSNR, Simple
-from diffusion_lab.lr_schedule import Constant, Cosine
-from diffusion_lab.module import DiffusionModule, _bin, bin_name
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import VP, Linear
-from diffusion_lab.time import Importance, Uniform
+from diffusion_lab.timesteps import Importance, Uniform
+from diffusion_lab.training.lr_schedule import Constant, Cosine
+from diffusion_lab.training.module import DiffusionModule, _bin, bin_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, _mix, make_key, normal_like
+from diffusion_lab.rng import KeyedGenerator, _mix, make_key, normal_like
 
 MASK = (1 << 64) - 1
 G = 0x9E3779B97F4A7C15

@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY
 
 import diffusion_lab
-from diffusion_lab.config import CONFIG_PATH
+from diffusion_lab.runs.compose import CONFIG_PATH
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -7,13 +7,14 @@ import torch
 from sampler.beds import MIXTURE
 from torch import Tensor, nn
 
-from diffusion_lab.denoiser import NetworkDenoiser, broadcast
+from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.parameterization import EDM, X0, Epsilon, Flow, Parameterization, Score, V
 from diffusion_lab.sampler import DDIM, EulerMaruyama, Heun, Sampler, UniPC
-from diffusion_lab.sampler.grid import Uniform
+from diffusion_lab.sampler.time_grid import Uniform
 from diffusion_lab.schedule import EDM as EDMSchedule
 from diffusion_lab.schedule import VE, VP, Linear, Schedule, SubVP
 from diffusion_lab.schedule import Flow as FlowSchedule
+from diffusion_lab.tensor import broadcast
 
 SIGMA_DATA = 0.3
 KINDS: dict[str, Parameterization] = {

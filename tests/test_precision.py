@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.analytic import Gaussian
-from diffusion_lab.denoiser import NetworkDenoiser, broadcast
+from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.guidance import MMPS, Guidance, Observation, Truncated
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
 from diffusion_lab.nn import UNet, unet
 from diffusion_lab.nn.blocks import initialise
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import BoxInpainting, Identity, Operator
 from diffusion_lab.parameterization import V
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, EulerMaruyama
 from diffusion_lab.schedule import Cosine, Linear
+from diffusion_lab.tensor import broadcast
 
 SIDE = 8
 

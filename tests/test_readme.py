@@ -10,13 +10,13 @@ from conftest import TINY, Command, Result
 from test_conf import make_photos
 
 from diffusion_lab import load_run
+from diffusion_lab.command.data import main as data_command
+from diffusion_lab.command.report import main as tracking_command
 from diffusion_lab.data import source
-from diffusion_lab.data.__main__ import main as data_command
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn import UNet
 from diffusion_lab.task import Restore
-from diffusion_lab.tracking.__main__ import main as tracking_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

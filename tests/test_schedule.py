@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import (
     EDM,
     VE,

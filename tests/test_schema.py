@@ -13,9 +13,9 @@ from conftest import Command
 from omegaconf import OmegaConf
 from reference import CONF, ONLY_EVAL, Entry, entries, files
 
-from diffusion_lab.config import check_eval, check_train
+from diffusion_lab.command.rules import EVAL, TRAIN, find_rule
+from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.rules import EVAL, TRAIN, find_rule
 from diffusion_lab.runs import compose
 
 FREE_TEXT = {  # names, paths, and what only the source of the images or a logger can judge

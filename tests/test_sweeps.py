@@ -11,9 +11,9 @@ import yaml
 from conftest import Command
 from test_cli_train import assert_same, rows
 
+from diffusion_lab.command.sweep import Sweep
+from diffusion_lab.report.sweep_report import read_jobs, summarize
 from diffusion_lab.runs import load_checkpoint
-from diffusion_lab.sweep import Sweep
-from diffusion_lab.tracking.sweep_report import read_jobs, summarize
 
 
 def summary(directory: Path) -> list[dict[str, str]]:

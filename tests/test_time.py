@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_lab.loss import Likelihood
 from diffusion_lab.parameterization import Epsilon
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, SubVP
-from diffusion_lab.time import Importance, LogNormal, Uniform
+from diffusion_lab.timesteps import Importance, LogNormal, Uniform
 
 CONTINUOUS = {"vp": VP(), "subvp": SubVP(), "ve": VE(), "edm": EDM(), "flow": Flow()}
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), **CONTINUOUS}

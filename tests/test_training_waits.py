@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_lab.callback import EMA, LastCheckpoint, NaNGuard, PowerEMA, Throughput
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.loss import MinSNR, Simple
-from diffusion_lab.lr_schedule import Cosine
-from diffusion_lab.module import DiffusionModule
 from diffusion_lab.nn import UNet
 from diffusion_lab.parameterization import Epsilon, V
 from diffusion_lab.schedule import VP
 from diffusion_lab.schedule import Cosine as CosineSchedule
-from diffusion_lab.time import Uniform
+from diffusion_lab.timesteps import Uniform
+from diffusion_lab.training.lr_schedule import Cosine
+from diffusion_lab.training.module import DiffusionModule
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)

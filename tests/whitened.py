@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.analytic import GaussianMixture
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 REPEATS = 5  # of exact draws
 

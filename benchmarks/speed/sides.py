@@ -36,19 +36,19 @@ from torch import Tensor, nn
 from benchmarks.machine import ROOT
 from benchmarks.speed.turns import Work, now
 from diffusion_lab.callback.throughput import count_flops
-from diffusion_lab.config import CONFIG_PATH
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.data.faces import draw_faces
-from diffusion_lab.data.module import to_model
 from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
-from diffusion_lab.instantiate import instantiate
 from diffusion_lab.interop.diffusers import load_unet
 from diffusion_lab.metric import EfficientNetLite0
 from diffusion_lab.metric.features import extract
 from diffusion_lab.nn import UNet
-from diffusion_lab.nn.graph import Graphed
+from diffusion_lab.nn.cuda_graph import Graphed
 from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.pixels import to_model
+from diffusion_lab.runs.compose import CONFIG_PATH
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
 
@@ -383,11 +383,13 @@ def _train_config(folder: Path, overrides: list[str]) -> DictConfig:
 
 def framework(side: str, folder: Path, overrides: list[str], device: str) -> Work | None:
     """A step of the embedded default: of `python train.py`, or of a loop without anything else."""
-    from diffusion_lab import cli  # also registers what the configuration is resolved with
+    from diffusion_lab.command.fit import fit
+    from diffusion_lab.command.process import set_up_process
 
     if side == "ours":
         _silence()
-        cli.fit(_train_config(folder, [*overrides, f"+callbacks.turns._target_={TURNS}"]))
+        set_up_process()
+        fit(_train_config(folder, [*overrides, f"+callbacks.turns._target_={TURNS}"]))
         return None
     config = _train_config(folder, overrides)
     torch.manual_seed(0)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.analytic.gaussian_mixture import MixtureDenoiser
-from diffusion_lab.denoiser import broadcast
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.tensor import broadcast
 
 
 class Atoms(nn.Module):

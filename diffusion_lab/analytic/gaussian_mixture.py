@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.tensor import broadcast
 
 TOLERANCE = 1e-6  # of weights and covariances that were computed in float32
 EPSILON = torch.finfo(torch.float64).eps

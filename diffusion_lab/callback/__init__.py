@@ -7,16 +7,16 @@ __all__ = [
 ]  # fmt: skip
 
 from diffusion_lab.callback.checkpoint import (
-    AtomicCheckpointIO,
     ElasticResume,
     FinalValidation,
     LastCheckpoint,
     Stopped,
 )
 from diffusion_lab.callback.ema import EMA, PowerEMA
-from diffusion_lab.callback.few_images import FewImages
 from diffusion_lab.callback.fid import FID
 from diffusion_lab.callback.nan_guard import NaNGuard
+from diffusion_lab.callback.overfit_subset import FewImages
 from diffusion_lab.callback.samples import SampleGrid
 from diffusion_lab.callback.schedule_plot import SchedulePlot
 from diffusion_lab.callback.throughput import Throughput
+from diffusion_lab.runs.checkpoint import AtomicCheckpointIO

@@ -1,56 +1,15 @@
 r"""Checkpoints that survive: written whole or not at all, loaded without running code."""
 
-__all__ = ["AtomicCheckpointIO", "ElasticResume", "FinalValidation", "LastCheckpoint", "Stopped"]
+__all__ = ["ElasticResume", "FinalValidation", "LastCheckpoint", "Stopped"]
 
-import os
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-
-from diffusion_lab.errors import RunError
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, forces it to the disk and renames.
-
-    Whatever interrupts it, the previous checkpoint is still there. Lightning's own writer leaves
-    an unreadable file if it is killed in the middle.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError about its own archive format
-            partial.unlink(missing_ok=True)
-            kept = "the previous one is intact" if path.exists() else "there is no earlier one"
-            raise RunError(
-                f"cannot write the checkpoint {path} ({error}); is the disk full? {kept}. "
-                "Free space and continue with resume=<run dir>"
-            ) from error
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        from diffusion_lab.runs import load_checkpoint
-
-        return load_checkpoint(Path(path))
 
 
 class Stopped(BaseException):

@@ -12,7 +12,7 @@ The power-function averages, any number beside it, of which snapshots are writte
 
     θ̂ <- β_n θ̂ + (1 - β_n) θ,    β_n = (1 - 1/n)^(γ+1);
 
-`diffusion_lab.ema` has the mathematics, and makes averages of any other width of the snapshots.
+`diffusion_lab.training.post_hoc_ema` reconstructs averages of any other width from the snapshots.
 
 Sources:
     Song et al., "Score-based generative modeling through SDEs", 2021, code (the ramp).
@@ -30,9 +30,9 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from diffusion_lab.ema import exponent, save_snapshot, snapshots
 from diffusion_lab.errors import RunError
-from diffusion_lab.module import DiffusionModule
+from diffusion_lab.training.module import DiffusionModule
+from diffusion_lab.training.post_hoc_ema import exponent, save_snapshot, snapshots
 
 
 def _move(averages: list[Tensor], values: list[Tensor], share: float, skipped: Tensor) -> None:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion_lab.errors import ConfigError, SamplingError
+from diffusion_lab.metric.feature_statistics import Moments, reference
 from diffusion_lab.metric.features import extract, title
 from diffusion_lab.metric.frechet import frechet_distance
-from diffusion_lab.metric.statistics import Moments, reference
-from diffusion_lab.module import DiffusionModule
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
-from diffusion_lab.tracking.grid import to_uint8
+from diffusion_lab.training.module import DiffusionModule
 
 FEW = 2  # images, and steps, of a debug run
 

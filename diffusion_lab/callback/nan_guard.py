@@ -13,7 +13,7 @@ from lightning import Callback, Trainer
 
 from diffusion_lab.callback.checkpoint import LastCheckpoint
 from diffusion_lab.errors import RunError
-from diffusion_lab.module import DiffusionModule, is_logged
+from diffusion_lab.training.module import DiffusionModule, is_logged
 
 
 class NaNGuard(Callback):

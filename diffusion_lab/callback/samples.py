@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 
-from diffusion_lab.callback.pictures import (
+from diffusion_lab.callback.sample_animation import (
     Recorder,
     levels,
     log_picture,
@@ -18,13 +18,13 @@ from diffusion_lab.callback.pictures import (
     progressive,
 )
 from diffusion_lab.data.images import SourceImages
-from diffusion_lab.data.module import to_model
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import MMSE, Observation, Truncated
-from diffusion_lab.module import DiffusionModule
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.image_grid import image_grid, labelled_grid
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import EulerMaruyama, Sampler
-from diffusion_lab.tracking.grid import image_grid, labelled_grid
+from diffusion_lab.training.module import DiffusionModule
 
 log = logging.getLogger(__name__)
 

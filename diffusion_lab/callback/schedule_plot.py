@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from lightning import Callback, Trainer
 
-from diffusion_lab.callback.pictures import log_picture
-from diffusion_lab.module import BINS, DiffusionModule, bin_name
-from diffusion_lab.tracking.chart import Curve
-from diffusion_lab.tracking.plot import draw
+from diffusion_lab.callback.sample_animation import log_picture
+from diffusion_lab.report.chart import Curve
+from diffusion_lab.report.chart_png import draw
+from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
 
 log = logging.getLogger(__name__)
 

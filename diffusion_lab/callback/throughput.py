@@ -30,7 +30,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_lab.module import DiffusionModule, is_logged
+from diffusion_lab.training.module import DiffusionModule, is_logged
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 CHUNK = 1 << 17  # pixels drawn at once: enough to hide the cost of a call, 15 MiB of planes
 SIZES = tuple(1 << k for k in range(3, 11))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import RunError
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 TAILS = ("drop", "spread")
 

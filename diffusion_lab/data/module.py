@@ -5,7 +5,7 @@ and scaled, x_0 = x / 127.5 - 1 in [-1, 1], float32; the permutation to (B, 3, H
 and leaves the memory layout that convolutions like.
 """
 
-__all__ = ["ImageDataModule", "to_model"]
+__all__ = ["ImageDataModule"]
 
 import hashlib
 import logging
@@ -17,27 +17,21 @@ from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule
-from torch import Tensor
 
 from diffusion_lab.data.cache import MANIFEST, PackedCache, ingest
 from diffusion_lab.data.images import Images, SourceImages, Split
 from diffusion_lab.data.loader import TAILS, Loader
-from diffusion_lab.data.order import lanes, live_groups, shuffled
+from diffusion_lab.data.shuffle import lanes, live_groups, shuffled
 from diffusion_lab.data.source import Source, divide, open_source
 from diffusion_lab.errors import ConfigError, DataError
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_model
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 log = logging.getLogger(__name__)
 
 CACHES = ("uint8", "bytes", "none")
 ORDERS = ("shuffle", "lanes")
 ROOM = 0.85  # of data.memory may be planned with; see `_room`
-
-
-def to_model(images: Tensor) -> Tensor:
-    """Scales uint8 images (B, H, W, 3) to float32 in [-1, 1], of shape (B, 3, H, W)."""
-    # In place: a large tensor costs more to get than to fill.
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class ImageDataModule(LightningDataModule):

@@ -22,7 +22,7 @@ import torch
 from diffusion_lab.data.faces import HAIR_STYLES, draw_faces, face_factors
 from diffusion_lab.data.storage import EXTRA, Storage, open_storage
 from diffusion_lab.errors import DataError
-from diffusion_lab.noise import make_key
+from diffusion_lab.rng import make_key
 
 SPLITS = ("train", "val", "test")
 OWN = {"train": "train", "val": "val", "validation": "val", "test": "test"}

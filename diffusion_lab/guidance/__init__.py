@@ -13,13 +13,13 @@ from diffusion_lab.guidance.ddrm import DDRM
 from diffusion_lab.guidance.diffpir import DiffPIR
 from diffusion_lab.guidance.dmps import DMPS
 from diffusion_lab.guidance.dps import DPS
-from diffusion_lab.guidance.fused import Fused
 from diffusion_lab.guidance.ilvr import ILVR
 from diffusion_lab.guidance.jfps import JFPS
 from diffusion_lab.guidance.mmps import MMPS
 from diffusion_lab.guidance.mmse import MMSE
 from diffusion_lab.guidance.pigdm import PiGDM
 from diffusion_lab.guidance.pnpdm import PnPDM
+from diffusion_lab.guidance.precision_weighted import Fused
 from diffusion_lab.guidance.reddiff import REDDiff
 from diffusion_lab.guidance.replacement import Replacement
 from diffusion_lab.guidance.residual import Residual

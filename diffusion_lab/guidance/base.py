@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.noise import normal_like
 from diffusion_lab.operator import Identity, LinearOperator, Operator
+from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
 from diffusion_lab.schedule import Schedule
 

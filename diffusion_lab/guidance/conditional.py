@@ -6,9 +6,10 @@ from typing import cast
 
 from torch import Tensor
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Observation
 from diffusion_lab.operator import LinearOperator
+from diffusion_lab.tensor import broadcast
 
 
 class Conditional(Denoiser):

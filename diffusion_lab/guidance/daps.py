@@ -22,11 +22,12 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.guidance.coupling import Coupled, Coupling
+from diffusion_lab.guidance.data_step import Coupled, Coupling
 from diffusion_lab.sampler import DDIM
-from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import Karras
-from diffusion_lab.schedule import LARGEST
+from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
+from diffusion_lab.sampler.time_grid import Karras
+from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.transition import transition
 
 
 class DAPSSampler(Sampler):

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.spectrum import Spectrum
-from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
+from diffusion_lab.guidance.svd_steps import Spectrum
+from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
+from diffusion_lab.transition import transition
 
 
 class DDRMSampler(Sampler):

@@ -20,11 +20,12 @@ from copy import copy
 
 from torch import Tensor
 
-from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.guidance.conditional import Conditional
-from diffusion_lab.guidance.solve import pull_back
+from diffusion_lab.guidance.linear_solve import pull_back
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
+from diffusion_lab.tensor import broadcast
 
 
 class DMPS(Guided):

@@ -29,10 +29,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.guidance.conditional import Conditional
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
+from diffusion_lab.tensor import broadcast
 
 
 class DPS(Guidance):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.travelling import Travelling
+from diffusion_lab.guidance.time_travel import Travelling
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 
 LARGEST_CONDITION = 100.0  # largest over smallest s > 0; bicubic reduction has 2, blurs 1000s

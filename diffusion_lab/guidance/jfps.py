@@ -16,10 +16,11 @@ __all__ = ["JFPS"]
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.guidance.conditional import Conditional
-from diffusion_lab.guidance.solve import conjugate_gradients, pull_back
+from diffusion_lab.guidance.linear_solve import conjugate_gradients, pull_back
+from diffusion_lab.tensor import broadcast
 
 
 class JFPS(Guided):

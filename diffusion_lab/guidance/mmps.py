@@ -24,7 +24,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.guidance.conditional import Conditional
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
-from diffusion_lab.guidance.solve import gmres
+from diffusion_lab.guidance.linear_solve import gmres
 
 
 class MMPS(Guided):

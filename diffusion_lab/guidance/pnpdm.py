@@ -33,8 +33,8 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.guidance.coupling import Coupled
-from diffusion_lab.noise import normal_like
+from diffusion_lab.guidance.data_step import Coupled
+from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
 
 log = logging.getLogger(__name__)

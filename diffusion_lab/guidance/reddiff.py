@@ -36,10 +36,11 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.coupling import misfit_gradient
-from diffusion_lab.guidance.spectrum import Spectrum
+from diffusion_lab.guidance.data_step import misfit_gradient
+from diffusion_lab.guidance.svd_steps import Spectrum
 from diffusion_lab.operator import LinearOperator
-from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State, transition
+from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
+from diffusion_lab.transition import transition
 
 log = logging.getLogger(__name__)
 

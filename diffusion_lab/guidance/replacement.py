@@ -28,8 +28,8 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.spectrum import Spectrum
-from diffusion_lab.guidance.travelling import Travelling, check_travel
+from diffusion_lab.guidance.svd_steps import Spectrum
+from diffusion_lab.guidance.time_travel import Travelling, check_travel
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 
 

@@ -64,8 +64,8 @@ from torch import Tensor
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import LinearOperator
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
 
 

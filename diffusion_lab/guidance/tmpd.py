@@ -23,10 +23,11 @@ __all__ = ["TMPD"]
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.guidance.conditional import Conditional
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
+from diffusion_lab.tensor import broadcast
 
 
 class TMPD(Guided):

@@ -30,8 +30,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from diffusion_lab.atomic_io import write_atomic
 from diffusion_lab.errors import ConfigError, RunError
-from diffusion_lab.files import write_atomic
 from diffusion_lab.nn import UNet
 from diffusion_lab.nn.blocks import NORM_EPS
 from diffusion_lab.schedule import Cosine, Linear, Schedule

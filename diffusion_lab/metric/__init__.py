@@ -27,6 +27,7 @@ from diffusion_lab.metric.calibration import (
 from diffusion_lab.metric.dinov2 import DINOv2
 from diffusion_lab.metric.distance import sliced_wasserstein, total_variation
 from diffusion_lab.metric.efficientnet import EfficientNetLite0
+from diffusion_lab.metric.feature_statistics import Moments
 from diffusion_lab.metric.features import extract
 from diffusion_lab.metric.frechet import frechet_distance
 from diffusion_lab.metric.inception import Inception
@@ -34,7 +35,6 @@ from diffusion_lab.metric.kid import kernel_distance
 from diffusion_lab.metric.lpips import LEAST, LPIPS, find_lpips
 from diffusion_lab.metric.precision_recall import precision_recall
 from diffusion_lab.metric.restoration import WINDOW, psnr, ssim
-from diffusion_lab.metric.statistics import Moments
 from diffusion_lab.metric.stein import (
     kernel_stein_discrepancy,
     posterior_score,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.metric.distance import unit_vectors
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def crps(samples: Tensor, truth: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 @lru_cache(maxsize=2)  # 64 of images of 256 x 256 take 5 s, and are needed for every batch

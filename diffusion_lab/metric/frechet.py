@@ -14,7 +14,7 @@ __all__ = ["frechet_distance"]
 
 import torch
 
-from diffusion_lab.metric.statistics import Moments
+from diffusion_lab.metric.feature_statistics import Moments
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -55,10 +55,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Denoiser, broadcast
+from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.noise import KeyedGenerator, normal_like
 from diffusion_lab.operator import Identity, LinearOperator
+from diffusion_lab.rng import KeyedGenerator, normal_like
+from diffusion_lab.tensor import broadcast
 
 
 def stein_discrepancy(

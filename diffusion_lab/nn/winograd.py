@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_lab.files import write_atomic
+from diffusion_lab.atomic_io import write_atomic
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # OpenMP's library is not named: its functions are found in the one that torch has loaded, whose

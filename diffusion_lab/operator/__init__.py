@@ -8,14 +8,14 @@ __all__ = [
 ]  # fmt: skip
 
 from diffusion_lab.operator.base import Identity, LinearOperator, Operator
+from diffusion_lab.operator.circular_blur import CircularBlur, MotionBlur
 from diffusion_lab.operator.compressed_sensing import CompressedSensing
 from diffusion_lab.operator.grayscale import Grayscale
 from diffusion_lab.operator.hdr import HDR
 from diffusion_lab.operator.inpainting import BoxInpainting, Inpainting, RandomInpainting
 from diffusion_lab.operator.jpeg import JPEG
 from diffusion_lab.operator.matrix import Matrix
-from diffusion_lab.operator.motion import CircularBlur, MotionBlur
-from diffusion_lab.operator.noise import Gaussian, Noise, Poisson
+from diffusion_lab.operator.noise_model import Gaussian, Noise, Poisson
 from diffusion_lab.operator.phase_retrieval import PhaseRetrieval
 from diffusion_lab.operator.separable import (
     AveragePool,

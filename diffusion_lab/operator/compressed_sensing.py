@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator.base import image_shape
 from diffusion_lab.operator.inpainting import Selection, random_mask
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator.base import LinearOperator, image_shape
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def random_mask(shape: Sequence[int], keep: float, seed: int, name: str) -> Tensor:

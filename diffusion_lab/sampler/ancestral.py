@@ -22,10 +22,10 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.reverse import step_variance
-from diffusion_lab.sampler.base import Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import Grid
+from diffusion_lab.sampler.base import Noise, Sampler, State
+from diffusion_lab.sampler.time_grid import Grid
 from diffusion_lab.schedule import Schedule, SubVP
+from diffusion_lab.transition import step_variance, transition
 
 FIXED = {"small": 0.0, "large": 1.0}  # the shares that are not learned
 

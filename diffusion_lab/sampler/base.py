@@ -19,10 +19,10 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
-from diffusion_lab.noise import KeyedGenerator, normal_like
-from diffusion_lab.reverse import transition
-from diffusion_lab.sampler.grid import Grid, Uniform
+from diffusion_lab.rng import KeyedGenerator, normal_like
+from diffusion_lab.sampler.time_grid import Grid, Uniform
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.transition import transition
 
 Generator: TypeAlias = KeyedGenerator | torch.Generator | None
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.sampler.base import Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import Grid
+from diffusion_lab.sampler.base import Noise, Sampler, State
+from diffusion_lab.sampler.time_grid import Grid
+from diffusion_lab.transition import transition
 
 
 class DDIM(Sampler):

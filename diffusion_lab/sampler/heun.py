@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.sampler.base import Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import Grid, LogSNR
-from diffusion_lab.schedule import LARGEST
+from diffusion_lab.sampler.base import Noise, Sampler, State
+from diffusion_lab.sampler.time_grid import Grid, LogSNR
+from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.transition import transition
 
 
 class Heun(Sampler):

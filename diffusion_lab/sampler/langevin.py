@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.sampler.base import Noise, Sampler, State, transition
-from diffusion_lab.sampler.grid import Grid, LogSNR
+from diffusion_lab.sampler.base import Noise, Sampler, State
 from diffusion_lab.sampler.sde import ReverseDiffusion
+from diffusion_lab.sampler.time_grid import Grid, LogSNR
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.transition import transition
 
 
 def _langevin(x: Tensor, score: Tensor, size: Tensor, noise: Noise) -> Tensor:

@@ -29,12 +29,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
-from diffusion_lab.noise import normal_like
+from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
-from diffusion_lab.sampler.grid import Grid, LogSNR
+from diffusion_lab.sampler.time_grid import Grid, LogSNR
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.tensor import broadcast
 
 # Stage i starts from these shares of the slopes before it; the last row is the solution itself.
 STAGES = (

@@ -6,17 +6,14 @@ the same for any batch size and any number of devices. Each group of results is 
 it is there; an evaluation that was interrupted goes on with the images that are missing.
 """
 
-__all__ = ["Row", "Task", "average", "write_results"]
+__all__ = ["Task"]
 
-import csv
 import io
 import logging
 import pickle
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -24,33 +21,16 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffusion_lab.atomic_io import write_atomic
 from diffusion_lab.errors import RunError
-from diffusion_lab.files import write_atomic
-from diffusion_lab.runs import PARTIAL, Run
-from diffusion_lab.tracking.log import log_results
+from diffusion_lab.logger.log import log_results
+from diffusion_lab.runs import Run
+from diffusion_lab.runs.layout import PARTIAL
 
 log = logging.getLogger(__name__)
 
 AUTO = {"cuda": 256}  # images at once with batch_size=auto, before it is known what fits
 AUTO_ELSEWHERE = 64
-
-Row = tuple[str, str, float, float, int]  # estimate, metric, mean, standard error, n
-
-
-def average(estimate: str, metric: str, values: Sequence[float]) -> Row:
-    """Returns the mean over the images, and its standard error (NaN of a single one)."""
-    n = len(values)
-    error = stdev(values) / n**0.5 if n > 1 else float("nan")
-    return estimate, metric, fmean(values) if n else float("nan"), error, n
-
-
-def write_results(directory: Path, rows: Sequence[Row]) -> None:
-    """Writes results.csv."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["estimate", "metric", "mean", "stderr", "n"])
-    writer.writerows(rows)
-    write_atomic(directory / "results.csv", text.getvalue().encode())
 
 
 class Task(LightningModule, ABC):

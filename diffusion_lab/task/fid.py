@@ -28,14 +28,16 @@ from diffusion_lab.metric import (
     kernel_distance,
     precision_recall,
 )
+from diffusion_lab.metric.feature_statistics import reference_features
 from diffusion_lab.metric.features import title
-from diffusion_lab.metric.statistics import reference_features
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.report.image_grid import image_grid, save_png
+from diffusion_lab.report.page import Picture, Table, write_report
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
-from diffusion_lab.task.base import Row, Task, write_results
-from diffusion_lab.task.facts import run_sections
-from diffusion_lab.tracking.grid import image_grid, save_png, to_uint8
-from diffusion_lab.tracking.report import Picture, Table, write_report
+from diffusion_lab.task.base import Task
+from diffusion_lab.task.results import Row, write_results
+from diffusion_lab.task.run_sections import run_sections
 
 SHOWN = 64  # images of the picture
 LEAST = 8  # images of a set: of so few there are three neighbours and a covariance

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.report.image_grid import image_grid, save_png
+from diffusion_lab.report.page import Picture, write_report
+from diffusion_lab.report.trajectory import Film, film_sections
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.task.base import Task
-from diffusion_lab.task.facts import run_sections
-from diffusion_lab.task.film import Film, film_sections
-from diffusion_lab.tracking.grid import image_grid, save_png, to_uint8
-from diffusion_lab.tracking.report import Picture, write_report
+from diffusion_lab.task.run_sections import run_sections
 
 SHOWN = 256  # images of the picture at most
 FILMED = 8  # images whose way is shown

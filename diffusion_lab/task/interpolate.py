@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.module import ImageDataModule, to_model
+from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.metric import psnr
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.image_grid import labelled_grid, save_png
+from diffusion_lab.report.page import Picture, write_report
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.task.base import Task
-from diffusion_lab.task.facts import run_sections
 from diffusion_lab.task.likelihood import solver_of
-from diffusion_lab.tracking.grid import labelled_grid, save_png
-from diffusion_lab.tracking.report import Picture, write_report
+from diffusion_lab.task.run_sections import run_sections
 
 
 def slerp(first: Tensor, last: Tensor, share: float) -> Tensor:

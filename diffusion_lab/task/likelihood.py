@@ -11,11 +11,12 @@ from torch import Tensor
 from diffusion_lab import likelihood
 from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.report.page import Table, write_report
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import ProbabilityFlow, Sampler
-from diffusion_lab.task.base import Task, average, write_results
-from diffusion_lab.task.facts import run_sections
-from diffusion_lab.tracking.report import Table, write_report
+from diffusion_lab.task.base import Task
+from diffusion_lab.task.results import average, write_results
+from diffusion_lab.task.run_sections import run_sections
 
 ESTIMATES = {
     "flow": "the probability-flow ODE with Hutchinson's trace",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.module import ImageDataModule, to_model
+from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import MMSE, Guidance, Observation
 from diffusion_lab.metric import (
@@ -41,17 +41,18 @@ from diffusion_lab.metric import (
     stein_discrepancy,
     tarp_ranks,
 )
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.operator import Gaussian, Identity, Operator, Poisson
+from diffusion_lab.pixels import to_model, to_uint8
+from diffusion_lab.report.page import write_report
+from diffusion_lab.report.trajectory import Film
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler, State
-from diffusion_lab.task.base import Row, Task, average, write_results
-from diffusion_lab.task.facts import run_sections
-from diffusion_lab.task.film import Film
-from diffusion_lab.task.images import model_pairs
+from diffusion_lab.task.base import Task
 from diffusion_lab.task.restore_report import KINDS, histogram, sections, tables
-from diffusion_lab.tracking.grid import to_uint8
-from diffusion_lab.tracking.report import write_report
+from diffusion_lab.task.results import Row, average, write_results
+from diffusion_lab.task.run_sections import run_sections
+from diffusion_lab.task.user_images import model_pairs
 
 log = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.module import to_model
 from diffusion_lab.metric import expected_coverage
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import Identity
-from diffusion_lab.sampler.base import transition
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.image_grid import labelled_grid, save_png, std_map
+from diffusion_lab.report.page import Curve, Picture, Section, Table
+from diffusion_lab.report.trajectory import film_sections, moment
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
-from diffusion_lab.task.film import film_sections, moment
-from diffusion_lab.tracking.grid import labelled_grid, save_png, std_map
-from diffusion_lab.tracking.report import Curve, Picture, Section, Table
+from diffusion_lab.transition import transition
 
 if TYPE_CHECKING:
-    from diffusion_lab.task.base import Row
     from diffusion_lab.task.restore import Restore
+    from diffusion_lab.task.results import Row
 
 MOMENTS = 9  # times of the diffusion row
 BESIDE = ("clean", "noisy", "observed")  # what a sample is shown beside while it is drawn

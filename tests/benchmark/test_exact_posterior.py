@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import Command
 
-from diffusion_lab.benchmark import BEDS, ExactPosterior, Method, grade
-from diffusion_lab.benchmark.exact_posterior import markdown
-from diffusion_lab.benchmark.grade import COLUMNS
-from diffusion_lab.benchmark.methods import Control, methods_table
 from diffusion_lab.guidance import Guidance, Observation, Truncated
+from diffusion_lab.leaderboard import BEDS, ExactPosterior, Method, grade
+from diffusion_lab.leaderboard.exact_posterior import markdown
+from diffusion_lab.leaderboard.grade import COLUMNS
+from diffusion_lab.leaderboard.methods import Control, methods_table
 from diffusion_lab.sampler import DDIM, EulerMaruyama
 from diffusion_lab.schedule import Linear
 

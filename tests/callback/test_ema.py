@@ -19,12 +19,12 @@ from test_module import Affine, make_batch, make_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from diffusion_lab import ema
-from diffusion_lab.callback import AtomicCheckpointIO, LastCheckpoint, PowerEMA
-from diffusion_lab.config import check_train
+from diffusion_lab.callback import LastCheckpoint, PowerEMA
+from diffusion_lab.command.validation import check_train
 from diffusion_lab.errors import ConfigError, RunError
-from diffusion_lab.module import DiffusionModule
-from diffusion_lab.runs import compose, load_checkpoint
+from diffusion_lab.runs import AtomicCheckpointIO, compose, load_checkpoint
+from diffusion_lab.training import post_hoc_ema as ema
+from diffusion_lab.training.module import DiffusionModule
 
 WIDTHS = [0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.28]
 

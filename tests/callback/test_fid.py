@@ -10,18 +10,18 @@ from conftest import TINY, Command, Result
 
 from diffusion_lab.callback import fid
 from diffusion_lab.errors import SamplingError
-from diffusion_lab.instantiate import instantiate
 from diffusion_lab.metric import EfficientNetLite0, Moments, extract, frechet_distance
-from diffusion_lab.metric.statistics import PooledPixels
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.metric.feature_statistics import PooledPixels
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.runs import load_checkpoint, rebuild
+from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.sampler import SEEDS
-from diffusion_lab.tracking.grid import to_uint8
 
 ON = [
     "fid.every_n_steps=2", "fid.num_samples=9", "fid.sampler.steps=2", "fid.batch_size=4",
     "trainer.val_check_interval=1", "hydra.run.dir=run",
-    "extractor._target_=diffusion_lab.metric.statistics.PooledPixels",  # quick
+    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick
 ]  # fmt: skip
 NAME = "val/frechet_pixels8_9"
 

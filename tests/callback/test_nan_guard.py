@@ -12,9 +12,9 @@ from diffusion_lab.callback import EMA, LastCheckpoint, NaNGuard, PowerEMA
 from diffusion_lab.callback.ema import _move_by_flag
 from diffusion_lab.errors import RunError
 from diffusion_lab.loss import Simple
-from diffusion_lab.lr_schedule import Cosine
-from diffusion_lab.module import DiffusionModule
 from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.training.lr_schedule import Cosine
+from diffusion_lab.training.module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,20 +10,20 @@ from PIL import Image
 from test_module import Affine, make_module
 
 from diffusion_lab.analytic import GaussianMixture
-from diffusion_lab.callback import pictures
-from diffusion_lab.callback.pictures import Recorder, levels, nearest, progressive
+from diffusion_lab.callback import sample_animation as pictures
+from diffusion_lab.callback.sample_animation import Recorder, levels, nearest, progressive
 from diffusion_lab.callback.schedule_plot import schedule_charts
 from diffusion_lab.data.images import Images, Split
-from diffusion_lab.data.module import to_model
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.loss import EDM, Likelihood
 from diffusion_lab.parameterization import EDM as EDMOutput
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.chart import Curve
+from diffusion_lab.report.chart_png import COLOURS, _spelled, draw
 from diffusion_lab.sampler import DDIM, Heun, Sampler
 from diffusion_lab.schedule import EDM as EDMSchedule
 from diffusion_lab.schedule import VE, VP, Linear
-from diffusion_lab.time import Importance, LogNormal
-from diffusion_lab.tracking.chart import Curve
-from diffusion_lab.tracking.plot import COLOURS, _spelled, draw
+from diffusion_lab.timesteps import Importance, LogNormal
 
 
 class Noise(Images):

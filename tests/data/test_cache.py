@@ -30,8 +30,8 @@ from pictures import (
 )
 from PIL import Image
 
+from diffusion_lab.command.data import main
 from diffusion_lab.data import cache as module
-from diffusion_lab.data.__main__ import main
 from diffusion_lab.data.cache import PackedCache, fingerprint, ingest, verify
 from diffusion_lab.data.images import SourceImages
 from diffusion_lab.data.module import ImageDataModule

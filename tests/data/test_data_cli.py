@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pictures import SIZE, encoded, fill, pixels, smooth, write_parquet
 
-from diffusion_lab.data.__main__ import main
+from diffusion_lab.command.data import main
 from diffusion_lab.data.module import ImageDataModule
 
 NAMES = [f"{split}/{k:02}.png" for split in ("test", "train", "val") for k in range(12)]

@@ -11,11 +11,11 @@ from pictures import SHARES, encoded, fill, opened, pixels, write_parquet
 
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.data.images import EncodedImages, MappedImages, SourceImages
-from diffusion_lab.data.module import ImageDataModule, to_model
+from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.data.source import SPLITS
 from diffusion_lab.errors import ConfigError, DataError
-from diffusion_lab.noise import KeyedGenerator, make_key
-from diffusion_lab.tracking.grid import to_uint8
+from diffusion_lab.pixels import to_model, to_uint8
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def make_data(tmp_path: Path, **kwargs) -> ImageDataModule:

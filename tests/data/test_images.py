@@ -20,7 +20,7 @@ from PIL import Image
 from diffusion_lab.data import images as module
 from diffusion_lab.data.images import EncodedImages, Images, MappedImages, SourceImages, Split
 from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.order import lanes, live_groups
+from diffusion_lab.data.shuffle import lanes, live_groups
 from diffusion_lab.data.source import (
     FacesSource,
     FolderSource,

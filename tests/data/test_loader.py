@@ -11,10 +11,10 @@ import torch
 
 from diffusion_lab.data.images import Images, Split
 from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.order import lanes, shuffled
+from diffusion_lab.data.shuffle import lanes, shuffled
 from diffusion_lab.data.source import cut
 from diffusion_lab.errors import DataError, RunError
-from diffusion_lab.noise import make_key
+from diffusion_lab.rng import make_key
 
 
 def make_images(count: int) -> np.ndarray:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.order import lanes, live_groups, shuffled
-from diffusion_lab.noise import make_key
+from diffusion_lab.data.shuffle import lanes, live_groups, shuffled
+from diffusion_lab.rng import make_key
 
 SHAPES = [  # groups, L, k
     ([100] * 30, 8, 2),

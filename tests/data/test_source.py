@@ -27,7 +27,7 @@ from diffusion_lab.data.source import (
 )
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
-from diffusion_lab.noise import make_key
+from diffusion_lab.rng import make_key
 
 
 def read(source: Source) -> dict[str, np.ndarray | DataError]:

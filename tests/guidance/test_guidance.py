@@ -10,7 +10,7 @@ from gaussian import COVARIANCE, MEAN, GaussianDenoiser, guidance_moments
 from torch import Tensor
 
 from diffusion_lab.guidance import MMSE, Observation, Residual, Truncated
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, ProbabilityFlow, State, UniPC
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
 

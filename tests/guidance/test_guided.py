@@ -22,8 +22,8 @@ from diffusion_lab.guidance import (
     Observation,
     PiGDM,
 )
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import BoxInpainting, Identity, Matrix, Operator
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import (
     DDIM,
     Ancestral,
@@ -35,7 +35,7 @@ from diffusion_lab.sampler import (
     State,
     UniPC,
 )
-from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR
 from diffusion_lab.schedule import VE, VP, Cosine, Linear, Schedule
 
 D, SEEN, B, SIGMA_Y = 5, 3, 4, 0.3

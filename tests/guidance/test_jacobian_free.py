@@ -31,15 +31,14 @@ from diffusion_lab.guidance import (
     Replacement,
     Truncated,
 )
-from diffusion_lab.guidance.coupling import Coupling
 from diffusion_lab.guidance.daps import DAPSSampler
+from diffusion_lab.guidance.data_step import Coupling
 from diffusion_lab.guidance.ddnm import DDNMSampler
 from diffusion_lab.guidance.ddrm import DDRMSampler
 from diffusion_lab.guidance.diffpir import DiffPIRSampler
 from diffusion_lab.guidance.reddiff import red_gradient
-from diffusion_lab.guidance.spectrum import Spectrum
-from diffusion_lab.guidance.travelling import Travelling
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.guidance.svd_steps import Spectrum
+from diffusion_lab.guidance.time_travel import Travelling
 from diffusion_lab.operator import (
     AveragePool,
     BoxInpainting,
@@ -50,6 +49,7 @@ from diffusion_lab.operator import (
     MotionBlur,
     Operator,
 )
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import (
     DDIM,
     Ancestral,
@@ -60,7 +60,7 @@ from diffusion_lab.sampler import (
     State,
     UniPC,
 )
-from diffusion_lab.sampler.grid import Grid, LogSNR
+from diffusion_lab.sampler.time_grid import Grid, LogSNR
 from diffusion_lab.schedule import EDM, VE, VP, Linear, Schedule
 
 D = 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_lab.guidance.solve import conjugate_gradients, gmres, pull_back
+from diffusion_lab.guidance.linear_solve import conjugate_gradients, gmres, pull_back
 from diffusion_lab.operator import Identity, Matrix
 
 B, M = 4, 6

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from diffusion_lab.analytic import Gaussian, GaussianMixture
-from diffusion_lab.benchmark import BEDS, Method, grade
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import TDS, Observation
 from diffusion_lab.guidance.tds import _Swarm, systematic
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.leaderboard import BEDS, Method, grade
 from diffusion_lab.operator import HDR, BoxInpainting, Identity, Matrix
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, EulerMaruyama
-from diffusion_lab.sampler.grid import LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR
 from diffusion_lab.schedule import EDM, VP, Cosine, Linear
 
 SCHEDULE = EDM(sigma_min=0.02, sigma_max=30.0)

@@ -26,7 +26,7 @@ from diffusion_lab.metric import (
     tarp,
     tarp_ranks,
 )
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

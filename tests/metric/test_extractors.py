@@ -15,9 +15,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusion_lab.data.faces import draw_faces
-from diffusion_lab.data.module import to_model
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.instantiate import instantiate
 from diffusion_lab.metric import (
     DINOv2,
     EfficientNetLite0,
@@ -30,10 +28,11 @@ from diffusion_lab.metric import (
     precision_recall,
 )
 from diffusion_lab.metric.dinov2 import _positions
+from diffusion_lab.metric.feature_statistics import PooledPixels
 from diffusion_lab.metric.features import title
-from diffusion_lab.metric.statistics import PooledPixels
+from diffusion_lab.pixels import to_model, to_uint8
 from diffusion_lab.runs import compose
-from diffusion_lab.tracking.grid import to_uint8
+from diffusion_lab.runs.instantiate import instantiate
 
 FACES = 32
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffusion_lab.data.images import Images, Split
 from diffusion_lab.errors import DataError
-from diffusion_lab.metric import statistics
-from diffusion_lab.metric.statistics import (
+from diffusion_lab.metric import feature_statistics as statistics
+from diffusion_lab.metric.feature_statistics import (
     Moments,
     PooledPixels,
     reference,

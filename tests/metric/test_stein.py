@@ -13,9 +13,9 @@ from diffusion_lab.metric import (
     sliced_wasserstein,
     stein_discrepancy,
 )
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import Identity, Operator
 from diffusion_lab.operator.matrix import Matrix
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import VE, VP
 
 SIGMA_Y = 0.45

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.nn import UNet
-from diffusion_lab.nn.graph import Graphed
+from diffusion_lab.nn.cuda_graph import Graphed
 
 
 def make(**options: object) -> UNet:

@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import Gaussian, Poisson
-from diffusion_lab.operator.noise import poisson_quantile
+from diffusion_lab.operator.noise_model import poisson_quantile
+from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def keyed(rows: list[int]) -> KeyedGenerator:

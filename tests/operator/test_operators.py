@@ -30,7 +30,7 @@ from diffusion_lab.operator import (
     UniformBlur,
 )
 from diffusion_lab.operator.base import CUT
-from diffusion_lab.operator.motion import motion_kernel
+from diffusion_lab.operator.circular_blur import motion_kernel
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

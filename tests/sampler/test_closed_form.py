@@ -32,9 +32,9 @@ from diffusion_lab.sampler import (
     State,
     UniPC,
 )  # fmt: skip
-from diffusion_lab.sampler.base import transition
-from diffusion_lab.sampler.grid import Karras, LogSNR, Quadratic, Uniform
+from diffusion_lab.sampler.time_grid import Karras, LogSNR, Quadratic, Uniform
 from diffusion_lab.schedule import EDM, VE, Flow, Laplace, Linear, Schedule, SubVP
+from diffusion_lab.transition import transition
 
 FLOOR = whitened.floor(MIXTURE, COUNT, seed=0)
 

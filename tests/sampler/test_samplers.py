@@ -10,13 +10,14 @@ import torch
 from gaussian import COVARIANCE, EIGENVALUES, MEAN, ROTATION, GaussianDenoiser, sampler_moments
 from torch import Tensor
 
-from diffusion_lab.denoiser import Clipped, Denoiser, broadcast
+from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
-from diffusion_lab.noise import KeyedGenerator, make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, Sampler, State
-from diffusion_lab.sampler.base import transition
-from diffusion_lab.sampler.grid import Quadratic
+from diffusion_lab.sampler.time_grid import Quadratic
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
+from diffusion_lab.tensor import broadcast
+from diffusion_lab.transition import transition
 
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "sigmoid": Sigmoid()}
 CONTINUOUS = {"vp": VP(), "subvp": SubVP(), "ve": VE(), "edm": EDM(), "flow": Flow()}

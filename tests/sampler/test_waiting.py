@@ -27,9 +27,9 @@ from diffusion_lab.guidance import (
     PiGDM,
     Truncated,
 )
-from diffusion_lab.noise import KeyedGenerator, make_key
 from diffusion_lab.operator import BoxInpainting, Identity, Operator
 from diffusion_lab.parameterization import EDM, Epsilon
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import (
     DDIM,
     SEEDS,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.report.trajectory import FRAMES, Film, film_sections
 from diffusion_lab.sampler import State
 from diffusion_lab.schedule import VE, Cosine
-from diffusion_lab.task.film import FRAMES, Film, film_sections
-from diffusion_lab.tracking.grid import to_uint8
 
 
 def state(k: int, steps: int, value: float | None = None) -> State:

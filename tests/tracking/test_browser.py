@@ -9,7 +9,7 @@ from browser import CHROMIUM, Browser, browser
 from conftest import Command
 from PIL import Image
 
-from diffusion_lab.tracking.report import Animation, Curve, Picture, Table, write_report
+from diffusion_lab.report.page import Animation, Curve, Picture, Table, write_report
 
 pytestmark = [
     pytest.mark.slow,

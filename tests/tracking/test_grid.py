@@ -9,14 +9,8 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from diffusion_lab.tracking.grid import (
-    COLOURS,
-    image_grid,
-    labelled_grid,
-    save_png,
-    std_map,
-    to_uint8,
-)
+from diffusion_lab.pixels import to_uint8
+from diffusion_lab.report.image_grid import COLOURS, image_grid, labelled_grid, save_png, std_map
 
 
 def flat(*levels: int, size: int = 4) -> Tensor:

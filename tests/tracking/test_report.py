@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_lab.tracking.grid import save_png
-from diffusion_lab.tracking.report import (
+from diffusion_lab.report.image_grid import save_png
+from diffusion_lab.report.page import (
     Animation,
     Config,
     Curve,

@@ -10,8 +10,8 @@ import pytest
 from conftest import Command
 from PIL import Image
 
-from diffusion_lab.tracking.__main__ import main
-from diffusion_lab.tracking.run_report import read_metrics, write_run_report
+from diffusion_lab.command.report import main
+from diffusion_lab.report.training_report import read_metrics, write_run_report
 
 CONFIG = """\
 name: my_prior
@@ -142,7 +142,7 @@ def test_a_report_that_fails_is_no_failed_training(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion_lab.tracking.run_report.write_report", full)
+        patch.setattr("diffusion_lab.report.training_report.write_report", full)
         result = tiny("trainer.max_steps=1", "hydra.run.dir=a")
     assert result.code == 0 and Path("a/finished.json").exists()
     assert "there is no report.html: No space left" in result.text

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from diffusion_lab.tracking.workspace import SECTIONS, Lines, Pictures, build, main
+from diffusion_lab.logger.wandb_workspace import SECTIONS, Lines, Pictures, build, main
 
 
 def test_the_view_has_all_sections_and_keys() -> None:

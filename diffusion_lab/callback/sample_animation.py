@@ -1,0 +1,130 @@
+r"""The pictures that a training shows: what each of them is of, and where they go."""
+
+__all__ = ["Recorder", "levels", "log_picture", "nearest", "progressive"]
+
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from PIL.Image import Image
+from torch import Tensor
+
+from diffusion_lab.data.images import Split
+from diffusion_lab.pixels import to_model
+from diffusion_lab.report.image_grid import labelled_grid, save_png
+from diffusion_lab.sampler import Sampler
+from diffusion_lab.sampler.base import State
+from diffusion_lab.schedule import Schedule
+from diffusion_lab.tensor import broadcast
+from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
+
+CHUNK = 256  # training images that are compared at once
+
+
+def log_picture(trainer: Trainer, name: str, picture: Image, path: Path) -> None:
+    """Writes a picture as a PNG file, and shows it on every logger that takes pictures."""
+    if trainer.fast_dev_run:
+        return
+    save_png(picture, path)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(name, [picture], step=trainer.global_step)
+
+
+def _shown(x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """x_t / √(α_t² + σ_t²): as it is where that is 1, and otherwise of about the images' range."""
+    return x_t / broadcast(torch.sqrt(alpha_t**2 + sigma_t**2), x_t)
+
+
+class Recorder:
+    """A sampler's callback that keeps some states of the first images.
+
+    Arguments:
+        sampler: The sampler.
+        count: The number of images.
+        columns: About how many states are kept.
+    """
+
+    def __init__(self, sampler: Sampler, count: int, columns: int = 8) -> None:
+        self.count, self.every = count, max(1, sampler.steps // columns)
+        self.seen, self.states = 0, []
+
+    def __call__(self, state: State) -> None:
+        if self.seen % self.every == 0 or state.t == 0:
+            parts = (state.x_t[: self.count].cpu(), state.denoised[: self.count].cpu())
+            self.states.append((state.t, *parts))
+        self.seen += 1
+
+
+def progressive(states: list[tuple[float, Tensor, Tensor]], schedule: Schedule) -> Image:
+    """Draws x_t and E[x_0 | x_t] along the reverse process, two rows an image.
+
+    Arguments:
+        states: t, x_t and E[x_0 | x_t], from noise to image; the last is the sample itself.
+        schedule: The schedule.
+    """
+    columns, noisy, denoised = [], [], []
+    for t, x_t, x_0 in states:
+        alpha_t, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
+        columns.append(f"t = {t:.3g}\nσ/α = {sigma_t / alpha_t:.3g}" if t else "sample")
+        noisy.append(_shown(x_t, alpha_t.cpu(), sigma_t.cpu()))
+        denoised.append(x_0)
+    rows, labels = [], []
+    for k in range(len(noisy[0])):
+        rows += [torch.stack([x[k] for x in noisy]), torch.stack([x[k] for x in denoised])]
+        labels += ["x_t", "E[x_0 | x_t]"]
+    return labelled_grid(rows, columns, labels)
+
+
+@torch.no_grad()
+def levels(module: DiffusionModule, x_0: Tensor, epsilon: Tensor) -> Image:
+    """Draws E[x_0 | x_t] of one image, at the middle of each bin of the losses per noise level.
+
+    Arguments:
+        module: The module, whose averaged weights are asked.
+        x_0: The image, of shape (1, 3, H, W).
+        epsilon: The noise, the same at every level, of the same shape.
+    """
+    u = (torch.arange(BINS, dtype=torch.float64, device=x_0.device) + 0.5) / BINS
+    t, _ = module.time(u, module.schedule)
+    alpha_t, sigma_t = module.schedule(t)
+    x_t = broadcast(alpha_t, x_0) * x_0 + broadcast(sigma_t, x_0) * epsilon
+    denoised = module.denoiser()(x_t, t)
+    rows = [torch.cat([x_0, images]).cpu() for images in (_shown(x_t, alpha_t, sigma_t), denoised)]
+    ratios = (sigma_t / alpha_t).tolist()
+    columns = [f"bin {bin_name(k)}\nσ/α = {ratio:.3g}" for k, ratio in enumerate(ratios)]
+    return labelled_grid(rows, ["clean", *columns], ["x_t", "E[x_0 | x_t]"])
+
+
+def nearest(
+    samples: Tensor, images: Split, count: int, mirrored: bool, neighbours: int = 3
+) -> Image:
+    """Draws samples beside the training images nearest to them: has the network copied any?
+
+    Arguments:
+        samples: The samples, of shape (B, 3, H, W).
+        images: The training images.
+        count: How many of them are compared at most, the first of the split.
+        mirrored: Whether their mirror images are training images, too.
+        neighbours: How many are shown.
+    """
+    count = min(count, len(images))
+    neighbours = min(neighbours, count)
+    flat = samples.flatten(1)
+    found = flat.new_full((len(flat), neighbours), torch.inf)
+    pictures = samples.new_zeros(len(samples), neighbours, *samples.shape[1:])
+    for first in range(0, count, CHUNK):
+        chunk = torch.from_numpy(images[slice(first, min(first + CHUNK, count))])
+        x_0 = to_model(chunk.to(samples.device))
+        x_0 = torch.cat([x_0, x_0.flip(-1)]) if mirrored else x_0
+        distance = torch.cdist(flat, x_0.flatten(1))
+        for k in range(len(samples)):
+            best = torch.cat([found[k], distance[k]]).topk(neighbours, largest=False)
+            pictures[k] = torch.cat([pictures[k], x_0])[best.indices]
+            found[k] = best.values
+    rms = (pictures - samples[:, None]).square().flatten(2).mean(2).sqrt()[:, 0].tolist()
+    rows = [torch.cat([samples[k : k + 1], pictures[k]]).cpu() for k in range(len(samples))]
+    also = " and their mirror images" if mirrored else ""
+    columns = ["sample", f"nearest of {count:,} training images{also}", "second", "third"]
+    labels = [f"nearest: RMS {value:.2f}" for value in rms]
+    return labelled_grid(rows, columns[: neighbours + 1], labels)

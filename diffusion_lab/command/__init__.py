@@ -1,0 +1,1 @@
+"""Command line: train, evaluate, sweeps, launchers."""

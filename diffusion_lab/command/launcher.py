@@ -1,0 +1,137 @@
+"""Launcher of one process per device on this machine, as torchrun would start them.
+
+Every rank gets the command's final configuration and the environment variables that Lightning
+reads. The command only waits and never is a rank itself: the next job of a sweep is not affected
+by this one, and a rank that dies, or hangs because another rank died, fails its own job alone.
+"""
+
+__all__ = ["launch"]
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_lab.errors import RunError
+
+ROOT = Path(__file__).parents[2]  # an uninstalled checkout is not on the path by itself
+PROGRAM = [
+    sys.executable, "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    "from diffusion_lab.command.worker import main; main(*sys.argv[1:])",
+]  # fmt: skip
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE = 10.0  # seconds that ranks have to end by themselves when one has failed
+
+
+def launch(command: str, config: DictConfig, count: int) -> None:
+    """Runs a command on several devices of this machine, and waits for its end.
+
+    Arguments:
+        command: "train" or "eval".
+        config: Its configuration, checked.
+        count: The number of devices.
+
+    Raises:
+        RunError: If a rank fails; with its message.
+        SystemExit: If a signal has ended the ranks.
+    """
+    with TemporaryDirectory(prefix="diffusion_lab_") as folder:
+        OmegaConf.save(config, Path(folder) / "config.yaml", resolve=True)
+        logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+        OmegaConf.save(OmegaConf.create(logs), Path(folder) / "logs.yaml")
+        environment = {
+            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "NODE_RANK": "0", "WORLD_SIZE": str(count), "DIFFUSION_LAB_PARENT": str(os.getpid()),
+        }  # fmt: skip
+        ranks: list[subprocess.Popen] = []
+        with _forwarding(ranks) as received:
+            for k in range(count):
+                if received:
+                    break
+                ranks.append(
+                    subprocess.Popen(
+                        [*PROGRAM, command, folder],
+                        env={**environment, "LOCAL_RANK": str(k)},
+                        start_new_session=True,  # Ctrl-C reaches them from here, and once
+                    )
+                )
+            died = _wait(ranks)
+        if received:
+            sys.exit(0 if died is None and received[0] is not signal.SIGINT else 1)
+        if died is not None:
+            raise RunError(_reason(Path(folder), died, ranks[died].returncode, count))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[signal.Signals]]:
+    """Passes signals on to all ranks; the second one kills them. Yields what was received."""
+    received: list[signal.Signals] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        for process in ranks:
+            process.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, forward) for number in FORWARDED} if main else {}
+    try:
+        yield received
+    finally:
+        for process in ranks:
+            process.kill()  # whoever is left, if something went wrong here
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen]) -> int | None:
+    """Waits for the end of all ranks; returns the first that failed.
+
+    The others may hang in a conversation with it, and then are killed after a while.
+    """
+    died, deadline = None, float("inf")
+    while any(process.poll() is None for process in ranks):
+        time.sleep(0.1)
+        died = _first_failed(ranks) if died is None else died
+        if died is not None and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE
+        if time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+    return _first_failed(ranks) if died is None else died
+
+
+def _first_failed(ranks: Sequence[subprocess.Popen]) -> int | None:
+    """One that was killed rather than one that gave up, maybe because of it."""
+    codes = [process.poll() for process in ranks]
+    failed = [k for k, code in enumerate(codes) if code]
+    return min(failed, key=lambda k: codes[k] > 0) if failed else None
+
+
+def _reason(folder: Path, died: int, code: int, count: int) -> str:
+    if code < 0:
+        return (
+            f"the process of device {died} of {count} was killed by {signal.Signals(-code).name}; "
+            "is the memory full?"
+        )
+    notes = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    if notes:
+        return notes[0].read_text()
+    return f"the process of device {died} of {count} ended with code {code}"

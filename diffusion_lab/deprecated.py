@@ -1,0 +1,159 @@
+"""Names of the previous release: old imports, `_target_` strings and keys keep working.
+
+The tables below are the only place that knows them. Each use of an old name is reported once, with
+the new name. They will be removed in the release after 0.2.
+"""
+
+__all__ = ["current_overrides", "current_target", "install"]
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+log = logging.getLogger(__name__)
+
+# Old module -> new module. A name that moved alone stands in NAMES.
+MODULES = {
+    "diffusion_lab.benchmark": "diffusion_lab.leaderboard",
+    "diffusion_lab.benchmark.beds": "diffusion_lab.leaderboard.problems",
+    "diffusion_lab.benchmark.exact_posterior": "diffusion_lab.leaderboard.exact_posterior",
+    "diffusion_lab.benchmark.grade": "diffusion_lab.leaderboard.grade",
+    "diffusion_lab.benchmark.methods": "diffusion_lab.leaderboard.methods",
+    "diffusion_lab.callback.few_images": "diffusion_lab.callback.overfit_subset",
+    "diffusion_lab.callback.pictures": "diffusion_lab.callback.sample_animation",
+    "diffusion_lab.cli": "diffusion_lab.command.cli",
+    "diffusion_lab.data.__main__": "diffusion_lab.command.data",
+    "diffusion_lab.data.order": "diffusion_lab.data.shuffle",
+    "diffusion_lab.ema": "diffusion_lab.training.post_hoc_ema",
+    "diffusion_lab.files": "diffusion_lab.atomic_io",
+    "diffusion_lab.guidance.coupling": "diffusion_lab.guidance.data_step",
+    "diffusion_lab.guidance.fused": "diffusion_lab.guidance.precision_weighted",
+    "diffusion_lab.guidance.solve": "diffusion_lab.guidance.linear_solve",
+    "diffusion_lab.guidance.spectrum": "diffusion_lab.guidance.svd_steps",
+    "diffusion_lab.guidance.travelling": "diffusion_lab.guidance.time_travel",
+    "diffusion_lab.instantiate": "diffusion_lab.runs.instantiate",
+    "diffusion_lab.lr_schedule": "diffusion_lab.training.lr_schedule",
+    "diffusion_lab.metric.statistics": "diffusion_lab.metric.feature_statistics",
+    "diffusion_lab.module": "diffusion_lab.training.module",
+    "diffusion_lab.nn.graph": "diffusion_lab.nn.cuda_graph",
+    "diffusion_lab.noise": "diffusion_lab.rng",
+    "diffusion_lab.operator.motion": "diffusion_lab.operator.circular_blur",
+    "diffusion_lab.operator.noise": "diffusion_lab.operator.noise_model",
+    "diffusion_lab.plugins": "diffusion_lab.runs.hydra_plugins",
+    "diffusion_lab.reverse": "diffusion_lab.transition",
+    "diffusion_lab.sampler.grid": "diffusion_lab.sampler.time_grid",
+    "diffusion_lab.sweep": "diffusion_lab.command.sweep",
+    "diffusion_lab.task.facts": "diffusion_lab.task.run_sections",
+    "diffusion_lab.task.film": "diffusion_lab.report.trajectory",
+    "diffusion_lab.task.images": "diffusion_lab.task.user_images",
+    "diffusion_lab.time": "diffusion_lab.timesteps",
+    "diffusion_lab.tracking": "diffusion_lab.report",
+    "diffusion_lab.tracking.__main__": "diffusion_lab.command.report",
+    "diffusion_lab.tracking.chart": "diffusion_lab.report.chart",
+    "diffusion_lab.tracking.csv": "diffusion_lab.logger.csv_logger",
+    "diffusion_lab.tracking.grid": "diffusion_lab.report.image_grid",
+    "diffusion_lab.tracking.log": "diffusion_lab.logger.log",
+    "diffusion_lab.tracking.plot": "diffusion_lab.report.chart_png",
+    "diffusion_lab.tracking.report": "diffusion_lab.report.page",
+    "diffusion_lab.tracking.run_report": "diffusion_lab.report.training_report",
+    "diffusion_lab.tracking.sweep_report": "diffusion_lab.report.sweep_report",
+    "diffusion_lab.tracking.tensorboard": "diffusion_lab.logger.tensorboard_logger",
+    "diffusion_lab.tracking.wandb": "diffusion_lab.logger.wandb_logger",
+    "diffusion_lab.tracking.workspace": "diffusion_lab.logger.wandb_workspace",
+}
+
+# Old dotted name -> new dotted name.
+NAMES: dict[str, str] = {}
+
+# Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.
+KEYS: dict[str, str] = {}
+
+
+@cache
+def _report(old: str, new: str) -> None:
+    log.warning("%s is deprecated and will be removed in the next release; use %s", old, new)
+
+
+def current_target(name: str) -> str:
+    """Returns the present name of a `_target_`.
+
+    Arguments:
+        name: A dotted name, maybe of the previous release.
+    """
+    new = NAMES.get(name)
+    if new is None:
+        module, _, attribute = name.rpartition(".")
+        new = f"{MODULES[module]}.{attribute}" if module in MODULES else name
+    if new != name:
+        _report(f"_target_={name}", new)
+    return new
+
+
+def current_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides of the command line with the present names of their keys.
+
+    Arguments:
+        overrides: Overrides, maybe with keys of the previous release.
+    """
+    choices = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
+    return [_current_override(text, choices) for text in overrides]
+
+
+def _current_override(text: str, choices: dict[str, str]) -> str:
+    match = re.match(r"(\+{0,2}|~)([\w./@]+)(=.*)?$", text, re.DOTALL)
+    if match is None:
+        return text
+    prefix, key, value = match[1], match[2], match[3] or ""
+    group, _, rest = key.partition(".")
+    new = KEYS.get(f"{group}[{choices.get(group)}].{rest}") or KEYS.get(key)
+    if new is None:
+        return text
+    _report(key, new)
+    return f"{prefix}{new}{value}"
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads the module of the new name in place of the old one."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        new = MODULES[spec.name]
+        _report(spec.name, new)
+        module = importlib.import_module(new)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # the import system has set that of the old name
+
+    def get_code(self, name: str) -> object:
+        """The code of `python -m <old name>`."""
+        new = MODULES[name]
+        _report(f"python -m {name.removesuffix('.__main__')}", f"python -m {new}")
+        return compile(
+            f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)",
+            name, "exec",
+        )  # fmt: skip
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds modules by the names of the previous release."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in MODULES:
+            return None
+        package = any(other.startswith(f"{name}.") for other in MODULES)
+        return importlib.machinery.ModuleSpec(name, _Loader(), is_package=package)
+
+
+def install() -> None:
+    """Makes modules importable by the names of the previous release."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

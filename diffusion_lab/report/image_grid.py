@@ -1,0 +1,233 @@
+"""Pictures of batches: grids with captions, maps of the posterior deviation, PNG files.
+
+Images come in as tensors of shape (N, 3, H, W) with values in [-1, 1], as the models use them, and
+leave as 8-bit pictures. What cannot be shown truthfully (a value that is not finite) is refused
+instead of being painted in some colour.
+"""
+
+__all__ = ["image_grid", "labelled_grid", "save_png", "std_map"]
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.pixels import to_uint8
+
+WHITE = (255, 255, 255)
+INK = (40, 42, 48)
+FONT_SIZE = 13  # pixels, of captions above images of up to 143 pixels
+GAP = 6  # pixels between two images
+MARGIN = 10  # pixels around the whole picture
+ROW_LABEL_WIDTH = 9  # in font sizes; longer labels are wrapped
+SHOWN = 128  # the shorter side, in pixels, to which small images are enlarged at least
+
+# From dark blue by way of purple and orange to pale yellow; the luminance rises all the way, so
+# that the map can be read in grey as well.
+COLOURS = ["080a2e", "43166a", "8c2963", "d0483c", "f48b22", "fcf5af"]
+
+# Pillow's own font has no Greek and few signs; without this a box would be drawn in their place.
+SPELLED = {
+    **{"α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps", "η": "eta", "θ": "theta"},
+    **{"λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "φ": "phi", "√": "sqrt "},
+    **{"×": "x", "²": "^2", "→": "->", "≤": "<=", "≥": ">=", "≈": "~"},
+}
+
+
+def image_grid(images: Tensor, columns: int, pad: int = 2) -> Tensor:
+    """Lays images out in rows on white; image k stands in row k // columns, column k % columns.
+
+    Arguments:
+        images: Images in [-1, 1], of shape (N, 3, H, W).
+        columns: Images in a row; fewer images than that make a narrower grid.
+        pad: White pixels between the images and around the grid.
+
+    Returns:
+        The picture, uint8, of shape (3, R (H + pad) + pad, C (W + pad) + pad), on the CPU.
+
+    Raises:
+        ValueError: If the shape is another, there is no image, columns < 1 or pad < 0.
+    """
+    if columns < 1 or pad < 0:
+        raise ValueError(f"a grid needs columns >= 1 and pad >= 0, not {columns} and {pad}")
+    levels = to_uint8(_checked(images, "images")).cpu()
+    count, _, height, width = levels.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    shape = (3, rows * (height + pad) + pad, columns * (width + pad) + pad)
+    grid = torch.full(shape, 255, dtype=torch.uint8)
+    for k, image in enumerate(levels):
+        top = pad + (k // columns) * (height + pad)
+        left = pad + (k % columns) * (width + pad)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def labelled_grid(
+    rows: Sequence[Tensor],
+    columns: Sequence[str],
+    row_labels: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """Draws rows of images under the captions of their columns.
+
+    Arguments:
+        rows: One tensor a row, images in [-1, 1], of shape (C_i, 3, H, W) with the same H and W;
+            a row may be shorter than the captions, its last places stay white.
+        columns: The captions above the columns; a long one is wrapped.
+        row_labels: Labels left of the rows, or None.
+        scale: Whole factor by which pixels are repeated; None takes the smallest one that shows
+            the shorter side with 128 pixels or more.
+
+    Returns:
+        The picture on white, RGB.
+
+    Raises:
+        ValueError: If there is no row, a row is longer than the captions, sizes differ, or there
+            are not as many labels as rows.
+    """
+    if not rows:
+        raise ValueError("a labelled grid needs at least one row")
+    tiles = [to_uint8(_checked(row, f"row {i}")) for i, row in enumerate(rows)]
+    sizes = {tuple(row.shape[2:]) for row in tiles}
+    if len(sizes) > 1:
+        raise ValueError(f"the rows hold images of different sizes: {sorted(sizes)}")
+    longest = max(len(row) for row in tiles)
+    if longest > len(columns):
+        raise ValueError(f"a row holds {longest} images, but there are {len(columns)} captions")
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise ValueError(f"{len(row_labels)} labels for {len(rows)} rows")
+    height, width = sizes.pop()
+    if scale is None:
+        scale = max(1, math.ceil(SHOWN / min(height, width)))
+    if scale < 1:
+        raise ValueError(f"the scale must be at least 1, not {scale}")
+    height, width = height * scale, width * scale
+
+    # Wide images make a wide picture, which a page shrinks: their captions must stay legible.
+    font_size = max(FONT_SIZE, min(2 * FONT_SIZE, width // 11))
+    font = ImageFont.load_default(font_size)
+    captions = [_wrap(text, font, width) for text in columns]
+    labels = [_wrap(text, font, ROW_LABEL_WIDTH * font_size) for text in row_labels or []]
+    line = sum(font.getmetrics())
+    above = max((line * len(text) for text in captions), default=0) + GAP
+    beside = max((_width(text, font) for text in labels), default=-GAP) + GAP
+    # A single word may be wider than a small image: the column then grows to hold it.
+    step = max([width, *(_width(text, font) for text in captions)]) + GAP
+    row_step = max([height, *(line * len(text) for text in labels)]) + GAP
+
+    left, top = MARGIN + beside, MARGIN + above
+    size = (left + step * len(columns) - GAP + MARGIN, top + row_step * len(rows) - GAP + MARGIN)
+    picture = Image.new("RGB", size, WHITE)
+    draw = ImageDraw.Draw(picture)
+    for j, text in enumerate(captions):
+        place = (left + j * step + width / 2, top - GAP)
+        draw.multiline_text(place, "\n".join(text), INK, font, "md", spacing=2, align="center")
+    for i, row in enumerate(tiles):
+        if labels:
+            place = (left - GAP - 2, top + i * row_step + height / 2)
+            text = "\n".join(labels[i])
+            draw.multiline_text(place, text, INK, font, "rm", spacing=2, align="right")
+        for j, tile in enumerate(row):
+            image = _image(tile).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(image, (left + j * step, top + i * row_step))
+    return picture
+
+
+def std_map(std: Tensor, maximum: float | None = None) -> tuple[Tensor, float]:
+    """Shows standard deviations in colour, from dark blue (0) to pale yellow (the maximum).
+
+    Arguments:
+        std: Posterior standard deviations >= 0 on the scale of [-1, 1], of shape (N, 3, H, W);
+            the mean over the three channels is shown.
+        maximum: The deviation of the brightest colour, larger ones get it too; None takes the
+            largest mean of this call.
+
+    Returns:
+        The picture in [-1, 1], float32, of shape (N, 3, H, W), and the maximum used, which
+        belongs in the caption. If nothing deviates, all is dark and the maximum is 0.
+
+    Raises:
+        ValueError: If a deviation is negative or not finite, or the given maximum is not > 0.
+    """
+    _checked(std, "std")
+    bad = std.numel() - int((torch.isfinite(std) & (std >= 0)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {std.numel()} deviations are negative or not finite")
+    if maximum is not None and not (math.isfinite(maximum) and maximum > 0):
+        raise ValueError(f"the maximum must be finite and above 0, not {maximum}")
+    mean = std.detach().float().mean(dim=1)
+    top = float(mean.max()) if maximum is None else float(maximum)
+    level = (mean / top if top > 0 else mean).clamp(0, 1)
+
+    rgb = [list(bytes.fromhex(colour)) for colour in COLOURS]
+    anchors = torch.tensor(rgb, dtype=torch.float32, device=std.device) / 127.5 - 1
+    place = level * (len(COLOURS) - 1)
+    below = place.floor().long().clamp(max=len(COLOURS) - 2)
+    part = (place - below)[..., None]
+    colour = anchors[below] * (1 - part) + anchors[below + 1] * part
+    return colour.movedim(-1, 1).contiguous(), top
+
+
+def save_png(picture: Tensor | Image.Image, path: Path) -> Path:
+    """Writes a picture as PNG; the file is there as a whole or not at all.
+
+    Arguments:
+        picture: A Pillow image, or a tensor of shape (3, H, W): uint8, or floating point in
+            [-1, 1].
+        path: The file, whose folder is made if it is missing.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If a tensor has another shape or holds values that are not finite.
+    """
+    buffer = io.BytesIO()
+    image = picture if isinstance(picture, Image.Image) else _image(picture)
+    image.save(buffer, format="PNG")  # optimize=True takes ten times as long, for a percent
+    return write_atomic(path, buffer.getvalue())
+
+
+def _checked(images: Tensor, name: str) -> Tensor:
+    """Returns the images if their shape is (N, 3, H, W) and none of it is empty."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(f"{name} must be of shape (N, 3, H, W), not {tuple(images.shape)}")
+    return images
+
+
+def _image(picture: Tensor) -> Image.Image:
+    """The Pillow image of a tensor (3, H, W), uint8 or in [-1, 1]."""
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise ValueError(f"a picture must be of shape (3, H, W), not {tuple(picture.shape)}")
+    levels = picture if picture.dtype == torch.uint8 else to_uint8(picture)
+    return to_pil_image(levels.cpu())
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Breaks a text at spaces into lines of at most `width` pixels where its words allow it."""
+    for sign, word in SPELLED.items():
+        text = text.replace(sign, word)
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                line = word
+            else:
+                line = longer
+        lines.append(line)
+    return lines
+
+
+def _width(lines: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
+    """The width of the longest line in pixels."""
+    return max(math.ceil(font.getlength(line)) for line in lines)

@@ -1,0 +1,312 @@
+"""The report of a run: one HTML page that stands alone and can be sent by mail.
+
+Style, script and pictures are inside the file; it opens without a network and refuses to fetch
+anything (its content security policy allows `data:` pictures alone). Everything that callers hand
+in is text: it is escaped, so that a title may hold `<`, `&` or quotes.
+"""
+
+__all__ = [
+    "Animation", "Config", "Curve", "Facts", "Picture", "Section", "Table", "write_report",
+]  # fmt: skip
+
+import base64
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from PIL import Image
+
+from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.report.chart import Curve, chart, power
+
+Cell = str | float | int
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LARGE = 100_000  # bytes of a frame, of which there are many
+INLINE = 560  # pixels, the width to which a small picture is enlarged by a whole factor at most
+NUMBER = re.compile(
+    r"([-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(?:±.*|%)?"
+)  # 27.3, 27.3 ± 0.1, 5 %
+ABSENT = {"", "-", "–", "—", "n/a"}  # may stand in a column of numbers
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file, embedded byte for byte.
+
+    Arguments:
+        title: The heading.
+        caption: What is seen.
+        path: The PNG file.
+    """
+
+    title: str
+    caption: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Animation:
+    """Pictures in one place, one after the other: with a slider, and a button that plays them.
+
+    The last one is shown at first, and where no script runs.
+
+    Arguments:
+        title: The heading.
+        caption: What is seen.
+        frames: What each is called, and the picture.
+    """
+
+    title: str
+    caption: str
+    frames: Sequence[tuple[str, Image.Image]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose columns sort on a click.
+
+    Arguments:
+        title: The heading.
+        caption: What the numbers are, with their units.
+        columns: The headers.
+        rows: The cells, a row as long as `columns`. Numbers are printed with four significant
+            digits; a string is printed as it is, and counts as a number if it looks like
+            "27.3", "27.3 ± 0.1" or "5 %".
+    """
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of names and what they stand for: settings, noise levels, versions.
+
+    Arguments:
+        title: The heading.
+        items: The values by name.
+    """
+
+    title: str
+    items: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A long text, folded until it is asked for.
+
+    Arguments:
+        title: The heading.
+        text: The text, YAML as a rule; its lines are kept.
+    """
+
+    title: str
+    text: str
+
+
+Section = Picture | Animation | Table | Curve | Facts | Config
+
+
+def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> Path:
+    """Writes the page; the same content gives the same bytes.
+
+    Arguments:
+        path: The HTML file; an old one is replaced as a whole.
+        title: The title of the page.
+        summary: Its first paragraphs, plain text; an empty line starts a new one.
+        sections: What follows, in this order. Pictures and curves are numbered as figures.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: If a picture does not exist.
+        TypeError: If a section is of no known kind.
+        ValueError: If a picture is no PNG file, an animation has no frame, a row of a table is
+            not as long as its header, or x and y of a curve differ in length. Nothing is written
+            then.
+    """
+    used: set[str] = set()
+    figures = tables = 0
+    contents, bodies = [], []
+    for section in sections:
+        anchor = _anchor(section.title, used)
+        heading = escape(section.title)
+        if isinstance(section, Picture | Animation | Curve):
+            figures += 1
+            number = f"Figure {figures}"
+        else:
+            tables += isinstance(section, Table)
+            number = f"Table {tables}"
+        contents.append(f'<li><a href="#{anchor}">{heading}</a></li>')
+        bodies.append(
+            f'<section id="{anchor}">\n<h2><a href="#{anchor}">{heading}</a></h2>\n'
+            f"{_body(section, number)}\n</section>"
+        )
+    paragraphs = [text.strip() for text in re.split(r"\n\s*\n", summary) if text.strip()]
+    template = resources.files(__package__).joinpath("report_template.html")
+    page = Template(template.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        summary="\n".join(f'<p class="summary">{escape(text)}</p>' for text in paragraphs),
+        contents="\n".join(contents),
+        sections="\n".join(bodies),
+    )
+    return write_atomic(path, page.encode("utf-8"))
+
+
+def _body(section: Section, number: str) -> str:
+    """The HTML below the heading of a section."""
+    if isinstance(section, Picture):
+        return _picture(section, number)
+    if isinstance(section, Animation):
+        return _animation(section, number)
+    if isinstance(section, Table):
+        return _table(section, number)
+    if isinstance(section, Curve):
+        caption = f"<figcaption {_caption(number, section.caption)}</figcaption>"
+        return f"<figure>\n{chart(section)}\n{caption}\n</figure>"
+    if isinstance(section, Facts):
+        items = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in section.items.items())
+        return "<dl>\n" + "\n".join(items) + "\n</dl>"
+    if isinstance(section, Config):
+        lines = len(section.text.splitlines())
+        return (
+            f"<details>\n<summary>{lines} lines</summary>\n"
+            f'<pre tabindex="0">\n{escape(section.text)}</pre>\n</details>'
+        )
+    raise TypeError(f"a report has no section of the kind {type(section).__name__}")
+
+
+def _caption(number: str, text: str) -> str:
+    """The inside of a caption from its class on: both `figcaption` and `p` carry it."""
+    return f'class="caption"><b>{number}</b>{escape(text)}'
+
+
+def _picture(section: Picture, number: str) -> str:
+    """A picture as a button that enlarges it."""
+    data = Path(section.path).read_bytes()
+    if not data.startswith(PNG):
+        raise ValueError(f"{section.path} is no PNG file")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    alt = f"{section.title}: {section.caption}" if section.caption else section.title
+    image = _image(alt, width, height, "png", data)
+    return (
+        f'<figure>\n<button type="button" class="picture" title="Enlarge">{image}</button>\n'
+        f"<figcaption {_caption(number, section.caption)}</figcaption>\n</figure>"
+    )
+
+
+def _image(alt: str, width: int, height: int, kind: str, data: bytes, more: str = "") -> str:
+    """The element of an image; a small one is enlarged by a whole factor."""
+    factor = max(1, min(4, INLINE // width))
+    pixels = ' class="pixels"' if factor > 1 else ""
+    code = base64.b64encode(data).decode("ascii")
+    return (
+        f'<img{pixels} alt="{escape(alt)}" width="{width * factor}" height="{height * factor}" '
+        f'{more}src="data:image/{kind};base64,{code}">'
+    )
+
+
+def _animation(section: Animation, number: str) -> str:
+    """All frames above each other, of which the script shows one."""
+    last = len(section.frames) - 1
+    if last < 0:
+        raise ValueError(f"the animation {section.title!r} has no frame")
+    images = []
+    for k, (label, frame) in enumerate(section.frames):
+        kind, data = _encoded(frame)
+        more = f'data-label="{escape(label)}" ' + ("" if k == last else "hidden ")
+        images.append(_image(f"{section.title}: {label}", *frame.size, kind, data, more))
+    title, label = escape(section.title), escape(section.frames[last][0])
+    pictures = "\n".join(images)
+    return (
+        f'<figure class="film">\n<button type="button" class="picture" title="Enlarge">\n'
+        f'{pictures}</button>\n<div class="player"><button type="button">Play</button>'
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{title}">'
+        f"<output>{label}</output></div>\n"
+        f"<figcaption {_caption(number, section.caption)}</figcaption>\n</figure>"
+    )
+
+
+def _encoded(image: Image.Image) -> tuple[str, bytes]:
+    """A frame as PNG, or what is large as WebP of a quality that shows no difference."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    if buffer.tell() <= LARGE:
+        return "png", buffer.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, format="WebP", quality=90)
+    return "webp", buffer.getvalue()
+
+
+def _table(section: Table, number: str) -> str:
+    """A table; its columns of numbers are marked, and their cells carry the value to sort by."""
+    for i, row in enumerate(section.rows):
+        if len(row) != len(section.columns):
+            raise ValueError(
+                f"row {i} of the table {section.title!r} has {len(row)} cells for "
+                f"{len(section.columns)} columns"
+            )
+    head = ""
+    cells: list[list[str]] = [[] for _ in section.rows]
+    for j, name in enumerate(section.columns):
+        column = [row[j] for row in section.rows]
+        values = [_value(cell) for cell in column]
+        plain = [
+            v is None and str(c).strip() not in ABSENT for c, v in zip(column, values, strict=True)
+        ]
+        numeric = not any(plain) and any(v is not None for v in values)
+        mark = ' class="number"' if numeric else ""
+        head += f'<th scope="col"{mark}><button type="button">{escape(name)}</button></th>'
+        for i, (text, value) in enumerate(zip(_texts(column), values, strict=True)):
+            key = ""
+            if numeric and value is not None and not math.isnan(value):
+                key = f' data-value="{value!r}"'.replace("inf", "Infinity")
+            cells[i].append(f"<td{mark}{key}>{escape(text)}</td>")
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return (
+        f'<div class="scroll" tabindex="0">\n<table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table>\n</div>\n"
+        f"<p {_caption(number, section.caption)}</p>"
+    )
+
+
+def _value(cell: Cell) -> float | None:
+    """The number in a cell, or None."""
+    if not isinstance(cell, str):
+        return None if isinstance(cell, bool) else float(cell)
+    match = NUMBER.fullmatch(cell.strip())
+    return float(match[1].replace("−", "-")) if match else None
+
+
+def _texts(column: Sequence[Cell]) -> list[str]:
+    """The cells as printed: the floats of a column share their decimals, so that points align."""
+    short = {f"{cell:.4g}" for cell in column if isinstance(cell, float) and math.isfinite(cell)}
+    aligned = not any("e" in text for text in short)
+    decimals = max((len(text.partition(".")[2]) for text in short), default=0)
+    texts = []
+    for cell in column:
+        if isinstance(cell, float):
+            cell = power(f"{cell:.{decimals}f}" if aligned else f"{cell:.4g}")
+        texts.append(str(cell))
+    return texts
+
+
+def _anchor(title: str, used: set[str]) -> str:
+    """A name for the address bar, not yet used on the page."""
+    stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+    anchor, n = stem, 1
+    while anchor in used or anchor == "zoom":
+        n += 1
+        anchor = f"{stem}-{n}"
+    used.add(anchor)
+    return anchor

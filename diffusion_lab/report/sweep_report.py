@@ -1,0 +1,234 @@
+"""The summary of a sweep: `summary.csv`, a row a job, and `report.html`.
+
+Everything is read from the jobs' directories: what was asked for from `.hydra/overrides.yaml`, how
+it ended from the notes `finished.json` and `failed.json`, and the figures from `metrics.csv` (of a
+training: the last value of each) or `results.csv` (of an evaluation: the means, called
+estimate/metric).
+"""
+
+__all__ = ["Job", "read_jobs", "summarize"]
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from diffusion_lab import runs
+from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.report.page import Cell, Curve, Facts, Section, Table, write_report
+
+log = logging.getLogger(__name__)
+
+LOSS = "val/loss_ema"
+CHARTS = ("psnr", "ssim", "lpips", "crps", "fid", "kid", "frechet", "bits_per_dim")  # by beginning
+ESTIMATES = ("mean", "sample")  # which one is drawn where there are too many lines for all
+NAMED = 20  # jobs up to which a chart over the jobs says what each of them is
+WIDE = 30  # ratio of the ends from which an axis is logarithmic
+UNKNOWN = "no end was noted: interrupted, killed, or still running"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep.
+
+    Attributes:
+        directory: Its directory, named by its number.
+        overrides: What it was asked for.
+        status: finished, failed or unfinished.
+        error: Why it is not finished.
+        step: Optimizer steps of a training.
+        figures: Its last metrics, or the means of its results.
+        losses: Steps and validation losses of a training.
+    """
+
+    directory: Path
+    overrides: dict[str, str]
+    status: str
+    error: str
+    step: int | None
+    figures: dict[str, float]
+    losses: tuple[list[float], list[float]]
+
+
+def read_jobs(directory: Path) -> list[Job]:
+    """Returns the jobs of a sweep that were begun, in order.
+
+    Arguments:
+        directory: The sweep's directory.
+    """
+    found = [path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")]
+    return [_read(path) for path in sorted(found, key=lambda path: (len(path.name), path.name))]
+
+
+def _read(directory: Path) -> Job:
+    texts = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_text()) or []
+    overrides = {key.lstrip("+~"): value for key, _, value in (t.partition("=") for t in texts)}
+    figures, losses, step = {}, ([], []), None
+    if (path := directory / "results.csv").exists():
+        figures = {f"{row['estimate']}/{row['metric']}": float(row["mean"]) for row in _rows(path)}
+    elif (path := directory / "metrics.csv").exists():
+        for row in _rows(path):
+            step = int(row["step"]) + 1  # logged under the number of steps before
+            for name, value in row.items():
+                if value and name.startswith(("train/loss", "val/")) and "_bin/" not in name:
+                    figures[name] = float(value)
+            if row.get(LOSS):
+                losses[0].append(step)
+                losses[1].append(float(row[LOSS]))
+    status, error = "unfinished", UNKNOWN
+    if (path := directory / runs.FAILED).exists():
+        status, error = "failed", json.loads(path.read_text())["error"]
+    elif (directory / runs.MARKER).exists() or _evaluated(directory):
+        status, error = "finished", ""
+    return Job(directory, overrides, status, error, step, figures, losses)
+
+
+def _evaluated(directory: Path) -> bool:
+    """Whether there is an evaluation here that has come to its end."""
+    note, partial, page = (directory / n for n in (runs.EVALUATION, runs.PARTIAL, "report.html"))
+    return note.exists() and page.exists() and not partial.exists()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summarize(directory: Path) -> int:
+    """Writes `summary.csv` and `report.html` into a sweep's directory, and says where they are.
+
+    Arguments:
+        directory: The sweep's directory.
+
+    Returns:
+        The number of jobs that failed.
+    """
+    jobs = read_jobs(directory)
+    if not jobs:
+        return 0
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    columns = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
+    writer.writerow(["job", *columns, "status", "step", *figures, "error"])
+    for job in jobs:
+        asked = [job.overrides.get(key, "") for key in columns]
+        values = [job.figures.get(name, "") for name in figures]
+        step = "" if job.step is None else job.step
+        writer.writerow([job.directory.name, *asked, job.status, step, *values, job.error])
+    path = write_atomic(directory / "summary.csv", text.getvalue().encode())
+    counts = {kind: sum(job.status == kind for job in jobs) for kind in ("finished", "failed")}
+    counts["unfinished"] = len(jobs) - sum(counts.values())
+    ends = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    title = f"Sweep {directory.resolve().name}"
+    report = write_report(
+        directory / "report.html", title, f"{len(jobs)} jobs: {ends}.", _sections(jobs, figures)
+    )
+    log.info("sweep: %d jobs, %s: %s and %s", len(jobs), ends, path, report)
+    keys = _swept(jobs)
+    for job in jobs:
+        if job.status != "finished":
+            name = f"job {job.directory.name} ({_name(job, keys)})"
+            log.error("%s: %s: %s", job.status, name, job.error.partition("\n")[0])
+    return counts["failed"]
+
+
+def _swept(jobs: Sequence[Job]) -> list[str]:
+    """The keys in which the jobs differ."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def _name(job: Job, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={job.overrides[key]}" for key in keys if key in job.overrides)
+
+
+def _sections(jobs: Sequence[Job], figures: Sequence[str]) -> list[Section]:
+    keys = _swept(jobs)
+    trained = any(job.step is not None for job in jobs)
+    ended_badly = any(job.error for job in jobs)
+    rows: list[list[Cell]] = []
+    for job in jobs:
+        step: list[Cell] = [("–" if job.step is None else job.step)] if trained else []
+        values: list[Cell] = [job.figures.get(name, "–") for name in figures]
+        asked = [job.overrides.get(key, "–") for key in keys]
+        rows.append(
+            [
+                job.directory.name,
+                *asked,
+                job.status,
+                *([job.error] if ended_badly else []),
+                *step,
+                *values,
+            ]
+        )
+    columns = ["job", *keys, "status", *(["error"] if ended_badly else []),
+               *(["step"] if trained else []), *figures]  # fmt: skip
+    caption = "A click on a column sorts by it. " + (
+        f"The last value of each metric; {LOSS} is that of the averaged weights."
+        if trained
+        else "Means over the images, of estimate/metric; standard errors are in each results.csv."
+    )
+    sections: list[Section] = [Table("Jobs", caption, columns, rows)]
+    series = {f"{job.directory.name}: {_name(job, keys)}": job.losses for job in jobs}
+    series = {name: losses for name, losses in series.items() if losses[0]}
+    if series:
+        caption = "Validation loss of the averaged weights."
+        sections.append(Curve("Training", caption, "optimizer steps", LOSS, series, log_y=True))
+    sections += _charts(jobs, keys, figures)
+    fixed = {k: v for k, v in jobs[0].overrides.items() if k not in keys}
+    if fixed:
+        sections.append(Facts("The same in all jobs", fixed))
+    return sections
+
+
+def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) -> list[Curve]:
+    """Figures over the value that was swept, if there is one such key, or else over the jobs."""
+    numbers = [key for key in keys if all(_is_number(job.overrides.get(key)) for job in jobs)]
+    x_label = numbers[0] if len(numbers) == 1 else "job"
+    others = [key for key in keys if key != x_label] if x_label != "job" else []
+    kinds: dict[str, list[str]] = {}  # metric -> the figures of it
+    for name in figures:
+        metric = name if name.startswith("val/") else name.rpartition("/")[2]
+        if metric == LOSS or metric.removeprefix("val/").startswith(CHARTS):
+            kinds.setdefault(metric, []).append(name)
+    caption = ""
+    if x_label == "job" and len(jobs) <= NAMED:
+        caption = "; ".join(f"{job.directory.name}: {_name(job, keys)}" for job in jobs)
+    values = [float(job.overrides[x_label]) for job in jobs] if x_label != "job" else [0.0]
+    log_x = min(values) > 0 and max(values) >= WIDE * min(values)
+    curves = []
+    for metric, names in kinds.items():
+        if others and len(names) > 1:
+            wanted = [f"{estimate}/{metric}" for estimate in ESTIMATES]
+            names = [next((name for name in wanted if name in names), names[0])]
+        series: dict[str, tuple[list[float], list[float]]] = {}
+        for job in jobs:
+            x = job.directory.name if x_label == "job" else job.overrides[x_label]
+            for name in names:
+                if name in job.figures and _is_number(x):
+                    label = ", ".join(filter(None, [_name(job, others), name]))
+                    xs, ys = series.setdefault(label, ([], []))
+                    xs.append(float(x))
+                    ys.append(job.figures[name])
+        if any(len(xs) > 1 for xs, _ in series.values()):
+            ordered = {
+                name: tuple(map(list, zip(*sorted(zip(xs, ys, strict=True)), strict=True)))
+                for name, (xs, ys) in series.items()
+            }
+            title = f"{metric} over {x_label}"
+            curves.append(Curve(title, caption, x_label, metric, ordered, log_x=log_x))
+    return curves
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True

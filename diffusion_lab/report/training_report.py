@@ -1,0 +1,289 @@
+"""The report of a training: what was trained, its pictures over the steps, and its curves.
+
+It is made of the run's directory alone (`.hydra`, metrics.csv, samples/), at the end of a training
+or at any time while it goes on.
+"""
+
+__all__ = ["conclude", "read_metrics", "write_run_report"]
+
+import csv
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from diffusion_lab.errors import RunError
+from diffusion_lab.report.page import (
+    Animation,
+    Config,
+    Curve,
+    Facts,
+    Picture,
+    Section,
+    Table,
+    write_report,
+)
+from diffusion_lab.runs import MARKER
+
+log = logging.getLogger(__name__)
+
+FRAMES = 12  # pictures of an animation at most: the page shall go by mail
+STRETCHES = 60  # points of the training loss at most, each the mean of a stretch of it
+LEVELS = 5  # moments of the training at which the loss over the noise level is drawn
+
+Series = tuple[list[int], list[float]]  # steps, values
+
+PICTURES = {  # samples/<name>-<step>.png
+    "grid": (
+        "Samples of the prior",
+        "Drawn by the averaged weights from the same noise at every step.",
+    ),
+    "progressive": ("From noise to images", "Samples on their way: x_t and E[x_0 | x_t]."),
+    "levels": ("Denoising at several noise levels", "E[x_0 | x_t] of noisy validation images."),
+    "denoise": (
+        "Noisy images and what is made of them",
+        "Validation images with σ_t = 0.5: E[x_0 | y] and samples of the posterior.",
+    ),
+    "nearest": (
+        "Nearest training images",
+        "Samples, and beside each the training images nearest to it: a copy would be among them.",
+    ),
+    "schedule": ("Noise schedule", "The schedule of this training."),
+}
+CHARTS = [  # title, axis, what it is, columns, whether logarithmic
+    ("Learning rate", "learning rate", "That of the step.", r"train/lr|lr-.*", False),
+    ("Norm of the gradient", "norm", "Before it is clipped.", r"train/grad_norm", True),
+    ("Distance from the images", "distance",
+     "Of drawn images from the training images; the name says of how many. Smaller is better.",
+     r"val/(?:fid|frechet|kid)_.*", False),
+    ("Throughput", "images / s", "On all devices, training alone.", r"perf/images_per_second",
+     False),
+    ("Use of the device", "share of the peak",
+     "Operations of the network over what the device can do at most (MFU).", r"perf/mfu", False),
+    ("Memory", "GB", "The largest so far on a device.", r"perf/memory_gb", False),
+]  # fmt: skip
+ELSEWHERE = re.compile(  # columns that have a chart of their own kind, or need none
+    r"step|epoch|(?:train|val)/loss(?:_ema|_bin/.*)?|train/images|train/skipped|perf/tflops"
+)
+
+
+def read_metrics(directory: Path) -> dict[str, Series]:
+    """Returns the columns of metrics.csv: for each where it has a value, and the values.
+
+    Where is the number of optimizer steps taken; the file's is that before the step.
+
+    Without the file, as with logger=none, there are no columns.
+    """
+    if not (directory / "metrics.csv").exists():
+        return {}
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+    series: dict[str, Series] = {}
+    for row in rows:
+        for name, text in row.items():
+            if name and text:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]) + 1)
+                values.append(float(text))
+    return series
+
+
+def write_run_report(directory: Path) -> Path:
+    """Writes report.html into the directory of a training.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunError: If it is not the directory of a training.
+    """
+    try:
+        config = OmegaConf.load(directory / ".hydra" / "config.yaml")
+        overrides = OmegaConf.load(directory / ".hydra" / "overrides.yaml")
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{directory} holds no .hydra/config.yaml; give the directory of a training, an "
+            "evaluation or a sweep"
+        ) from error
+    metrics = read_metrics(directory)
+    steps = max((series[0][-1] for series in metrics.values()), default=0)
+    finished = (directory / MARKER).exists()
+    name = config.get("name", directory.name)
+    sections = [
+        *_pictures(directory / "samples", "grid"),
+        *_losses(metrics),
+        *_pictures(directory / "samples"),
+        *_charts(metrics),
+        *([_figures(metrics)] if metrics else []),
+        Facts("Settings", _facts(directory, config, overrides, finished)),
+        Config("Configuration", OmegaConf.to_yaml(config)),
+    ]
+    summary = f"{steps:,} steps{'' if finished else ' so far; the training has not finished'}."
+    if not metrics:
+        summary = "Nothing has been logged: logger=none, or the training has just begun."
+    if "val/loss_ema" in metrics:
+        at, values = metrics["val/loss_ema"]
+        least = min(range(len(values)), key=values.__getitem__)
+        summary += (
+            f" The validation loss of the averaged weights is {values[-1]:.4g}; the least was "
+            f"{values[least]:.4g} at step {at[least]:,}."
+        )
+    return write_report(directory / "report.html", f"Training of {name}", summary, sections)
+
+
+def conclude(directory: Path) -> None:
+    """Writes the report at the end of a training, which it must not make fail."""
+    try:
+        log.info("report: %s", write_run_report(directory))
+    except (OSError, RunError, ValueError) as error:
+        log.warning("there is no report.html: %s", error)
+
+
+def _pictures(folder: Path, only: str | None = None) -> list[Section]:
+    """The pictures of a kind over the steps; of all kinds but the grid if none is named."""
+    kinds: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        kind, _, step = path.stem.rpartition("-")
+        if not step.isdigit():
+            kind, step = path.stem, "0"
+        kinds.setdefault(kind, {})[int(step)] = path
+    order = [*PICTURES, *sorted(kinds.keys() - PICTURES.keys())]
+    sections: list[Section] = []
+    for kind in order:
+        if kind not in kinds or (kind == only) != (only is not None):
+            continue
+        if only is None and kind == "grid":
+            continue
+        title, caption = PICTURES.get(kind, (kind, ""))
+        paths = kinds[kind]
+        if len(paths) == 1:
+            sections.append(Picture(title, caption, next(iter(paths.values()))))
+            continue
+        frames = [(f"step {step:,}", _opened(paths[step])) for step in _spread(sorted(paths))]
+        sections.append(Animation(title, caption, frames))
+    return sections
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def _spread(items: Sequence[Any], most: int = FRAMES) -> list[Any]:
+    """At most so many of the items, evenly spread, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
+
+
+def _stretches(series: Series, most: int) -> list[Series]:
+    """A series in at most so many pieces, as equal in length as can be."""
+    steps, values = series
+    count = min(most, len(steps))
+    ends = [round(k * len(steps) / count) for k in range(count + 1)]
+    return [(steps[a:b], values[a:b]) for a, b in pairwise(ends)]
+
+
+def _losses(metrics: Mapping[str, Series]) -> list[Section]:
+    """The loss over the steps, and over the noise level at a few of them."""
+    lines: dict[str, Series] = {}
+    if "train/loss" in metrics:
+        pieces = _stretches(metrics["train/loss"], STRETCHES)
+        lines["training"] = ([s[-1] for s, _ in pieces], [fmean(v) for _, v in pieces])
+    for key, label in (("val/loss", "raw"), ("val/loss_ema", "averaged")):
+        if key in metrics:
+            lines[f"validation, {label} weights"] = metrics[key]
+    sections: list[Section] = []
+    if lines:
+        caption = "The training loss is the mean of what was logged since the point before."
+        sections.append(Curve("Loss", caption, "step", "loss", lines, log_y=True))
+    for split, label in (("val", "Validation"), ("train", "Training")):
+        prefix = f"{split}/loss_bin/"
+        bins = sorted(key for key in metrics if key.startswith(prefix))
+        if not bins:
+            continue
+        levels = [float(key.removeprefix(prefix)) for key in bins]
+        # In validation a moment is one measurement; the training's are means of stretches.
+        pieces = {key: _stretches(metrics[key], LEVELS) for key in bins}
+        if split == "val":
+            pieces = {key: [([s], [v]) for s, v in _spread(list(zip(*metrics[key], strict=True)),
+                                                         LEVELS)] for key in bins}  # fmt: skip
+        moments = min(map(len, pieces.values()))
+        series = {
+            f"step {pieces[bins[0]][k][0][-1]:,}": (
+                levels, [fmean(pieces[key][k][1]) for key in bins]
+            ) for k in range(moments)
+        }  # fmt: skip
+        caption = (
+            "Each point is a tenth of the noise levels that are trained, at its upper end: "
+            + ("averaged weights." if split == "val" else "means up to the step.")
+        )
+        axis = "share of the training's noise levels below"
+        title = f"{label} loss by noise level"
+        sections.append(Curve(title, caption, axis, "loss", series, log_y=True))
+    return sections
+
+
+def _charts(metrics: Mapping[str, Series]) -> list[Section]:
+    """All other columns, those of `CHARTS` first and then each by itself."""
+    sections: list[Section] = []
+    left = {key: series for key, series in metrics.items() if not ELSEWHERE.fullmatch(key)}
+    for title, axis, caption, pattern, log in CHARTS:
+        found = {key: left.pop(key) for key in list(left) if re.fullmatch(pattern, key)}
+        if found:
+            sections.append(Curve(title, caption, "step", axis, found, log_y=log))
+    caption = "As it was logged."
+    return sections + [Curve(key, caption, "step", key, {key: left[key]}) for key in sorted(left)]
+
+
+def _figures(metrics: Mapping[str, Series]) -> Table:
+    """The last value of every column, and the least."""
+    rows: list[list[str | float | int]] = []
+    for key in sorted(metrics.keys() - {"step", "epoch"}):
+        steps, values = metrics[key]
+        least = min(range(len(values)), key=values.__getitem__)
+        rows.append([key, f"{values[-1]:.4g}", f"{values[least]:.4g}", steps[least], len(values)])
+    columns = ["figure", "last", "least", "at step", "values"]
+    return Table("Figures", "Everything that was logged.", columns, rows)
+
+
+def _facts(directory: Path, config: DictConfig, overrides: Any, finished: bool) -> dict[str, str]:
+    """What was trained, in words."""
+
+    def of(key: str) -> Any:
+        return OmegaConf.select(config, key, throw_on_resolution_failure=False)
+
+    def kind(key: str) -> str:
+        return str(of(f"{key}._target_") or "none").rpartition(".")[2]
+
+    facts = {
+        "Directory": str(directory.absolute()),
+        "State": "finished" if finished else "not finished",
+        "Command": " ".join(["train.py", *overrides]),
+    }
+    for k, path in enumerate(sorted(directory.glob(".hydra/resumed-*/overrides.yaml")), 1):
+        facts[f"Continued ({k})"] = " ".join(OmegaConf.load(path))
+    batch, devices, accumulate = (
+        of(k) for k in ("data.batch_size", "trainer.devices", "trainer.accumulate_grad_batches")
+    )
+    return facts | {
+        "Data": f"{of('data.source')}, {of('data.size')} pixels",
+        "Network": f"{kind('network')}, {of('network.channels')} channels x "
+        f"{of('network.multipliers')}, {of('network.blocks')} block(s) a level",
+        "Schedule": kind("schedule"),
+        "Parameterization": kind("parameterization"),
+        "Loss": f"{kind('loss')}, times {kind('time')}",
+        "Optimizer": f"{kind('optimizer')}, learning rate {of('optimizer.lr')}, "
+        f"{kind('lr_schedule')}",
+        "Batch": f"{batch} images x {devices} device(s) x {accumulate} accumulated",
+        "Averaging": f"decay {of('ema.decay')}",
+        "Precision": str(of("trainer.precision")),
+        "Seed": str(of("seed")),
+    }

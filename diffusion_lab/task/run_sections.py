@@ -1,0 +1,34 @@
+"""What every report says of the run behind it."""
+
+__all__ = ["run_sections"]
+
+import yaml
+
+from diffusion_lab.report.page import Config, Facts
+from diffusion_lab.runs import Run
+
+
+def run_sections(run: Run, settings: dict[str, str], config: str) -> list[Facts | Config]:
+    """Returns the sections on settings, prior and configurations.
+
+    Arguments:
+        run: The run that was evaluated.
+        settings: What was chosen for this evaluation.
+        config: The evaluation's configuration, YAML.
+    """
+    parameters = sum(p.numel() for p in run.denoiser.parameters())
+    return [
+        Facts(
+            "Settings",
+            {
+                **settings,
+                "Checkpoint": str(run.checkpoint),
+                "Training": run.origin,
+                "Network": f"{parameters:,} parameters",
+                "Schedule": type(run.denoiser.schedule).__name__,
+                "Data": f"{run.config['data']['source']}, {run.config['data']['size']} pixels",
+            },
+        ),
+        Config("Configuration of this evaluation", config),
+        Config("Configuration of the training", yaml.safe_dump(run.config, sort_keys=False)),
+    ]

@@ -1,1 +1,0 @@
-"""Pictures, reports and dashboards of runs."""
