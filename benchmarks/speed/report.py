@@ -60,7 +60,7 @@ def row(
     ratios = [theirs / mine for mine, theirs in zip(ours, peer, strict=True)]
     if flops:
         rate = flops / median(ours)
-        more |= {"gflops": _round(rate / 1e9), "share": _round(rate / peak)}
+        more |= {"gflops": _round(rate / 1e9), "share": _share(rate, peak)}
     shown = UNITS[unit]
     return {
         "name": name,
@@ -74,6 +74,12 @@ def row(
         "rounds": len(ratios),
         **{key: value for key, value in more.items() if value not in (None, "")},
     }
+
+
+def _share(rate: float, peak: float) -> float | None:
+    """The share of the peak; None above 1, where fewer operations are done than are counted."""
+    share = _round(rate / peak)
+    return share if share <= 1 else None
 
 
 def _round(value: float) -> float:
@@ -106,7 +112,10 @@ def merge(old: Iterable[Row], new: Sequence[Row], everything: bool) -> list[Row]
     for each in rows:  # by the newest peak: an earlier one may have met a busy machine
         peak = peaks.get((each["device"], each["name"].rpartition("/")[2]))
         if "gflops" in each and peak:
-            each["share"] = _round(each["gflops"] / peak)
+            share = _share(each["gflops"], peak)
+            each.pop("share", None)
+            if share is not None:
+                each["share"] = share
     return rows
 
 
@@ -150,9 +159,8 @@ def readme(rows: Sequence[Row]) -> str:
     lines = ["| | ours | peer | | peer is | ratio |", "|---|---|---|---|---|---|"]
     for each in sorted(own, key=lambda r: TELLING.index(r["name"].split("/")[0])):
         kind, *rest = each["name"].split("/")
-        slow = " (emulated)" if "emulated" in each.get("note", "") else ""
         lines.append(
-            f"| {WHAT[kind]}, {', '.join(rest)}{slow} | {_number(each['ours'])} "
+            f"| {WHAT[kind]}, {', '.join(rest)} | {_number(each['ours'])} "
             f"| {_number(each['peer'])} | {each['unit']} | {each['peer_name']} "
             f"| {each['ratio']:.2f} |"
         )
