@@ -1,8 +1,10 @@
 r"""The pictures that a training shows: what each of them is of, and where they go."""
 
-__all__ = ["Recorder", "levels", "log_picture", "nearest", "progressive"]
+__all__ = ["levels", "log_picture", "nearest", "progressive"]
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -12,8 +14,7 @@ from torch import Tensor
 from diffusion_lab.data.images import Split
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png
-from diffusion_lab.sampler import Sampler
-from diffusion_lab.sampler.base import State
+from diffusion_lab.report.trajectory import to_unit_variance
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
 from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
@@ -31,49 +32,19 @@ def log_picture(trainer: Trainer, name: str, picture: Image, path: Path) -> None
             logger.log_image(name, [picture], step=trainer.global_step)
 
 
-def _shown(x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """x_t / √(α_t² + σ_t²): as it is where that is 1, and otherwise of about the images' range."""
-    return x_t / broadcast(torch.sqrt(alpha_t**2 + sigma_t**2), x_t)
-
-
-class Recorder:
-    """A sampler's callback that keeps some states of the first images.
+def progressive(trajectory: Mapping[str, Any], schedule: Schedule) -> Image:
+    """Draws x_t and E[x_0 | x_t] along the reverse process, two rows for each sample.
 
     Arguments:
-        sampler: The sampler.
-        count: The number of images.
-        columns: About how many states are kept.
+        trajectory: Result of `TrajectoryRecorder.result`.
+        schedule: Noise schedule, for the σ_t/α_t of each time.
     """
-
-    def __init__(self, sampler: Sampler, count: int, columns: int = 8) -> None:
-        self.count, self.every = count, max(1, sampler.steps // columns)
-        self.seen, self.states = 0, []
-
-    def __call__(self, state: State) -> None:
-        if self.seen % self.every == 0 or state.t == 0:
-            parts = (state.x_t[: self.count].cpu(), state.denoised[: self.count].cpu())
-            self.states.append((state.t, *parts))
-        self.seen += 1
-
-
-def progressive(states: list[tuple[float, Tensor, Tensor]], schedule: Schedule) -> Image:
-    """Draws x_t and E[x_0 | x_t] along the reverse process, two rows an image.
-
-    Arguments:
-        states: t, x_t and E[x_0 | x_t], from noise to image; the last is the sample itself.
-        schedule: The schedule.
-    """
-    columns, noisy, denoised = [], [], []
-    for t, x_t, x_0 in states:
+    columns = []
+    for t in trajectory["t"]:
         alpha_t, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
         columns.append(f"t = {t:.3g}\nσ/α = {sigma_t / alpha_t:.3g}" if t else "sample")
-        noisy.append(_shown(x_t, alpha_t.cpu(), sigma_t.cpu()))
-        denoised.append(x_0)
-    rows, labels = [], []
-    for k in range(len(noisy[0])):
-        rows += [torch.stack([x[k] for x in noisy]), torch.stack([x[k] for x in denoised])]
-        labels += ["x_t", "E[x_0 | x_t]"]
-    return labelled_grid(rows, columns, labels)
+    rows = torch.stack([trajectory["x_t"], trajectory["denoised"]], 2).flatten(1, 2).unbind(1)
+    return labelled_grid(rows, columns, ["x_t", "E[x_0 | x_t]"] * (len(rows) // 2))
 
 
 @torch.no_grad()
@@ -90,7 +61,8 @@ def levels(module: DiffusionModule, x_0: Tensor, epsilon: Tensor) -> Image:
     alpha_t, sigma_t = module.schedule(t)
     x_t = broadcast(alpha_t, x_0) * x_0 + broadcast(sigma_t, x_0) * epsilon
     denoised = module.denoiser()(x_t, t)
-    rows = [torch.cat([x_0, images]).cpu() for images in (_shown(x_t, alpha_t, sigma_t), denoised)]
+    scaled = to_unit_variance(x_t, alpha_t, sigma_t)
+    rows = [torch.cat([x_0, images]).cpu() for images in (scaled, denoised)]
     ratios = (sigma_t / alpha_t).tolist()
     columns = [f"bin {bin_name(k)}\nσ/α = {ratio:.3g}" for k, ratio in enumerate(ratios)]
     return labelled_grid(rows, ["clean", *columns], ["x_t", "E[x_0 | x_t]"])

@@ -11,7 +11,6 @@ from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 
 from diffusion_lab.callback.sample_animation import (
-    Recorder,
     levels,
     log_picture,
     nearest,
@@ -22,6 +21,7 @@ from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import MMSE, Observation, Truncated
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import image_grid, labelled_grid
+from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import EulerMaruyama, Sampler
 from diffusion_lab.training.module import DiffusionModule
@@ -51,7 +51,7 @@ class SampleGrid(Callback):
     """
 
     ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # at most
-    PROGRESSIVE_ROWS = 3  # likewise
+    PROGRESSIVE_ROWS, PROGRESSIVE_COLUMNS = 3, 8  # at most, and about
     COMPARED = 2048  # training images among which the nearest are looked for
     SIGMA_T = 0.5
 
@@ -109,12 +109,13 @@ class SampleGrid(Callback):
         classes = getattr(module.network, "classes", 0)
         label = torch.arange(self.num_samples, device=module.device) % classes if classes else None
         denoiser = module.denoiser(label=label)
-        recorder = Recorder(self.sampler, self.PROGRESSIVE_ROWS)
+        stride = max(1, self.sampler.steps // self.PROGRESSIVE_COLUMNS)
+        recorder = TrajectoryRecorder(module.schedule, self.PROGRESSIVE_ROWS, stride)
         images = self.sampler(denoiser, start, generator=generator, callback=recorder)
         columns = max(1, round(self.num_samples**0.5))
         pictures = {
             "samples/grid": to_pil_image(image_grid(images, columns)),
-            "samples/progressive": progressive(recorder.states, module.schedule),
+            "samples/progressive": progressive(recorder.result(), module.schedule),
         }
         data = trainer.datamodule
         if not isinstance(data.images["train"].images, SourceImages):

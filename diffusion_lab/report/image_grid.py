@@ -56,7 +56,7 @@ def image_grid(images: Tensor, columns: int, pad: int = 2) -> Tensor:
     """
     if columns < 1 or pad < 0:
         raise ValueError(f"a grid needs columns >= 1 and pad >= 0, not {columns} and {pad}")
-    levels = to_uint8(_checked(images, "images")).cpu()
+    levels = _levels(images, "images").cpu()
     count, _, height, width = levels.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -94,7 +94,7 @@ def labelled_grid(
     """
     if not rows:
         raise ValueError("a labelled grid needs at least one row")
-    tiles = [to_uint8(_checked(row, f"row {i}")) for i, row in enumerate(rows)]
+    tiles = [_levels(row, f"row {i}") for i, row in enumerate(rows)]
     sizes = {tuple(row.shape[2:]) for row in tiles}
     if len(sizes) > 1:
         raise ValueError(f"the rows hold images of different sizes: {sorted(sizes)}")
@@ -200,6 +200,12 @@ def _checked(images: Tensor, name: str) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"{name} must be of shape (N, 3, H, W), not {tuple(images.shape)}")
     return images
+
+
+def _levels(images: Tensor, name: str) -> Tensor:
+    """Returns the grey levels of images (N, 3, H, W), uint8 or in [-1, 1]."""
+    images = _checked(images, name)
+    return images if images.dtype == torch.uint8 else to_uint8(images)
 
 
 def _image(picture: Tensor) -> Image.Image:

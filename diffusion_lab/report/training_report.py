@@ -9,7 +9,7 @@ __all__ = ["conclude", "read_metrics", "write_run_report"]
 import csv
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +29,7 @@ from diffusion_lab.report.page import (
     Table,
     write_report,
 )
+from diffusion_lab.report.trajectory import evenly_spaced
 from diffusion_lab.runs import MARKER
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,8 @@ def _pictures(folder: Path, only: str | None = None) -> list[Section]:
         if len(paths) == 1:
             sections.append(Picture(title, caption, next(iter(paths.values()))))
             continue
-        frames = [(f"step {step:,}", _opened(paths[step])) for step in _spread(sorted(paths))]
+        frames = [(f"step {step:,}", _opened(paths[step]))
+                  for step in evenly_spaced(sorted(paths), FRAMES)]  # fmt: skip
         sections.append(Animation(title, caption, frames))
     return sections
 
@@ -174,13 +176,6 @@ def _opened(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image
-
-
-def _spread(items: Sequence[Any], most: int = FRAMES) -> list[Any]:
-    """At most so many of the items, evenly spread, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
 
 
 def _stretches(series: Series, most: int) -> list[Series]:
@@ -213,8 +208,8 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
         # In validation a moment is one measurement; the training's are means of stretches.
         pieces = {key: _stretches(metrics[key], LEVELS) for key in bins}
         if split == "val":
-            pieces = {key: [([s], [v]) for s, v in _spread(list(zip(*metrics[key], strict=True)),
-                                                         LEVELS)] for key in bins}  # fmt: skip
+            pieces = {key: [([s], [v]) for s, v in evenly_spaced(
+                list(zip(*metrics[key], strict=True)), LEVELS)] for key in bins}  # fmt: skip
         moments = min(map(len, pieces.values()))
         series = {
             f"step {pieces[bins[0]][k][0][-1]:,}": (

@@ -12,14 +12,14 @@ from torch import Tensor
 from diffusion_lab.pixels import to_uint8
 from diffusion_lab.report.image_grid import image_grid, save_png
 from diffusion_lab.report.page import Picture, write_report
-from diffusion_lab.report.trajectory import Film, film_sections
+from diffusion_lab.report.trajectory import TrajectoryRecorder, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.task.base import Task
 from diffusion_lab.task.run_sections import run_sections
 
 SHOWN = 256  # images of the picture at most
-FILMED = 8  # images whose way is shown
+RECORDED = 8  # images whose sampling trajectory is shown
 
 
 class Generate(Task):
@@ -47,11 +47,13 @@ class Generate(Task):
         )
         generator = KeyedGenerator(make_key(self.seed, "generate", index))
         start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
-        film = Film(self.denoiser.schedule, FILMED) if int(index[0]) == 0 else None
-        images = self.sampler(self.denoiser, start, generator=generator, callback=film)
+        recorder = None
+        if int(index[0]) == 0:
+            recorder = TrajectoryRecorder(self.denoiser.schedule, RECORDED)
+        images = self.sampler(self.denoiser, start, generator=generator, callback=recorder)
         results: list[dict[str, Any]] = [{"image": image} for image in to_uint8(images).cpu()]
-        if film:
-            results[0]["path"] = film.result()
+        if recorder:
+            results[0]["path"] = recorder.result()
         return results
 
     def finish(self, results: list[dict[str, Any]]) -> None:
@@ -61,7 +63,7 @@ class Generate(Task):
         path = self.directory / "samples" / "grid.png"
         path.parent.mkdir(exist_ok=True)
         save_png(image_grid(shown, math.ceil(math.sqrt(len(shown)))), path)
-        name, way = type(self.sampler).__name__, results[0].get("path")
+        name, trajectory = type(self.sampler).__name__, results[0].get("path")
         schedule = self.denoiser.schedule
         report = write_report(
             self.directory / "report.html",
@@ -69,7 +71,11 @@ class Generate(Task):
             f"{len(images)} images drawn from noise by {name} in {self.sampler.steps} steps.",
             [
                 Picture("Samples", f"The first {len(shown)} of {len(images)} images.", path),
-                *(film_sections(way, schedule, path.parent, {}) if way else []),
+                *(
+                    trajectory_sections(trajectory, schedule, path.parent, {})
+                    if trajectory
+                    else []
+                ),
                 *run_sections(
                     self.run, {"Sampler": name, "Steps": str(self.sampler.steps)}, self.settings
                 ),

@@ -45,7 +45,7 @@ from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.operator import Gaussian, Identity, Operator, Poisson
 from diffusion_lab.pixels import to_model, to_uint8
 from diffusion_lab.report.page import write_report
-from diffusion_lab.report.trajectory import Film
+from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler, State
 from diffusion_lab.task.base import Task
@@ -211,8 +211,8 @@ class Restore(Task):
 
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
         x_0, y = self._pictured(index)
-        film = Film(self.denoiser.schedule) if int(index[0]) == 0 else None
-        samples = self._sample(y, index, film)
+        recorder = TrajectoryRecorder(self.denoiser.schedule) if int(index[0]) == 0 else None
+        samples = self._sample(y, index, recorder)
         finite = samples.flatten(1).isfinite().all(1)
         samples = torch.where(finite[:, None, None, None, None], samples, 0.0)
         estimates = {"mean": samples.mean(1)}
@@ -238,8 +238,8 @@ class Restore(Task):
                 result["shown"] = {name: image.float().cpu() for name, image in columns.items()}
                 result["std"] = samples[k].std(0, correction=int(self.num_samples > 1)).cpu()
             result["sample"] = to_uint8(samples[k, 0]).cpu()
-            if number == 0 and film:
-                result["path"] = film.result()
+            if number == 0 and recorder:
+                result["path"] = recorder.result()
             results.append(result)
         return results
 

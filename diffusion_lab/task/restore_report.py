@@ -15,7 +15,7 @@ from diffusion_lab.operator import Identity
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png, std_map
 from diffusion_lab.report.page import Curve, Picture, Section, Table
-from diffusion_lab.report.trajectory import film_sections, moment
+from diffusion_lab.report.trajectory import time_caption, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.transition import transition
@@ -82,7 +82,7 @@ def sections(task: "Restore", results: list[dict[str, Any]]) -> list[Section]:
         found.append(_diffusion(task.denoiser.schedule, x_0, task.seed, folder))
     if shown and shown[0].get("path"):  # of the first image, whose first sample it leads to
         beside = {k: v for k, v in shown[0]["shown"].items() if k in BESIDE}
-        found += film_sections(shown[0]["path"], task.denoiser.schedule, folder, beside)
+        found += trajectory_sections(shown[0]["path"], task.denoiser.schedule, folder, beside)
     return found
 
 
@@ -150,7 +150,7 @@ def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Pict
         step = v**0.5 * generator.normal(*shape)[0]
         path.append(alpha_t / alpha_s * path[-1] + step)
     rows = [torch.stack(states) for states in (direct, path[1:])]
-    captions = [moment(schedule, t) for t in times]
+    captions = [time_caption(schedule, t) for t in times]
     return Picture(
         "Diffusion",
         f"x_t over t, on the schedule of the evaluation ({type(schedule).__name__}). Above, "
