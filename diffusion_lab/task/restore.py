@@ -44,7 +44,7 @@ from diffusion_lab.metric import (
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.operator import Gaussian, Identity, Operator, Poisson
 from diffusion_lab.pixels import to_model, to_uint8
-from diffusion_lab.report.page import write_report
+from diffusion_lab.report.page import Section, write_report
 from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler, State
@@ -335,7 +335,7 @@ class Restore(Task):
             "of M samples 10 log10(1 + 1/M) dB; a network's own error lowers the first figure.",
             [
                 *tables(rows, ESTIMATES, self._ideals()),
-                *(sections(self, good) if good else []),
+                *(self._sections(good) if good else []),
                 *run_sections(
                     self.run,
                     {
@@ -354,6 +354,16 @@ class Restore(Task):
         for estimate, metric, mean, error, n in rows:
             print(f"{estimate:10}{metric:14}{mean:9.3f}{error:9.3f}{n:6d}")
         print(f"\nreport: {report}")
+
+    def _sections(self, good: list[dict[str, Any]]) -> list[Section]:
+        return sections(
+            good,
+            self.directory / "samples",
+            schedule=self.denoiser.schedule,
+            seed=self.seed,
+            identity=isinstance(self.operator, Identity),
+            level=self.level,
+        )
 
     def _ideals(self) -> str:
         """What an exact posterior sampler would have in the table."""

@@ -5,24 +5,21 @@ __all__ = ["KINDS", "histogram", "sections", "tables"]
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_lab.metric import expected_coverage
-from diffusion_lab.operator import Identity
+from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png, std_map
 from diffusion_lab.report.page import Curve, Picture, Section, Table
 from diffusion_lab.report.trajectory import time_caption, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.task.results import Row
 from diffusion_lab.transition import transition
-
-if TYPE_CHECKING:
-    from diffusion_lab.task.restore import Restore
-    from diffusion_lab.task.results import Row
 
 MOMENTS = 9  # times of the diffusion row
 BESIDE = ("clean", "noisy", "observed")  # what a sample is shown beside while it is drawn
@@ -37,7 +34,7 @@ def histogram(results: list[dict[str, Any]], kind: str) -> Tensor:
     return torch.tensor([total[k] for k in sorted(total)])
 
 
-def tables(rows: Sequence["Row"], estimates: Mapping[str, str], ideals: str) -> list[Table]:
+def tables(rows: Sequence[Row], estimates: Mapping[str, str], ideals: str) -> list[Table]:
     """Returns the estimates by the metrics that several have, and the other figures.
 
     Arguments:
@@ -69,24 +66,40 @@ def tables(rows: Sequence["Row"], estimates: Mapping[str, str], ideals: str) -> 
     return found
 
 
-def sections(task: "Restore", results: list[dict[str, Any]]) -> list[Section]:
-    """Returns what a report shows of the images that a method did not fail on."""
-    folder = task.directory / "samples"
+def sections(
+    results: list[dict[str, Any]],
+    folder: Path,
+    *,
+    schedule: Schedule,
+    seed: int,
+    identity: bool,
+    level: NoiseLevel | None,
+) -> list[Section]:
+    """Returns the pictures and charts of a restoration.
+
+    Arguments:
+        results: The results of the images whose samples are finite, in order.
+        folder: Directory of the PNG files.
+        schedule: The schedule of the evaluation.
+        seed: The seed of the evaluation.
+        identity: Whether the operator is the identity: then the forward process is shown.
+        level: The noise level of a noisy image; None for other operators.
+    """
     folder.mkdir(exist_ok=True)
     shown = [result for result in results if "shown" in result]
-    found: list[Section] = [_images(task, shown, folder)] if shown else []
+    found: list[Section] = [_images(shown, level, folder)] if shown else []
     if any("ranks" in result for result in results):
         found += _calibration([result for result in results if "ranks" in result])
-    if isinstance(task.operator, Identity) and shown and "clean" in shown[0]:
+    if identity and shown and "clean" in shown[0]:
         x_0 = to_model(shown[0]["clean"].permute(1, 2, 0)[None])[0]
-        found.append(_diffusion(task.denoiser.schedule, x_0, task.seed, folder))
-    if shown and shown[0].get("path"):  # of the first image, whose first sample it leads to
+        found.append(_diffusion(schedule, x_0, seed, folder))
+    if shown and shown[0].get("path"):  # the trajectory of the first sample of the first image
         beside = {k: v for k, v in shown[0]["shown"].items() if k in BESIDE}
-        found += trajectory_sections(shown[0]["path"], task.denoiser.schedule, folder, beside)
+        found += trajectory_sections(shown[0]["path"], schedule, folder, beside)
     return found
 
 
-def _images(task: "Restore", shown: list[dict[str, Any]], folder: Path) -> Picture:
+def _images(shown: list[dict[str, Any]], level: NoiseLevel | None, folder: Path) -> Picture:
     maps, largest = std_map(torch.stack([result["std"] for result in shown]))
     # Everything is shown at the size of x_0: small observations are enlarged by their operator.
     rows = [
@@ -94,10 +107,10 @@ def _images(task: "Restore", shown: list[dict[str, Any]], folder: Path) -> Pictu
         for result, m in zip(shown, maps, strict=True)
     ]
     columns = [*shown[0]["shown"], "std"]
-    level = f"; {task.level}" if task.level else ""
+    stated = f"; {level}" if level else ""
     return Picture(
         "Images",
-        f"The observation is y, clipped for display{level}. The last column is the standard "
+        f"The observation is y, clipped for display{stated}. The last column is the standard "
         f"deviation of the samples, mean over the channels: dark blue is 0, pale yellow "
         f"{largest:.3f}.",
         save_png(labelled_grid(rows, columns), folder / "grid.png"),
