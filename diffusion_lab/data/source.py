@@ -183,7 +183,7 @@ class FolderSource(Source):
                 yield error
 
     def where(self, k: int) -> str:
-        return self.storage.where(self.names[k])
+        return self.storage.location(self.names[k])
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
         """The folder that holds each file is its class."""
@@ -241,7 +241,7 @@ class ParquetSource(Source):
         self.groups = [range(first, last) for first, last in pairwise(edges)]
 
     def _path(self, file: str) -> str:
-        return self.storage.where(posixpath.join(self.base, file))
+        return self.storage.location(posixpath.join(self.base, file))
 
     def _open(self, file: str) -> Any:
         try:

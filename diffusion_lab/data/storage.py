@@ -1,6 +1,11 @@
-r"""Where files lie: a folder of this machine, S3, Google Cloud, or the Hugging Face hub."""
+r"""Storage backends of data sources: local disk, S3, Google Cloud Storage, the Hugging Face Hub.
 
-__all__ = ["ArrowStorage", "LocalStorage", "Storage", "open_storage"]
+S3 and Google Cloud are reached by pyarrow, which parquet needs anyway, and streamed hub datasets
+by fsspec through pyarrow. Local files bypass both: fsspec reads small files a third more slowly,
+and it rounds modification times, which name the packed caches.
+"""
+
+__all__ = ["EXTRA", "LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
 import re
 from abc import ABC, abstractmethod
@@ -11,83 +16,86 @@ from typing import Any
 
 from diffusion_lab.errors import DataError
 
-REMOTE = ("s3://", "gs://", "gcs://", "hf://")
 EXTRA = "pip install 'diffusion-lab[parquet]'"
+
+State = list[Any]  # [bytes, modification time in ns or version]
 
 
 class Storage(ABC):
     """Files under one root.
 
     Attributes:
-        address: The root as the user wrote it.
-        remote: Whether a network lies between: then a failure says nothing about the file.
+        address: The root, as the user wrote it.
+        remote: Whether reads use a network; a failed read is then not the file's fault.
     """
 
     address: str
     remote: bool
 
     @cached_property
-    def files(self) -> dict[str, list[Any]]:
-        """The name of every file under the root, and what changes when the file does.
+    def files(self) -> dict[str, State]:
+        """The sorted names of all files, each with its size and its modification time or version.
 
-        Listed once. Hidden ones are left out: archives made on a Mac hold a `._x.jpg` beside each
-        `x.jpg`.
+        Hidden files are left out: archives made on macOS hold a `._x.jpg` beside each `x.jpg`.
         """
         hidden = re.compile(r"(^|/)\.")
         return {name: state for name, state in sorted(self._list()) if not hidden.search(name)}
 
     @abstractmethod
-    def _list(self) -> Iterator[tuple[str, list[Any]]]:
-        """Yields the files, in any order."""
+    def _list(self) -> Iterator[tuple[str, State]]:
+        """Yields the files in any order."""
 
     @abstractmethod
     def open(self, name: str) -> Any:
-        """Opens a file for random access, as pyarrow reads it."""
+        """Opens a file for random access by pyarrow."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Returns a file's bytes.
+        """Returns the content of a file.
 
         Raises:
-            DataError: If it cannot be read, or lies outside the root.
+            DataError: If the file cannot be read or is outside the root.
         """
 
-    def where(self, name: str) -> str:
-        """Returns the full address of a file, for messages."""
-        return f"{self.address.rstrip('/')}/{name}" if name else self.address
+    def location(self, name: str) -> str:
+        """Returns the full address of a file, for error messages."""
+        return f"{self.address.rstrip('/')}/{name}"
 
 
 class LocalStorage(Storage):
-    """A folder, or a single file, of this machine.
+    """A local folder or a single local file.
 
     Arguments:
         path: The folder or file.
-        address: What the user calls it, if not by its path.
-        version: What identifies the files' state, if something better than size and time does.
+        address: Its name in messages; None uses the path.
+        version: Version of the files; None uses their modification times.
     """
 
     remote = False
 
     def __init__(self, path: Path, address: str | None = None, version: str | None = None) -> None:
+        self.path, self.version = path, version
         self.root = path.parent if path.is_file() else path
-        self.inside = self.root.resolve()  # where the files must really lie
-        self.only = path.name if path.is_file() else None
-        self.address, self.version = address or str(self.root), version
+        self.address = address or str(self.root)
 
-    def _list(self) -> Iterator[tuple[str, list[Any]]]:
-        for path in [self.root / self.only] if self.only else self.root.rglob("*"):
+    def _list(self) -> Iterator[tuple[str, State]]:
+        for path in [self.path] if self.path.is_file() else self.root.rglob("*"):
             if path.is_file():
                 stat = path.stat()
                 state = [stat.st_size, self.version or stat.st_mtime_ns]
                 yield path.relative_to(self.root).as_posix(), state
 
-    def open(self, name: str) -> Any:
+    def open(self, name: str) -> str:
         return str(self.root / name)
+
+    @cached_property
+    def _resolved(self) -> Path:
+        return self.root.resolve()
 
     def read(self, name: str) -> bytes:
         path = self.root / name
         try:
-            if not path.resolve().is_relative_to(self.inside):
+            if not path.resolve().is_relative_to(self._resolved):
                 raise DataError(
                     f"{path}: a symbolic link to {path.resolve()}, outside data.source="
                     f"{self.root}; put the file itself there, or point data.source at its folder"
@@ -97,15 +105,15 @@ class LocalStorage(Storage):
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-class ArrowStorage(Storage):
-    """A folder of one of pyarrow's file systems.
+class RemoteStorage(Storage):
+    """A folder, or one file of it, on a `pyarrow.fs.FileSystem`.
 
     Arguments:
-        filesystem: The `pyarrow.fs.FileSystem`.
-        root: The folder's path in it.
-        address: The folder as the user wrote it.
-        version: As in `LocalStorage`.
-        only: The name of the file in the folder that is meant, if not all are.
+        filesystem: The file system.
+        root: Path of the folder on it.
+        address: The folder as the user wrote it; a query string is dropped.
+        version: Version of the files; None uses their modification times.
+        only: Name of the only file to use; None uses all.
     """
 
     remote = True
@@ -117,24 +125,24 @@ class ArrowStorage(Storage):
         self.filesystem, self.root, self.version = filesystem, root.rstrip("/"), version
         self.address, self.only = address.split("?")[0].rstrip("/"), only
 
-    def _list(self) -> Iterator[tuple[str, list[Any]]]:
+    def _list(self) -> Iterator[tuple[str, State]]:
         from pyarrow.fs import FileSelector, FileType
 
+        info = self.filesystem.get_file_info
         try:
-            what = FileSelector(self.root, recursive=True)
-            infos = self.filesystem.get_file_info(
-                [f"{self.root}/{self.only}"] if self.only else what
-            )
-            if not infos and self.filesystem.get_file_info(self.root).type == FileType.NotFound:
-                raise FileNotFoundError("there is nothing")
-        except FileNotFoundError as error:
-            raise DataError(f"data.source={self.address} does not exist ({error})") from error
+            selected = [f"{self.root}/{self.only}"] if self.only else None
+            found = info(selected or FileSelector(self.root, recursive=True))
+            if not found and info(self.root).type == FileType.NotFound:
+                raise FileNotFoundError("no such folder")
         except OSError as error:
-            raise DataError(f"data.source={self.address} cannot be listed ({error})") from error
-        for info in infos:
-            if info.type == FileType.File:
-                name = info.path.removeprefix(self.root).lstrip("/")
-                yield name, [info.size, self.version or info.mtime_ns]
+            problem = "does not exist" if isinstance(error, FileNotFoundError) else (
+                "cannot be listed"
+            )  # fmt: skip
+            raise DataError(f"data.source={self.address} {problem} ({error})") from error
+        for file in found:
+            if file.type == FileType.File:
+                name = file.path.removeprefix(self.root).lstrip("/")
+                yield name, [file.size, self.version or file.mtime_ns]
 
     def open(self, name: str) -> Any:
         return self.filesystem.open_input_file(f"{self.root}/{name}")
@@ -142,43 +150,29 @@ class ArrowStorage(Storage):
     def read(self, name: str) -> bytes:
         try:
             with self.open(name) as file:
-                return file.read()
+                return bytes(file.read())
         except OSError as error:
-            raise DataError(f"{self.where(name)}: cannot be read ({error})") from error
+            raise DataError(f"{self.location(name)}: cannot be read ({error})") from error
 
 
 def open_storage(source: str, download: bool = True) -> Storage:
-    """Opens what a string names: a path, s3://..., gs://..., or hf://datasets/<owner>/<name>.
+    """Opens the storage at a path, s3://..., gs://..., or hf://datasets/<owner>/<name>.
 
-    Credentials, region and endpoint of S3 and Google Cloud are those of the environment, as
-    pyarrow reads them (AWS_ACCESS_KEY_ID, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ...).
+    Credentials, region and endpoint come from the environment, as pyarrow reads it
+    (AWS_ACCESS_KEY_ID, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ...), or from the query string.
 
     Arguments:
-        source: What to open.
-        download: Whether files of the hub are fetched whole into its own cache, which goes on
-            after an interruption and serves without a network later, or read in parts.
+        source: The address.
+        download: Whether hub datasets are downloaded into the hub's cache, which resumes after an
+            interruption and works offline later; otherwise they are read in parts.
 
     Raises:
         DataError: If it does not exist, cannot be reached, or needs a package that is missing.
     """
     if source.startswith("hf://"):
         return _open_hub(source, download)
-    if source.startswith(REMOTE):
-        try:
-            from pyarrow.fs import FileSystem, FileType
-        except ImportError as error:
-            raise DataError(f"data.source={source} needs pyarrow; {EXTRA}") from error
-        try:
-            filesystem, root = FileSystem.from_uri(_impatient(source))
-            if not root.strip("/"):
-                raise ValueError("it names no bucket")
-            file = filesystem.get_file_info(root).type == FileType.File
-        except (OSError, ValueError) as error:
-            raise DataError(f"data.source={source} cannot be opened ({error})") from error
-        if not file:
-            return ArrowStorage(filesystem, root, source)
-        folder, _, name = root.rpartition("/")
-        return ArrowStorage(filesystem, folder, source.split("?")[0].rpartition("/")[0], only=name)
+    if source.startswith(("s3://", "gs://", "gcs://")):
+        return _open_bucket(source)
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(
@@ -188,40 +182,55 @@ def open_storage(source: str, download: bool = True) -> Storage:
     return LocalStorage(path.resolve())
 
 
-def _impatient(source: str) -> str:
-    """Without a network Google's client would try for a quarter of an hour, and say nothing."""
-    if not source.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in source:
-        return source
-    return f"{source}{'&' if '?' in source else '?'}retry_limit_seconds=30"
+def _open_bucket(source: str) -> Storage:
+    try:
+        from pyarrow.fs import FileSystem, FileType
+    except ImportError as error:
+        raise DataError(f"data.source={source} needs pyarrow; {EXTRA}") from error
+    uri = source
+    if not source.startswith("s3://") and "retry_limit_seconds" not in source:
+        # Google's client retries for 15 minutes by default if there is no network.
+        uri += f"{'&' if '?' in source else '?'}retry_limit_seconds=30"
+    try:
+        filesystem, root = FileSystem.from_uri(uri)
+        if not root.strip("/"):
+            raise ValueError("the bucket is missing")
+        is_file = filesystem.get_file_info(root).type == FileType.File
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.source={source} cannot be opened ({error})") from error
+    if not is_file:
+        return RemoteStorage(filesystem, root, source)
+    folder, _, name = root.rpartition("/")
+    return RemoteStorage(filesystem, folder, source.split("?")[0].rpartition("/")[0], only=name)
 
 
 def _open_hub(source: str, download: bool) -> Storage:
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@(.+))?", source)
     if not match:
         raise DataError(
-            f"data.source={source} is not understood; write hf://datasets/<owner>/<name>, "
-            "with @<revision> after it if you like"
+            f"data.source={source} is not allowed; it must be hf://datasets/<owner>/<name>, "
+            "optionally followed by @<revision>"
         )
     name, revision = match.groups()
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise DataError(f"reading from the hub needs huggingface_hub; {EXTRA}") from error
+        raise DataError(f"data.source={source} needs huggingface_hub; {EXTRA}") from error
     try:
         if download:
-            folder = hub.snapshot_download(
+            folder = Path(hub.snapshot_download(
                 name, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
-            )
-            # The folder is named after the commit, which says more than its files' times.
-            return LocalStorage(Path(folder), source, version=Path(folder).name)
+            ))  # fmt: skip
+            # The folder is named after the commit, which stays when files are downloaded again.
+            return LocalStorage(folder, source, version=folder.name)
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         commit = hub.HfApi().dataset_info(name, revision=revision).sha
         filesystem = PyFileSystem(FSSpecHandler(hub.HfFileSystem()))
-        return ArrowStorage(filesystem, f"datasets/{name}@{commit}", source, version=commit)
+        return RemoteStorage(filesystem, f"datasets/{name}@{commit}", source, version=commit)
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"data.source={source} cannot be downloaded ({reason}); check the network, or give "
-            "a folder of images on this machine: data.source=<folder>"
+            "a local folder of images: data.source=<folder>"
         ) from error

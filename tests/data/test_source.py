@@ -307,9 +307,9 @@ def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_misspelt_hub_address_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match=r"write hf://datasets/<owner>/<name>") as caught:
+    with pytest.raises(DataError, match=r"it must be hf://datasets/<owner>/<name>") as caught:
         opened(text)
-    assert str(caught.value).startswith(f"data.source={text} is not understood")
+    assert str(caught.value).startswith(f"data.source={text} is not allowed; ")
 
 
 @pytest.mark.parametrize("text", ["s3://", "s3:///a", "s3://bucket/a?colour=red"])
