@@ -15,7 +15,7 @@ import torch
 
 from diffusion_lab.guidance import Residual
 from diffusion_lab.leaderboard import BEDS, Method, grade
-from diffusion_lab.report.page import Curve, write_report
+from diffusion_lab.report.page import LineChart, write_report
 from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
 
@@ -63,12 +63,12 @@ def main() -> None:
         "The rule λ (y - x_t)",
         "On a Gaussian prior of 16 numbers, σ_t = 0.5; see benchmarks/residual.py.",
         [
-            Curve(
+            LineChart(
                 "Calibration over λ",
                 "1 is right for variance and coverage, 0 for the bias.",
                 "λ", "", {k: (STRENGTHS, v) for k, v in values.items()}, log_x=True, log_y=True,
             ),
-            Curve(
+            LineChart(
                 "The variance that λ stands for",
                 "And that of y given x_t in the reverse SDE, for data of unit variance.",
                 "t", "variance",

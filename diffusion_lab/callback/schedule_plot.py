@@ -17,7 +17,7 @@ import torch
 from lightning import Callback, Trainer
 
 from diffusion_lab.callback.sample_animation import log_picture
-from diffusion_lab.report.chart import Curve
+from diffusion_lab.report.chart import LineChart
 from diffusion_lab.report.chart_png import draw
 from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
 
@@ -28,7 +28,7 @@ DRAWS = 40_000  # times from which the density is counted
 COLUMNS = 50  # of its histogram
 
 
-def schedule_charts(module: DiffusionModule) -> list[Curve]:
+def schedule_charts(module: DiffusionModule) -> list[LineChart]:
     """Returns the three charts."""
     schedule = module.schedule
     t = torch.linspace(schedule.t_min, 1, POINTS, dtype=torch.float64)
@@ -48,12 +48,12 @@ def schedule_charts(module: DiffusionModule) -> list[Curve]:
     middle = ((torch.arange(COLUMNS) + 0.5) / COLUMNS).tolist()
     name = type(schedule).__name__
     return [
-        Curve(
+        LineChart(
             f"{name}: signal and noise", "", "t", "",
             {"α_t": (t.tolist(), alpha.tolist()), "σ_t": (t.tolist(), sigma.tolist())},
             log_y=float(sigma.max()) > 10,
         ),
-        Curve(
+        LineChart(
             "log SNR", "", "t", "",
             {
                 "log SNR": (t.tolist(), (-2 * schedule.ratio(t).log()).tolist()),
@@ -62,7 +62,7 @@ def schedule_charts(module: DiffusionModule) -> list[Curve]:
                 ),
             },
         ),
-        Curve(
+        LineChart(
             "What training looks at", "", "t", "",
             {
                 "density of t": (middle, density.tolist()),

@@ -15,7 +15,7 @@ from diffusion_lab.callback import Stopped
 from diffusion_lab.command.parts import blocks_of, sampler_for
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.logger.log import close_loggers, log_config, make_loggers
-from diffusion_lab.report import training_report
+from diffusion_lab.report.training_report import try_write_training_report
 from diffusion_lab.runs import AtomicCheckpointIO, ranks
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training import DiffusionModule
@@ -44,7 +44,7 @@ def fit(config: DictConfig) -> None:
         runs.check_same(directory, checkpoint["diffusion_lab"]["config"], config)
         if step == config.trainer.max_steps and not (directory / runs.MARKER).exists():
             runs.finish(directory, step=step, metrics={})
-            training_report.conclude(directory)
+            try_write_training_report(directory)
             log.warning(
                 "finished: %s; it had taken all its steps, but was cut off in the last "
                 "validation, whose figures are missing",
@@ -115,5 +115,5 @@ def fit(config: DictConfig) -> None:
     if trainer.is_global_zero and not trainer.fast_dev_run:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         runs.finish(directory, step=trainer.global_step, metrics=metrics)
-        training_report.conclude(directory)
+        try_write_training_report(directory)
         log.info("finished: %s", directory)

@@ -14,7 +14,7 @@ from pathlib import Path
 from diffusion_lab import runs
 from diffusion_lab.errors import LabError, RunError
 from diffusion_lab.report.sweep_report import summarize
-from diffusion_lab.report.training_report import write_run_report
+from diffusion_lab.report.training_report import write_training_report
 
 
 def report(directory: Path) -> Path:
@@ -35,7 +35,7 @@ def report(directory: Path) -> Path:
                 f"python eval.py resume={directory}"
             )
     elif not (directory / "leaderboard.csv").exists():  # which has a page of its own
-        write_run_report(directory)
+        write_training_report(directory)
     if not page.exists():
         raise RunError(f"{directory} is a sweep of which no job has begun")
     return page

@@ -28,7 +28,7 @@ from diffusion_lab.guidance import Observation
 from diffusion_lab.leaderboard.grade import COLUMNS, diverged, grade
 from diffusion_lab.leaderboard.methods import CONTROL, Method, methods_table
 from diffusion_lab.leaderboard.problems import BEDS, Bed
-from diffusion_lab.report.page import Curve, Table, write_report
+from diffusion_lab.report.page import LineChart, Table, write_report
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class ExactPosterior:
             }
             if dots:
                 sections.append(
-                    Curve(
+                    LineChart(
                         f"{bed}: distance and cost",
                         "Sliced W_2 over that of exact draws (1 is exact), against network calls "
                         "plus twice the backward passes, for one sample.",

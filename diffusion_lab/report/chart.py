@@ -3,7 +3,7 @@
 The colours and line styles are in the style sheet of the page that a chart stands in.
 """
 
-__all__ = ["Curve", "axis_of", "chart", "drawable", "power", "ticks_of"]
+__all__ = ["LineChart", "axis_of", "chart", "drawable", "format_scientific", "ticks_of"]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ MARKED = 40  # points up to which every one gets a dot
 LINE = 11.5  # height of a name beside a dot
 NAMED = 8  # dots of one point each from which a legend would be no help: their names stand by them
 DENSE = 1500  # points from which a curve is thinned: there are not so many pixels
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
-class Curve:
+class LineChart:
     """A line chart.
 
     Arguments:
@@ -74,7 +74,7 @@ class _Axis:
         return finer if len(finer) >= 3 else _round_values(10**self.low, 10**self.high)
 
 
-def chart(section: Curve) -> str:
+def chart(section: LineChart) -> str:
     """Returns the legend as a list and one `svg` element, which is well-formed XML.
 
     Raises:
@@ -146,13 +146,13 @@ def _round_values(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def power(text: str) -> str:
+def format_scientific(text: str) -> str:
     """Returns a number such as "-1.5e-06" as it is written by hand."""
     digits, e, exponent = text.replace("-", "−").partition("e")
     if not e:
         return digits
     digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    power = "10" + str(int(exponent.replace("−", "-"))).translate(RAISED)
+    power = "10" + str(int(exponent.replace("−", "-"))).translate(SUPERSCRIPTS)
     return {"1": power, "−1": f"−{power}"}.get(digits, f"{digits}·{power}")
 
 
@@ -162,7 +162,7 @@ def ticks_of(axis: _Axis) -> list[tuple[float, str]]:
     sizes = [abs(value) for value in ticks if value != 0]
     plain = 1e-3 <= (min(sizes) if axis.log else max(sizes)) and max(sizes) < 1e7
     if not plain or (axis.log and max(sizes) > 1e4):
-        return [(v, power(f"{v:.5e}") if v else "0") for v in ticks]
+        return [(v, format_scientific(f"{v:.5e}") if v else "0") for v in ticks]
     decimals = 0 if axis.log else max(len(f"{v:.6g}".partition(".")[2]) for v in ticks)
     texts = [f"{v:.6g}" if axis.log else f"{v:,.{decimals}f}" for v in ticks]
     grouping = "\u202f" if max(sizes) >= 1e4 else ""  # a narrow space, as in 10 000

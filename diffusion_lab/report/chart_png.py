@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion_lab.report.chart import RAISED, Curve, axis_of, drawable, ticks_of
-from diffusion_lab.report.image_grid import FONT_SIZE, INK, SPELLED, WHITE
+from diffusion_lab.report.chart import SUPERSCRIPTS, LineChart, axis_of, drawable, ticks_of
+from diffusion_lab.report.image_grid import ASCII_SPELLING, FONT_SIZE, INK, WHITE
 
 WIDTH, HEIGHT = 480, 330  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 62, 44  # margins around the plot
@@ -17,11 +17,11 @@ RULE = (222, 224, 228)
 COLOURS = [(31, 111, 180), (214, 102, 22), (44, 140, 80), (160, 70, 150)]
 
 # Pillow's own font lacks all of these.
-LOWERED = {chr(raised): chr(digit) for digit, raised in RAISED.items()}
-SIGNS = {**SPELLED, "−": "-", "\u202f": " "}
+LOWERED = {chr(raised): chr(digit) for digit, raised in SUPERSCRIPTS.items()}
+SIGNS = {**ASCII_SPELLING, "−": "-", "\u202f": " "}
 
 
-def draw(curves: Sequence[Curve]) -> Image.Image:
+def draw(curves: Sequence[LineChart]) -> Image.Image:
     """Draws charts side by side.
 
     Points that an axis has no place for are left out.
@@ -37,7 +37,7 @@ def draw(curves: Sequence[Curve]) -> Image.Image:
     return picture
 
 
-def _draw(curve: Curve) -> Image.Image:
+def _draw(curve: LineChart) -> Image.Image:
     picture = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), WHITE)
     pen = ImageDraw.Draw(picture)
     font, bold = (ImageFont.load_default(FINE * size) for size in (FONT_SIZE - 1, FONT_SIZE))

@@ -33,7 +33,7 @@ SHOWN = 128  # the shorter side, in pixels, to which small images are enlarged a
 COLOURS = ["080a2e", "43166a", "8c2963", "d0483c", "f48b22", "fcf5af"]
 
 # Pillow's own font has no Greek and few signs; without this a box would be drawn in their place.
-SPELLED = {
+ASCII_SPELLING = {
     **{"α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps", "η": "eta", "θ": "theta"},
     **{"λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "φ": "phi", "√": "sqrt "},
     **{"×": "x", "²": "^2", "→": "->", "≤": "<=", "≥": ">=", "≈": "~"},
@@ -218,7 +218,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Breaks a text at spaces into lines of at most `width` pixels where its words allow it."""
-    for sign, word in SPELLED.items():
+    for sign, word in ASCII_SPELLING.items():
         text = text.replace(sign, word)
     lines: list[str] = []
     for paragraph in text.split("\n"):

@@ -6,7 +6,14 @@ in is text: it is escaped, so that a title may hold `<`, `&` or quotes.
 """
 
 __all__ = [
-    "Animation", "Config", "Curve", "Facts", "Picture", "Section", "Table", "write_report",
+    "Animation",
+    "ConfigSection",
+    "KeyValueSection",
+    "LineChart",
+    "Picture",
+    "Section",
+    "Table",
+    "write_report",
 ]  # fmt: skip
 
 import base64
@@ -23,17 +30,16 @@ from string import Template
 from PIL import Image
 
 from diffusion_lab.atomic_io import write_atomic
-from diffusion_lab.report.chart import Curve, chart, power
+from diffusion_lab.report.chart import LineChart, chart, format_scientific
 
 Cell = str | float | int
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LARGE = 100_000  # bytes of a frame, of which there are many
-INLINE = 560  # pixels, the width to which a small picture is enlarged by a whole factor at most
-NUMBER = re.compile(
-    r"([-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(?:±.*|%)?"
-)  # 27.3, 27.3 ± 0.1, 5 %
-ABSENT = {"", "-", "–", "—", "n/a"}  # may stand in a column of numbers
+MAX_PNG_BYTES = 100_000  # bytes of a frame, of which there are many
+MAX_INLINE_WIDTH = 560  # pixels, up to which a small picture is enlarged by a whole factor
+# 27.3, 27.3 ± 0.1, 5 %
+NUMBER = re.compile(r"([-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(?:±.*|%)?")
+MISSING = {"", "-", "–", "—", "n/a"}  # may stand in a column of numbers
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Facts:
+class KeyValueSection:
     """A list of names and what they stand for: settings, noise levels, versions.
 
     Arguments:
@@ -101,7 +107,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Config:
+class ConfigSection:
     """A long text, folded until it is asked for.
 
     Arguments:
@@ -113,7 +119,7 @@ class Config:
     text: str
 
 
-Section = Picture | Animation | Table | Curve | Facts | Config
+Section = Picture | Animation | Table | LineChart | KeyValueSection | ConfigSection
 
 
 def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> Path:
@@ -141,7 +147,7 @@ def write_report(path: Path, title: str, summary: str, sections: Sequence[Sectio
     for section in sections:
         anchor = _anchor(section.title, used)
         heading = escape(section.title)
-        if isinstance(section, Picture | Animation | Curve):
+        if isinstance(section, Picture | Animation | LineChart):
             figures += 1
             number = f"Figure {figures}"
         else:
@@ -171,13 +177,13 @@ def _body(section: Section, number: str) -> str:
         return _animation(section, number)
     if isinstance(section, Table):
         return _table(section, number)
-    if isinstance(section, Curve):
+    if isinstance(section, LineChart):
         caption = f"<figcaption {_caption(number, section.caption)}</figcaption>"
         return f"<figure>\n{chart(section)}\n{caption}\n</figure>"
-    if isinstance(section, Facts):
+    if isinstance(section, KeyValueSection):
         items = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in section.items.items())
         return "<dl>\n" + "\n".join(items) + "\n</dl>"
-    if isinstance(section, Config):
+    if isinstance(section, ConfigSection):
         lines = len(section.text.splitlines())
         return (
             f"<details>\n<summary>{lines} lines</summary>\n"
@@ -207,7 +213,7 @@ def _picture(section: Picture, number: str) -> str:
 
 def _image(alt: str, width: int, height: int, kind: str, data: bytes, more: str = "") -> str:
     """The element of an image; a small one is enlarged by a whole factor."""
-    factor = max(1, min(4, INLINE // width))
+    factor = max(1, min(4, MAX_INLINE_WIDTH // width))
     pixels = ' class="pixels"' if factor > 1 else ""
     code = base64.b64encode(data).decode("ascii")
     return (
@@ -241,7 +247,7 @@ def _encoded(image: Image.Image) -> tuple[str, bytes]:
     """A frame as PNG, or what is large as WebP of a quality that shows no difference."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    if buffer.tell() <= LARGE:
+    if buffer.tell() <= MAX_PNG_BYTES:
         return "png", buffer.getvalue()
     buffer = io.BytesIO()
     image.save(buffer, format="WebP", quality=90)
@@ -262,7 +268,8 @@ def _table(section: Table, number: str) -> str:
         column = [row[j] for row in section.rows]
         values = [_value(cell) for cell in column]
         plain = [
-            v is None and str(c).strip() not in ABSENT for c, v in zip(column, values, strict=True)
+            v is None and str(c).strip() not in MISSING
+            for c, v in zip(column, values, strict=True)
         ]
         numeric = not any(plain) and any(v is not None for v in values)
         mark = ' class="number"' if numeric else ""
@@ -296,7 +303,7 @@ def _texts(column: Sequence[Cell]) -> list[str]:
     texts = []
     for cell in column:
         if isinstance(cell, float):
-            cell = power(f"{cell:.{decimals}f}" if aligned else f"{cell:.4g}")
+            cell = format_scientific(f"{cell:.{decimals}f}" if aligned else f"{cell:.4g}")
         texts.append(str(cell))
     return texts
 

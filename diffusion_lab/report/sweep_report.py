@@ -20,7 +20,14 @@ import yaml
 
 from diffusion_lab import runs
 from diffusion_lab.atomic_io import write_atomic
-from diffusion_lab.report.page import Cell, Curve, Facts, Section, Table, write_report
+from diffusion_lab.report.page import (
+    Cell,
+    KeyValueSection,
+    LineChart,
+    Section,
+    Table,
+    write_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -179,15 +186,17 @@ def _sections(jobs: Sequence[Job], figures: Sequence[str]) -> list[Section]:
     series = {name: losses for name, losses in series.items() if losses[0]}
     if series:
         caption = "Validation loss of the averaged weights."
-        sections.append(Curve("Training", caption, "optimizer steps", LOSS, series, log_y=True))
+        sections.append(
+            LineChart("Training", caption, "optimizer steps", LOSS, series, log_y=True)
+        )
     sections += _charts(jobs, keys, figures)
     fixed = {k: v for k, v in jobs[0].overrides.items() if k not in keys}
     if fixed:
-        sections.append(Facts("The same in all jobs", fixed))
+        sections.append(KeyValueSection("The same in all jobs", fixed))
     return sections
 
 
-def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) -> list[Curve]:
+def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) -> list[LineChart]:
     """Figures over the value that was swept, if there is one such key, or else over the jobs."""
     numbers = [key for key in keys if all(_is_number(job.overrides.get(key)) for job in jobs)]
     x_label = numbers[0] if len(numbers) == 1 else "job"
@@ -222,7 +231,7 @@ def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) ->
                 for name, (xs, ys) in series.items()
             }
             title = f"{metric} over {x_label}"
-            curves.append(Curve(title, caption, x_label, metric, ordered, log_x=log_x))
+            curves.append(LineChart(title, caption, x_label, metric, ordered, log_x=log_x))
     return curves
 
 

@@ -4,7 +4,7 @@ It is made of the run's directory alone (`.hydra`, metrics.csv, samples/), at th
 or at any time while it goes on.
 """
 
-__all__ = ["conclude", "read_metrics", "write_run_report"]
+__all__ = ["read_metrics", "try_write_training_report", "write_training_report"]
 
 import csv
 import logging
@@ -21,9 +21,9 @@ from PIL import Image
 from diffusion_lab.errors import RunError
 from diffusion_lab.report.page import (
     Animation,
-    Config,
-    Curve,
-    Facts,
+    ConfigSection,
+    KeyValueSection,
+    LineChart,
     Picture,
     Section,
     Table,
@@ -95,7 +95,7 @@ def read_metrics(directory: Path) -> dict[str, Series]:
     return series
 
 
-def write_run_report(directory: Path) -> Path:
+def write_training_report(directory: Path) -> Path:
     """Writes report.html into the directory of a training.
 
     Returns:
@@ -122,8 +122,8 @@ def write_run_report(directory: Path) -> Path:
         *_pictures(directory / "samples"),
         *_charts(metrics),
         *([_figures(metrics)] if metrics else []),
-        Facts("Settings", _facts(directory, config, overrides, finished)),
-        Config("Configuration", OmegaConf.to_yaml(config)),
+        KeyValueSection("Settings", _facts(directory, config, overrides, finished)),
+        ConfigSection("Configuration", OmegaConf.to_yaml(config)),
     ]
     summary = f"{steps:,} steps{'' if finished else ' so far; the training has not finished'}."
     if not metrics:
@@ -138,10 +138,10 @@ def write_run_report(directory: Path) -> Path:
     return write_report(directory / "report.html", f"Training of {name}", summary, sections)
 
 
-def conclude(directory: Path) -> None:
+def try_write_training_report(directory: Path) -> None:
     """Writes the report at the end of a training, which it must not make fail."""
     try:
-        log.info("report: %s", write_run_report(directory))
+        log.info("report: %s", write_training_report(directory))
     except (OSError, RunError, ValueError) as error:
         log.warning("there is no report.html: %s", error)
 
@@ -198,7 +198,7 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
     sections: list[Section] = []
     if lines:
         caption = "The training loss is the mean of what was logged since the point before."
-        sections.append(Curve("Loss", caption, "step", "loss", lines, log_y=True))
+        sections.append(LineChart("Loss", caption, "step", "loss", lines, log_y=True))
     for split, label in (("val", "Validation"), ("train", "Training")):
         prefix = f"{split}/loss_bin/"
         bins = sorted(key for key in metrics if key.startswith(prefix))
@@ -222,7 +222,7 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
         )
         axis = "share of the training's noise levels below"
         title = f"{label} loss by noise level"
-        sections.append(Curve(title, caption, axis, "loss", series, log_y=True))
+        sections.append(LineChart(title, caption, axis, "loss", series, log_y=True))
     return sections
 
 
@@ -233,9 +233,11 @@ def _charts(metrics: Mapping[str, Series]) -> list[Section]:
     for title, axis, caption, pattern, log in CHARTS:
         found = {key: left.pop(key) for key in list(left) if re.fullmatch(pattern, key)}
         if found:
-            sections.append(Curve(title, caption, "step", axis, found, log_y=log))
+            sections.append(LineChart(title, caption, "step", axis, found, log_y=log))
     caption = "As it was logged."
-    return sections + [Curve(key, caption, "step", key, {key: left[key]}) for key in sorted(left)]
+    return sections + [
+        LineChart(key, caption, "step", key, {key: left[key]}) for key in sorted(left)
+    ]
 
 
 def _figures(metrics: Mapping[str, Series]) -> Table:

@@ -14,7 +14,7 @@ from diffusion_lab.metric import expected_coverage
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png, std_map
-from diffusion_lab.report.page import Curve, Picture, Section, Table
+from diffusion_lab.report.page import LineChart, Picture, Section, Table
 from diffusion_lab.report.trajectory import time_caption, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
@@ -117,14 +117,14 @@ def _images(shown: list[dict[str, Any]], level: NoiseLevel | None, folder: Path)
     )
 
 
-def _calibration(results: list[dict[str, Any]]) -> list[Curve]:
+def _calibration(results: list[dict[str, Any]]) -> list[LineChart]:
     """Rank histograms and the coverage of random balls, over all images."""
     series = {}
     for kind, name in KINDS.items():
         counts = histogram(results, kind)
         places = torch.linspace(0, 1, len(counts)).tolist()
         series[name] = (places, (counts / counts.float().mean()).tolist())
-    ranks = Curve(
+    ranks = LineChart(
         "Rank histograms",
         "How often the truth has a rank among the samples, from below all (0) to above all (1), "
         "over the mean: 1 everywhere for an exact posterior. A valley says that the samples are "
@@ -135,7 +135,7 @@ def _calibration(results: list[dict[str, Any]]) -> list[Curve]:
     )
     samples = len(results[0]["ranks"]["pixels"]) - 1
     levels, found = expected_coverage(torch.tensor([r["tarp"] for r in results]), samples)
-    balls = Curve(
+    balls = LineChart(
         "Expected coverage",
         "TARP: how often a ball around a random image that holds a share of the samples holds the "
         f"truth. The diagonal for an exact posterior, up to about {1.6 / len(results) ** 0.5:.2f} "

@@ -4,11 +4,13 @@ __all__ = ["run_sections"]
 
 import yaml
 
-from diffusion_lab.report.page import Config, Facts
+from diffusion_lab.report.page import ConfigSection, KeyValueSection
 from diffusion_lab.runs import Run
 
 
-def run_sections(run: Run, settings: dict[str, str], config: str) -> list[Facts | Config]:
+def run_sections(
+    run: Run, settings: dict[str, str], config: str
+) -> list[KeyValueSection | ConfigSection]:
     """Returns the sections on settings, prior and configurations.
 
     Arguments:
@@ -18,7 +20,7 @@ def run_sections(run: Run, settings: dict[str, str], config: str) -> list[Facts 
     """
     parameters = sum(p.numel() for p in run.denoiser.parameters())
     return [
-        Facts(
+        KeyValueSection(
             "Settings",
             {
                 **settings,
@@ -29,6 +31,8 @@ def run_sections(run: Run, settings: dict[str, str], config: str) -> list[Facts 
                 "Data": f"{run.config['data']['source']}, {run.config['data']['size']} pixels",
             },
         ),
-        Config("Configuration of this evaluation", config),
-        Config("Configuration of the training", yaml.safe_dump(run.config, sort_keys=False)),
+        ConfigSection("Configuration of this evaluation", config),
+        ConfigSection(
+            "Configuration of the training", yaml.safe_dump(run.config, sort_keys=False)
+        ),
     ]

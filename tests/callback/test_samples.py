@@ -18,7 +18,7 @@ from diffusion_lab.errors import SamplingError
 from diffusion_lab.loss import EDM, Likelihood
 from diffusion_lab.parameterization import EDM as EDMOutput
 from diffusion_lab.pixels import to_model, to_uint8
-from diffusion_lab.report.chart import Curve
+from diffusion_lab.report.chart import LineChart
 from diffusion_lab.report.chart_png import COLOURS, _spelled, draw
 from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.sampler import DDIM, Heun, Sampler
@@ -194,7 +194,7 @@ def test_edm_looks_at_what_its_log_normal_says() -> None:
 def test_a_chart_has_its_line_where_the_values_are() -> None:
     """A rising line from the lower left to the upper right corner, and a point in the middle."""
     xs = [k / 30 for k in range(31)]
-    line = Curve("A", "", "t", "", {"σ": (xs, xs), "ends": ([0.5], [0.5])})
+    line = LineChart("A", "", "t", "", {"σ": (xs, xs), "ends": ([0.5], [0.5])})
     picture = draw([line])
     assert picture.size == (480, 330)
     pixels = np.asarray(picture).astype(int)
@@ -210,7 +210,7 @@ def test_a_chart_has_its_line_where_the_values_are() -> None:
 
 
 def test_a_chart_without_a_point_says_so_and_none_is_refused() -> None:
-    empty = Curve("A", "", "t", "", {"a": ([1.0], [float("nan")])}, log_y=True)
+    empty = LineChart("A", "", "t", "", {"a": ([1.0], [float("nan")])}, log_y=True)
     assert np.asarray(draw([empty])).min() < 100
     with pytest.raises(ValueError, match="no chart"):
         draw([])

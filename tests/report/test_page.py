@@ -16,9 +16,9 @@ from PIL import Image
 from diffusion_lab.report.image_grid import save_png
 from diffusion_lab.report.page import (
     Animation,
-    Config,
-    Curve,
-    Facts,
+    ConfigSection,
+    KeyValueSection,
+    LineChart,
     Picture,
     Section,
     Table,
@@ -74,7 +74,7 @@ def picture(tmp_path: Path, name: str, width: int = 9, title: str = "Faces") -> 
     return Picture(title, "Four faces", path)
 
 
-def chart(tmp_path: Path, curve: Curve) -> ElementTree.Element:
+def chart(tmp_path: Path, curve: LineChart) -> ElementTree.Element:
     """The drawing of a curve; parsing fails if it is not well-formed."""
     source = page(tmp_path, curve).source
     drawings = [ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", source, re.S)]
@@ -145,9 +145,15 @@ def test_a_large_frame_is_made_small_without_a_visible_difference(tmp_path: Path
 
 
 def test_page_fetches_nothing(tmp_path: Path) -> None:
-    curve = Curve("Loss", "", "step", "loss", {"a": ([1, 2], [3, 4])})
+    curve = LineChart("Loss", "", "step", "loss", {"a": ([1, 2], [3, 4])})
     table = Table("Errors", "", ["a"], [[1.0]])
-    sections = [picture(tmp_path, "a.png"), curve, table, Facts("F", {"a": "b"}), Config("C", "x")]
+    sections = [
+        picture(tmp_path, "a.png"),
+        curve,
+        table,
+        KeyValueSection("F", {"a": "b"}),
+        ConfigSection("C", "x"),
+    ]
     found = page(tmp_path, *sections)
     assert "http://" not in found.source and "https://" not in found.source
     assert "@import" not in found.source and "url(" not in found.source
@@ -166,9 +172,9 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         Picture(NASTY, NASTY, shot.path),
         Animation(NASTY, NASTY, [(NASTY, Image.new("RGB", (4, 4)))]),
         Table(NASTY, NASTY, [NASTY], [[NASTY]]),
-        Curve(NASTY, NASTY, NASTY, NASTY, {NASTY: ([1, 2], [3, 4])}),
-        Facts(NASTY, {NASTY: NASTY}),
-        Config(NASTY, NASTY),
+        LineChart(NASTY, NASTY, NASTY, NASTY, {NASTY: ([1, 2], [3, 4])}),
+        KeyValueSection(NASTY, {NASTY: NASTY}),
+        ConfigSection(NASTY, NASTY),
     ]
     found = page(tmp_path, *sections, title=NASTY, summary=NASTY)
     assert found.text("title") == [NASTY] * 2  # of the page, and of the line in the chart
@@ -186,7 +192,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
 
 def test_contents_lead_to_sections_of_their_own(tmp_path: Path) -> None:
     titles = ["Loss & error", "Loss, error", "σ", "Zoom", "Loss & error"]
-    found = page(tmp_path, *(Facts(title, {}) for title in titles))
+    found = page(tmp_path, *(KeyValueSection(title, {}) for title in titles))
     anchors = [section["id"] for section in found.all("section")]
     assert anchors == ["loss-error", "loss-error-2", "section", "zoom-2", "loss-error-3"]
     links = [a["href"] for a in found.all("a")]
@@ -197,8 +203,10 @@ def test_contents_lead_to_sections_of_their_own(tmp_path: Path) -> None:
 
 def test_figures_and_tables_are_numbered(tmp_path: Path) -> None:
     table = Table("T", "", ["a"], [[1]])
-    curve = Curve("C", "", "x", "y", {})
-    found = page(tmp_path, picture(tmp_path, "a.png"), table, Facts("F", {}), curve, table)
+    curve = LineChart("C", "", "x", "y", {})
+    found = page(
+        tmp_path, picture(tmp_path, "a.png"), table, KeyValueSection("F", {}), curve, table
+    )
     assert found.text("b") == ["Figure 1", "Table 1", "Figure 2", "Table 2"]
 
 
@@ -261,14 +269,14 @@ def test_head_and_modes(tmp_path: Path) -> None:
 
 def test_configuration_is_folded_and_keeps_its_lines(tmp_path: Path) -> None:
     text = "model:\n  width: 64\n\n  # end"
-    found = page(tmp_path, Config("Configuration", text))
+    found = page(tmp_path, ConfigSection("Configuration", text))
     assert "open" not in found.all("details")[0]
     assert found.text("summary") == ["4 lines"]
     assert found.text("pre") == ["\n" + text]  # the first newline is no part of a <pre>
 
 
 def test_points_of_a_line_are_in_their_places(tmp_path: Path) -> None:
-    svg = chart(tmp_path, Curve("C", "", "step", "loss", {"a": ([0, 5, 10], [0, 1, 0.5])}))
+    svg = chart(tmp_path, LineChart("C", "", "step", "loss", {"a": ([0, 5, 10], [0, 1, 0.5])}))
     # The plot reaches from x = 64 to 706 and from y = 30 to 290, with 4 % free above and below.
     bottom, top = 290 - 260 * 0.04 / 1.08, 30 + 260 * 0.04 / 1.08
     ((piece,),) = paths(svg)
@@ -283,7 +291,7 @@ def test_points_of_a_line_are_in_their_places(tmp_path: Path) -> None:
 
 def test_logarithmic_axes_space_decades_evenly(tmp_path: Path) -> None:
     data = {"a": ([1e-3, 1e-1, 10], [1, 1e3, 1e6])}
-    svg = chart(tmp_path, Curve("C", "", "t", "loss", data, log_x=True, log_y=True))
+    svg = chart(tmp_path, LineChart("C", "", "t", "loss", data, log_x=True, log_y=True))
     ((piece,),) = paths(svg)
     (x0, y0), (x1, y1), (x2, y2) = piece
     assert (x0, x1, x2) == pytest.approx((64, 385, 706), abs=0.06)
@@ -295,21 +303,21 @@ def test_logarithmic_axes_space_decades_evenly(tmp_path: Path) -> None:
 
 def test_points_that_cannot_be_drawn_leave_a_gap_and_are_counted(tmp_path: Path) -> None:
     ys = [1.0, 2.0, math.nan, 3.0, -1.0, 4.0, 5.0]
-    curve = Curve("C", "", "x", "y", {"a": (range(7), ys)}, log_y=True)
+    curve = LineChart("C", "", "x", "y", {"a": (range(7), ys)}, log_y=True)
     svg = chart(tmp_path, curve)
     ((first, lone, last),) = paths(svg)
     assert (len(first), len(lone), len(last)) == (2, 1, 2)
     # A point between two gaps has no line; a stroke of no length shows it as a dot.
     assert re.search(r"M[\d. ]+h0M[\d. ]+L[\d. ]+$", [p.get("d") for p in svg.iter("path")][-1])
     assert page(tmp_path, curve).text("small") == ["(2 of 7 points cannot be drawn)"]
-    linear = Curve("C", "", "x", "y", {"a": (range(7), ys)})
+    linear = LineChart("C", "", "x", "y", {"a": (range(7), ys)})
     assert page(tmp_path, linear).text("small") == ["(1 of 7 points cannot be drawn)"]
 
 
 def test_dense_curve_is_thinned_but_keeps_its_spikes(tmp_path: Path) -> None:
     ys = [math.sin(i / 50) for i in range(20_000)]
     ys[12_345], ys[4_321] = 9.0, -9.0
-    ((piece,),) = paths(chart(tmp_path, Curve("C", "", "x", "y", {"a": (range(20_000), ys)})))
+    ((piece,),) = paths(chart(tmp_path, LineChart("C", "", "x", "y", {"a": (range(20_000), ys)})))
     assert 1000 < len(piece) <= 1501
     x, y = min(piece, key=lambda p: p[1])
     assert (x, y) == pytest.approx((64 + 642 * 12_345 / 19_999, 30 + 260 * 0.04 / 1.08), abs=0.06)
@@ -322,7 +330,7 @@ def test_dense_curve_keeps_its_gaps(tmp_path: Path) -> None:
     ys = [1.0 + i % 2 for i in range(4_000)]
     ys[2_000:2_100] = [math.nan] * 100
     ((before, after),) = paths(
-        chart(tmp_path, Curve("C", "", "x", "y", {"a": (range(4_000), ys)}))
+        chart(tmp_path, LineChart("C", "", "x", "y", {"a": (range(4_000), ys)}))
     )
     ends = [64 + 642 * i / 3_999 for i in (2_000, 2_100)]
     assert (before[-1][0], after[0][0]) == pytest.approx(ends, abs=1.1)
@@ -330,7 +338,7 @@ def test_dense_curve_keeps_its_gaps(tmp_path: Path) -> None:
 
 def test_every_series_has_a_line_of_its_own_style(tmp_path: Path) -> None:
     data = {name: ([0, 1], [k, k + 1]) for k, name in enumerate("abc")}
-    curve = Curve("C", "", "x", "y", data)
+    curve = LineChart("C", "", "x", "y", data)
     svg = chart(tmp_path, curve)
     assert svg.get("aria-label") == "C: y over x"
     styles = [p.get("class") for p in svg.iter("path") if p.find("title") is not None]
@@ -341,19 +349,19 @@ def test_every_series_has_a_line_of_its_own_style(tmp_path: Path) -> None:
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("value", [1.0, 250.0, 3e-9])
 def test_constant_curve_runs_through_the_middle(tmp_path: Path, value: float, log: bool) -> None:
-    curve = Curve("C", "", "x", "y", {"a": ([1, 2], [value, value])}, log_y=log)
+    curve = LineChart("C", "", "x", "y", {"a": ([1, 2], [value, value])}, log_y=log)
     ((piece,),) = paths(chart(tmp_path, curve))
     assert [y for _, y in piece] == [160.0, 160.0]
 
 
 @pytest.mark.parametrize("data", [{}, {"a": ([], [])}, {"a": ([1, 2], [math.nan] * 2)}])
 def test_curve_without_points_says_so(tmp_path: Path, data: dict) -> None:
-    svg = chart(tmp_path, Curve("C", "", "x", "y", data))
+    svg = chart(tmp_path, LineChart("C", "", "x", "y", data))
     assert [text.text for text in svg.iter("text")] == ["There is no point to draw."]
 
 
 def test_large_numbers_are_grouped(tmp_path: Path) -> None:
-    svg = chart(tmp_path, Curve("C", "", "x", "y", {"a": ([0, 200_000], [-2e-5, 2e-5])}))
+    svg = chart(tmp_path, LineChart("C", "", "x", "y", {"a": ([0, 200_000], [-2e-5, 2e-5])}))
     texts = [text.text for text in svg.iter("text")]
     assert [t.replace("\u202f", " ") for t in texts[5:10]] == [
         "0",
@@ -369,7 +377,7 @@ def test_large_numbers_are_grouped(tmp_path: Path) -> None:
     ("section", "error", "message"),
     [
         (Table("T", "", ["a", "b"], [[1, 2], [1]]), ValueError, "row 1 of the table 'T' has 1"),
-        (Curve("C", "", "x", "y", {"a": ([1], [1, 2])}), ValueError, "'a' has 1 x for 2 y"),
+        (LineChart("C", "", "x", "y", {"a": ([1], [1, 2])}), ValueError, "'a' has 1 x for 2 y"),
         (Picture("P", "", Path(__file__)), ValueError, "no PNG"),
         (Picture("P", "", Path("missing.png")), FileNotFoundError, "missing.png"),
     ],
@@ -395,12 +403,12 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_many_lone_dots_bear_their_names_and_none_covers_another(tmp_path: Path) -> None:
     data = {f"method {k}": ([100.0], [1 + k / 1000]) for k in range(9)} | {"far": ([1.0], [9.0])}
-    curve = Curve("C", "", "cost", "distance", data, log_x=True)
+    curve = LineChart("C", "", "cost", "distance", data, log_x=True)
     svg = chart(tmp_path, curve)
     heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.text in data}
     assert heights.keys() == data.keys() and len(list(svg.iter("circle"))) == 10
     crowd = sorted(y for name, y in heights.items() if name != "far")
     assert min(b - a for a, b in pairwise(crowd)) >= 11 and crowd[0] > 0
     assert page(tmp_path, curve).source.count('class="legend"') == 0
-    few = Curve("C", "", "x", "y", dict(list(data.items())[:3]))
+    few = LineChart("C", "", "x", "y", dict(list(data.items())[:3]))
     assert page(tmp_path, few).source.count('class="legend"') == 1

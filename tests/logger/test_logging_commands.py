@@ -18,7 +18,7 @@ from diffusion_lab.logger import wandb_logger as logger
 from diffusion_lab.logger.wandb_workspace import SECTIONS, Choices, Lines, Pictures, Values
 from diffusion_lab.training.module import DiffusionModule
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FID = [
     "task=fid", "num_samples=9", "num_seeds=1", "sampler.steps=2", "trainer.accelerator=cpu",
     "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick

@@ -11,7 +11,7 @@ from conftest import Command
 from PIL import Image
 
 from diffusion_lab.command.report import main
-from diffusion_lab.report.training_report import read_metrics, write_run_report
+from diffusion_lab.report.training_report import read_metrics, write_training_report
 
 CONFIG = """\
 name: my_prior
@@ -55,7 +55,7 @@ def text(page: Path) -> str:
 
 
 def test_a_training_in_one_page(training: Path) -> None:
-    page = text(write_run_report(training))
+    page = text(write_training_report(training))
     assert "<title>Training of my_prior</title>" in page
     assert "40 steps so far; the training has not finished." in page
     assert "averaged weights is 0.5; the least was 0.25 at step 20." in page
@@ -75,14 +75,14 @@ def test_a_training_in_one_page(training: Path) -> None:
     ):  # fmt: skip
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     (training / "finished.json").write_text("{}")
-    assert '<p class="summary">40 steps. The' in text(write_run_report(training))
+    assert '<p class="summary">40 steps. The' in text(write_training_report(training))
 
 
 def test_the_curves_are_those_of_the_file(training: Path) -> None:
     metrics = read_metrics(training)
     assert metrics["val/loss_ema"] == ([20, 40], [0.25, 0.5])  # after so many steps
     assert metrics["train/loss"] == (list(range(2, 41, 2)), [1 / (1 + k) for k in range(1, 40, 2)])
-    page = text(write_run_report(training))
+    page = text(write_training_report(training))
     levels = page[page.index('id="validation-loss-by-noise-level"') :]
     legend = re.findall(r"<span>(.*?)</span>", levels[: levels.index("</ul>")])
     assert legend == ["step 20", "step 40"]
@@ -100,7 +100,7 @@ def test_a_directory_that_is_no_run_is_named_with_the_way_out(
     training: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (training / "metrics.csv").unlink()  # logger=none: pictures and settings remain
-    assert "Nothing has been logged" in text(write_run_report(training))
+    assert "Nothing has been logged" in text(write_training_report(training))
     (training / "multirun.yaml").write_text("")
     for path, said in (
         (training.parent, "is no"), (training / "nowhere", "is not a directory"),

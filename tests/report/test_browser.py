@@ -9,7 +9,7 @@ from browser import CHROMIUM, Browser, browser
 from conftest import Command
 from PIL import Image
 
-from diffusion_lab.report.page import Animation, Curve, Picture, Table, write_report
+from diffusion_lab.report.page import Animation, LineChart, Picture, Table, write_report
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,7 @@ def page(tmp_path: Path) -> Path:
         Picture("Picture", "", shot),
         Animation("Film", "", frames),
         Table("Table", "", ["name", "number", "with error"], rows),
-        Curve("Curve", "", "x", "y", {"a": ([1, 2], [3, 4])}),
+        LineChart("Curve", "", "x", "y", {"a": ([1, 2], [3, 4])}),
     ]
     return write_report(tmp_path / "report.html", "Page", "", sections)
 
