@@ -97,7 +97,7 @@ def test_the_operator_of_the_examples_is_linear_with_its_decomposition(my_lab: M
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     y = torch.randn(2, 3, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(operator(x), x[..., ::2])
-    torch.testing.assert_close((operator(x) * y).sum(), (x * operator.transpose(y)).sum())
+    torch.testing.assert_close((operator(x) * y).sum(), (x * operator.adjoint(y)).sum())
     torch.testing.assert_close(operator(operator.pseudo_inverse(y)), y)
 
 

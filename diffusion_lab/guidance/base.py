@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.operator import Identity, LinearOperator, Operator
+from diffusion_lab.operator import Identity, LinearOperator, Operator, SVDOperator
 from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
 from diffusion_lab.schedule import Schedule
@@ -53,6 +53,11 @@ class Observation:
     def linear(self) -> LinearOperator:
         """A, for methods that require a linear one: `Guidance.check` has refused the others."""
         return cast(LinearOperator, self.operator)
+
+    @property
+    def svd(self) -> SVDOperator:
+        """A, for methods that require its SVD: `Guidance.check` has refused the others."""
+        return cast(SVDOperator, self.operator)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +89,8 @@ class Guidance(ABC):
 
     Attributes:
         stochastic: Whether repeated calls give different images.
-        requires: Which operators the method is defined for: the identity, linear ones, any.
+        requires: Which operators the method is defined for: the identity, those with a singular
+            value decomposition (`SVDOperator`), linear ones (`LinearOperator`), any.
         noiseless: Whether σ_y = 0 is allowed.
         isotropic: Whether σ_y has to be one number.
         shares: Whether the samples of one y come from common particles, so that the rows of a
@@ -92,7 +98,7 @@ class Guidance(ABC):
     """
 
     stochastic = True
-    requires: Literal["identity", "linear", "any"] = "any"
+    requires: Literal["identity", "svd", "linear", "any"] = "any"
     noiseless = False
     isotropic = True
     shares = False
@@ -105,10 +111,16 @@ class Guidance(ABC):
                 f"{name} is for a noisy image (task=denoise), not for {operator}; choose another "
                 "guidance: mmps, pigdm, dps"
             )
-        if self.requires == "linear" and not isinstance(observation.operator, LinearOperator):
+        needs_linear = self.requires in ("linear", "svd")
+        if needs_linear and not isinstance(observation.operator, LinearOperator):
             raise ValueError(
                 f"{name} is for linear operators, and {operator} is not linear; choose another "
-                "guidance: dps, daps, tds"
+                "guidance: dps, daps, sda"
+            )
+        if self.requires == "svd" and not isinstance(observation.operator, SVDOperator):
+            raise ValueError(
+                f"{name} needs the singular value decomposition of the operator, and {operator} "
+                "has none; choose another guidance: mmps, pigdm, dps"
             )
         sigma_y = observation.sigma_y
         if self.isotropic and isinstance(sigma_y, Tensor) and sigma_y.numel() > 1:

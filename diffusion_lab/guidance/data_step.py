@@ -4,6 +4,10 @@ For a linear operator A = U S Vᵀ the draw is exact. With c = Vᵀ x̂, ȳ = S�
 
     c_i <- c_i + (ȳ_i - c_i) / (1 + ν_i² / ρ²) + ρ / √(1 + ρ² / ν_i²) z_i.
 
+For a linear operator without that decomposition the draw is as exact as conjugate gradients are:
+
+    x' = x̂ + ρ z,    x = x' + ρ² Aᵀ (σ_y² I + ρ² A Aᵀ)⁻¹ (y + σ_y n - A x').
+
 For any other it is K steps of Langevin dynamics from x̂,
 
     x <- x - h ∇U(x) + √(2 h) z,    U(x) = ‖x - x̂‖² / (2 ρ²) + ‖y - A(x)‖² / (2 σ_y²),
@@ -19,8 +23,9 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.guidance.base import Guidance, Observation
+from diffusion_lab.guidance.linear_solve import pull_back
 from diffusion_lab.guidance.svd_steps import Spectrum
-from diffusion_lab.operator import LinearOperator
+from diffusion_lab.operator import LinearOperator, SVDOperator
 from diffusion_lab.sampler.base import Noise
 
 
@@ -28,7 +33,7 @@ def misfit_gradient(observation: Observation, x: Tensor) -> Tensor:
     """Returns ∇ ½ ‖y - A(x)‖², of shape (B, *)."""
     operator, y = observation.operator, observation.y
     if isinstance(operator, LinearOperator):
-        return operator.transpose(operator(x) - y)
+        return operator.adjoint(operator(x) - y)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         misfit = (operator(x) - y).square().sum() / 2  # rows do not meet in the gradient
@@ -46,8 +51,8 @@ class Coupling:
 
     def __init__(self, observation: Observation, steps: int, size: float) -> None:
         self.observation, self.steps, self.size = observation, steps, size
-        linear = isinstance(observation.operator, LinearOperator)
-        self.spectrum = Spectrum.of(observation) if linear else None
+        svd = isinstance(observation.operator, SVDOperator)
+        self.spectrum = Spectrum.of(observation) if svd else None
 
     def __call__(self, centre: Tensor, rho: float, noise: Noise) -> Tensor:
         """Returns x, of shape (B, *).
@@ -57,12 +62,22 @@ class Coupling:
             rho: ρ, above 0.
             noise: Draws normal noise.
         """
+        if self.spectrum is None and isinstance(self.observation.operator, LinearOperator):
+            return self._perturbed(centre, rho, noise)
         if self.spectrum is None:
             return self._langevin(centre, rho, noise)
         operator, nu = self.spectrum.operator, self.spectrum.nu
         mean = self.spectrum.pulled(operator.vt(centre), rho)
         std = rho / torch.sqrt(1 + (rho / nu) ** 2)  # 0 where ν = 0, ρ where it is infinite
         return operator.v(mean + std * operator.vt(noise(centre)))
+
+    def _perturbed(self, centre: Tensor, rho: float, noise: Noise) -> Tensor:
+        operator, y = self.observation.linear, self.observation.y
+        sigma_y = float(self.observation.sigma_y)
+        x = centre + rho * noise(centre)
+        e = y + sigma_y * noise(y) - operator(x)
+        variance = torch.tensor(rho**2, dtype=torch.float64)
+        return x + rho**2 * pull_back(operator, e, variance, sigma_y)
 
     def _langevin(self, centre: Tensor, rho: float, noise: Noise) -> Tensor:
         precision = 1 / float(self.observation.sigma_y) ** 2

@@ -85,7 +85,7 @@ class DDNM(Guidance):
         ValueError: If η is outside [0, 1], or r or j below 1.
     """
 
-    requires = "linear"
+    requires = "svd"
     noiseless = True
 
     def __init__(self, eta: float = 0.85, repeats: int = 1, jump: int = 1) -> None:

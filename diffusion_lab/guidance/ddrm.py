@@ -80,7 +80,7 @@ class DDRM(Guidance):
         ValueError: If η or η_b is outside [0, 1].
     """
 
-    requires = "linear"
+    requires = "svd"
     noiseless = True
 
     def __init__(self, eta: float = 0.85, eta_b: float = 1.0) -> None:
@@ -97,7 +97,7 @@ class DDRM(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        spectrum, operator = Spectrum.of(observation), observation.linear
+        spectrum, operator = Spectrum.of(observation), observation.svd
         z, schedule = observation.noise(generator), denoiser.schedule
         ends = (c.to(z) for c in schedule(torch.ones((), dtype=torch.float64)))
         c = operator.vt(z)

@@ -72,7 +72,7 @@ class DiffPIR(Guidance):
         ValueError: If λ is not above 0 or ζ outside [0, 1].
     """
 
-    requires = "linear"
+    requires = "svd"
     noiseless = True
 
     def __init__(self, strength: float = 7.0, zeta: float = 0.3) -> None:

@@ -40,7 +40,7 @@ class ILVR(Guidance):
         ValueError: If `until` is outside [0, 1).
     """
 
-    requires = "linear"
+    requires = "svd"
     noiseless = True
     isotropic = False
 
@@ -51,7 +51,7 @@ class ILVR(Guidance):
 
     def check(self, observation: Observation) -> None:
         super().check(observation)
-        s = observation.linear.singular_values
+        s = observation.svd.singular_values
         condition = float(s.max() / s[s > 0].min())
         if condition > LARGEST_CONDITION:
             raise ValueError(
@@ -68,7 +68,7 @@ class ILVR(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        operator, schedule = observation.linear, denoiser.schedule
+        operator, schedule = observation.svd, denoiser.schedule
 
         def refine(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
             if s < self.until:

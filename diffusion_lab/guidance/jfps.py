@@ -103,7 +103,7 @@ class _JFPS(Conditional):
 
         def pull(v: Tensor) -> Tensor:
             """V Aᵀ v."""
-            x = a.transpose(v).flatten(1)
+            x = a.adjoint(v).flatten(1)
             x = variances * x if axes is None else (variances * (x @ axes)) @ axes.T
             return x.reshape(x_t.shape)
 

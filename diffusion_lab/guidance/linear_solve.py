@@ -21,15 +21,38 @@ Sources:
     Saad, Schultz, "GMRES: a generalized minimal residual algorithm", 1986.
 """
 
-__all__ = ["conjugate_gradients", "gmres", "pull_back"]
+__all__ = ["conjugate_gradients", "gmres", "pull_back", "solve"]
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from diffusion_lab.operator import LinearOperator
+from diffusion_lab.operator import LinearOperator, SVDOperator
 from diffusion_lab.tensor import broadcast
+
+ITERATIONS = 50  # of conjugate gradients, for operators without an SVD
+
+
+def solve(
+    operator: LinearOperator, y: Tensor, a: Tensor, b: Tensor | float, iterations: int = ITERATIONS
+) -> Tensor:
+    """Returns (a A Aᵀ + b I)⁻¹ y, of y's shape: from the SVD if there is one, else by CG.
+
+    Arguments:
+        operator: A.
+        y: Right-hand sides, of shape (B, *').
+        a: Positive; of shape (), (B,), or with the number of axes of y.
+        b: Non-negative, likewise; 0 only for y in the range of A.
+        iterations: The number of conjugate-gradient iterations.
+    """
+    if isinstance(operator, SVDOperator):
+        return operator.solve(y, a, b)
+
+    def product(v: Tensor) -> Tensor:
+        return a * operator(operator.adjoint(v)) + b * v
+
+    return conjugate_gradients(product, y, iterations)
 
 
 def pull_back(
@@ -37,7 +60,8 @@ def pull_back(
 ) -> Tensor:
     """Returns Aᵀ (σ_y² I + v A Aᵀ)⁻¹ e = V diag(s / (σ_y² + v s²)) Uᵀ e, of shape (B, *).
 
-    Without noise it is A⁺ e / v, the limit of σ_y -> 0, whether A Aᵀ has an inverse or not.
+    An operator without an SVD takes conjugate gradients. Without noise it is A⁺ e / v, the limit
+    of σ_y -> 0, whether A Aᵀ has an inverse or not.
 
     Arguments:
         operator: A.
@@ -45,6 +69,9 @@ def pull_back(
         variance: v, of shape () or (B,), above 0.
         sigma_y: σ_y, at least 0.
     """
+    if not isinstance(operator, SVDOperator):
+        a = broadcast(variance, residual)
+        return operator.adjoint(solve(operator, residual, a, sigma_y**2))
     c = operator.ut(residual)
     s, v = operator.singular_values, broadcast(variance, c)
     s = s.to(residual) if s.ndim else s.to(residual.dtype)

@@ -61,7 +61,7 @@ class _MMPS(Conditional):
 
         def pull(v: Tensor) -> Tensor:
             """V Aᵀ v."""
-            return scale * vjp(a.transpose(v))
+            return scale * vjp(a.adjoint(v))
 
         v = gmres(
             lambda v: self.sigma_y**2 * v + a(pull(v)), self.y - a(denoised), self.iterations

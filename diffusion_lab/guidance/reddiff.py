@@ -37,8 +37,9 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.guidance.data_step import misfit_gradient
+from diffusion_lab.guidance.linear_solve import pull_back
 from diffusion_lab.guidance.svd_steps import Spectrum
-from diffusion_lab.operator import LinearOperator
+from diffusion_lab.operator import LinearOperator, SVDOperator
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
 from diffusion_lab.transition import transition
 
@@ -129,8 +130,11 @@ class REDDiff(Guidance):
         )
         operator, z = observation.operator, observation.noise(generator)
         mu = torch.zeros_like(z)
-        if isinstance(operator, LinearOperator):
+        if isinstance(operator, SVDOperator):
             mu = operator.v(Spectrum.of(observation).pulled(operator.vt(mu), 1.0))
+        elif isinstance(operator, LinearOperator):
+            one = torch.ones((), dtype=torch.float64)
+            mu = pull_back(operator, observation.y, one, float(observation.sigma_y))
         alpha, sigma = (c.to(z) for c in denoiser.schedule(torch.ones((), dtype=torch.float64)))
         method = Descent(sampler, observation, mu, self.strength, self.lr)
         return method(denoiser, alpha * mu + sigma * z, generator=generator, callback=callback)

@@ -48,7 +48,7 @@ class Replacement(Guidance):
         ValueError: If r or j is below 1.
     """
 
-    requires = "linear"
+    requires = "svd"
     noiseless = True
 
     def __init__(self, repeats: int = 1, jump: int = 1) -> None:
@@ -63,7 +63,7 @@ class Replacement(Guidance):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        spectrum, operator = Spectrum.of(observation), observation.linear
+        spectrum, operator = Spectrum.of(observation), observation.svd
         schedule = denoiser.schedule
 
         def replace(x: Tensor, s: Tensor, noise: Noise) -> Tensor:

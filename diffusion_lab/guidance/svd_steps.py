@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.operator import LinearOperator
+from diffusion_lab.operator import SVDOperator
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Spectrum:
         nu: ν_i = σ_y / s_i, of S's shape; infinite where s_i = 0.
     """
 
-    operator: LinearOperator
+    operator: SVDOperator
     y: Tensor
     nu: Tensor
 
     @classmethod
     def of(cls, observation: Observation) -> "Spectrum":
-        """Returns that of an observation by a linear operator, with noise of one σ_y >= 0."""
-        operator, y = observation.linear, observation.y
+        """Returns that of an observation by an `SVDOperator`, with noise of one σ_y >= 0."""
+        operator, y = observation.svd, observation.y
         s = operator.singular_values.to(y)
         # Both branches are computed: what is chosen is never the division by zero.
         nu = torch.where(s > 0, float(observation.sigma_y) / s, math.inf)

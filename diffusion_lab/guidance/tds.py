@@ -64,7 +64,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.operator import LinearOperator
+from diffusion_lab.operator import SVDOperator
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
 
@@ -106,7 +106,7 @@ class TDS(Guidance):
         ValueError: If an argument is out of its range.
     """
 
-    requires = "linear"
+    requires = "svd"
 
     def __init__(
         self,
@@ -197,8 +197,8 @@ class _Swarm:
     def __init__(
         self, observation: Observation, count: int, data_std: float, generator: Generator
     ) -> None:
-        assert isinstance(observation.operator, LinearOperator)
-        self.operator, self.group = observation.linear, observation.group
+        assert isinstance(observation.operator, SVDOperator)
+        self.operator, self.group = observation.svd, observation.group
         self.y = observation.y[:: self.group, None]  # one row a group, (G, 1, *')
         self.sigma_y, self.c = float(observation.sigma_y), data_std**2
         self.a = self.operator.singular_values.to(self.y)

@@ -55,14 +55,13 @@ class TMPD(Guided):
 class _TMPD(Conditional):
     def __init__(self, denoiser: Denoiser, observation: Observation, floor: float) -> None:
         super().__init__(denoiser, observation)
-        c = self.linear.ut(self.y)
-        squares = self.linear.singular_values.to(c).expand(c.shape).square()
-        self.least = broadcast(floor * squares.flatten(1).sum(1) / self.y[0].numel(), self.y)
+        squares = self.linear.squared_norm(self.y)
+        self.least = broadcast(floor * squares / self.y[0].numel(), self.y)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         denoised, vjp = denoised_and_vjp(self.denoiser, x_t, t)
         scale, a = self.scale(x_t, t), self.linear
-        sums = a(scale * vjp(a.transpose(torch.ones_like(self.y))))
+        sums = a(scale * vjp(a.adjoint(torch.ones_like(self.y))))
         least = self.least * broadcast(1 / (1 + self.schedule.ratio(t) ** -2), self.y)
         variance = self.sigma_y**2 + torch.maximum(sums, least)
-        return denoised + scale * vjp(a.transpose((self.y - a(denoised)) / variance))
+        return denoised + scale * vjp(a.adjoint((self.y - a(denoised)) / variance))

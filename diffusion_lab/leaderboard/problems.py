@@ -128,7 +128,7 @@ class _Clip(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return (2 * x[:, :4]).clamp(-1, 1)
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         return y
 
 

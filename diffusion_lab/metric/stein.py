@@ -57,6 +57,7 @@ from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Observation
+from diffusion_lab.guidance.linear_solve import solve
 from diffusion_lab.operator import Identity, LinearOperator
 from diffusion_lab.rng import KeyedGenerator, normal_like
 from diffusion_lab.tensor import broadcast
@@ -147,7 +148,7 @@ def posterior_score(
         fit = operator(denoised)
     residual = y - fit.detach()
     if isinstance(operator, LinearOperator) and isotropic:
-        weighted = operator.solve(residual, ratio_t**2, sigma_y**2)
+        weighted = solve(operator, residual, ratio_t**2, sigma_y**2)
     else:
         weighted = residual / sigma_y**2
     (likelihood,) = torch.autograd.grad(fit, variable, weighted)

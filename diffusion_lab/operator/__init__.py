@@ -4,10 +4,10 @@ __all__ = [
     "HDR", "JPEG", "AveragePool", "Bicubic", "BoxInpainting", "CircularBlur", "CompressedSensing",
     "Gaussian", "GaussianBlur", "Grayscale", "Identity", "Inpainting", "LinearOperator", "Matrix",
     "MotionBlur", "Noise", "Operator", "PhaseRetrieval", "Poisson", "RandomInpainting",
-    "Separable", "UniformBlur",
+    "SVDOperator", "Separable", "UniformBlur",
 ]  # fmt: skip
 
-from diffusion_lab.operator.base import Identity, LinearOperator, Operator
+from diffusion_lab.operator.base import Identity, LinearOperator, Operator, SVDOperator
 from diffusion_lab.operator.circular_blur import CircularBlur, MotionBlur
 from diffusion_lab.operator.compressed_sensing import CompressedSensing
 from diffusion_lab.operator.grayscale import Grayscale

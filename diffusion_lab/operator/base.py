@@ -1,25 +1,31 @@
-r"""Operators: what was seen of an image, y = A(x_0) + σ_y n.
+r"""Measurement operators A of the observation y = A(x_0) + σ_y n.
 
-A linear operator is known by its singular value decomposition, A = U S Vᵀ. The four maps are
-functions on batches, never matrices:
+Three base classes, each with more structure than the one before:
+
+- `Operator`: a differentiable function A.
+- `LinearOperator`: a linear A with its adjoint Aᵀ.
+- `SVDOperator`: a linear A with its singular value decomposition A = U S Vᵀ.
+
+The decomposition is four functions on batches, never matrices:
 
     Vᵀ x: image -> coefficients,      V c: coefficients -> image,
-    U c:  coefficients -> y,          Uᵀ y: y -> coefficients,
+    U c:  coefficients -> y,          Uᵀ y: y -> coefficients.
 
-with as many coefficients as the image has numbers and as many axes, V orthogonal, and U orthogonal
-between y and those coefficients that y has (U drops the others, Uᵀ fills them with zeros). From
-them follow
+There are as many coefficients as the image has pixels times channels, with the same number of
+axes. V is orthogonal. U is orthogonal between y and the coefficients that y has: U drops the
+others, Uᵀ fills them with zeros. Hence
 
     A x = U S Vᵀ x,    Aᵀ y = V S Uᵀ y,    A⁺ y = V S⁺ Uᵀ y,    f(A Aᵀ) y = U f(S²) Uᵀ y.
 
-Everything is real (of a Fourier transform there is a real form), so that inner products of
-coefficients are those of images and white noise is white in either. Draw noise as an image and
-turn it all the same: then it is the same noise for every operator.
+All of this is real (a Fourier transform is written in its real form), so inner products of
+coefficients equal those of images, and white noise stays white.
 
-Matrices and tables are kept in float64 and rounded to the type of what they meet.
+Matrices and tables are stored in float64 and cast to the dtype of the input.
 """
 
-__all__ = ["CUT", "Identity", "LinearOperator", "Operator", "image_shape"]
+__all__ = [
+    "SV_TOLERANCE", "Identity", "LinearOperator", "Operator", "SVDOperator", "image_shape",
+]  # fmt: skip
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,14 +33,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# Of a blur, singular values below this part of the largest count as zero. In float32 y carries an
-# error of about 1e-7, which A⁺ multiplies by up to 1 / CUT: 1% of the image's scale. What A loses
-# is as small as its rounding in float32: 3e-6 on a photograph of 256 x 256, blurred by 3 pixels.
-CUT = 1e-5
+from diffusion_lab.rng import KeyedGenerator, make_key
+
+# Singular values of a blur below this fraction of the largest count as zero. In float32, y has a
+# relative error of about 1e-7, which A⁺ amplifies by up to 1 / SV_TOLERANCE: to 1% of the image's
+# scale. The error in A x is as small as float32 rounding: 3e-6 for a photograph of 256 x 256
+# pixels and a blur of 3 pixels.
+SV_TOLERANCE = 1e-5
+
+PROBES = 16  # random vectors that estimate |A|²
 
 
 def image_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
-    """Returns (C, H, W), the shape of one image that an operator called `name` is made for.
+    """Returns (C, H, W), the shape of one image, for an operator called `name` in errors.
 
     Raises:
         ValueError: If it is not the shape of an image.
@@ -48,13 +59,11 @@ def image_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
 
 
 class Operator(nn.Module, ABC):
-    """A function A of images, differentiable.
+    """A differentiable function A of images.
 
     Arguments:
-        shape: The shape * of one image x_0, for example (3, 256, 256); None takes any.
+        shape: The shape * of one image x_0, for example (3, 256, 256); None accepts any.
     """
-
-    linear = False
 
     def __init__(self, shape: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -62,29 +71,46 @@ class Operator(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Returns A(x).
+        """Returns A(x), the measurement without noise, of shape (B, *').
 
         Arguments:
             x: Images, of shape (B, *).
-
-        Returns:
-            y without noise, of shape (B, *').
         """
 
     @abstractmethod
-    def picture(self, y: Tensor) -> Tensor:
-        """Returns y as images for a report, of shape (B, C, H, W) on the scale of [-1, 1]."""
+    def to_image(self, y: Tensor) -> Tensor:
+        """Returns a view of y for reports: images of shape (B, C, H, W) with range [-1, 1]."""
 
 
 class LinearOperator(Operator):
-    """A linear function A = U S Vᵀ of images, see the top of this file."""
+    """A linear function A of images, given by A and its adjoint Aᵀ."""
 
-    linear = True
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Returns Aᵀ y, of shape (B, *)."""
+
+    def squared_norm(self, y: Tensor) -> Tensor:
+        """Returns |A|², the squared Frobenius norm, of shape (B,).
+
+        The default is Hutchinson's estimate, the mean of |Aᵀ z|² over a few random signs z.
+
+        Arguments:
+            y: Measurements, of which only shape, dtype and device are used.
+        """
+        keys = make_key(0, "squared norm", torch.arange(PROBES))
+        z = KeyedGenerator(keys).uniform(*y.shape[1:]).to(y.device)
+        signs = torch.where(z < 0.5, -1.0, 1.0).to(y.dtype)
+        estimate = self.adjoint(signs).flatten(1).square().sum(1).mean()
+        return estimate.expand(len(y))
+
+
+class SVDOperator(LinearOperator):
+    """A linear function A = U S Vᵀ of images, given by its singular value decomposition."""
 
     @property
     @abstractmethod
     def singular_values(self) -> Tensor:
-        """S, at least 0, of a shape that broadcasts against the coefficients."""
+        """S, non-negative, of a shape that broadcasts against the coefficients."""
 
     @abstractmethod
     def vt(self, x: Tensor) -> Tensor:
@@ -105,12 +131,16 @@ class LinearOperator(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return self.u(self.singular_values.to(x) * self.vt(x))
 
-    def transpose(self, y: Tensor) -> Tensor:
-        """Returns Aᵀ y, of shape (B, *)."""
+    def adjoint(self, y: Tensor) -> Tensor:
         return self.v(self.singular_values.to(y) * self.ut(y))
 
+    def squared_norm(self, y: Tensor) -> Tensor:
+        """Returns |A|², the sum of the squared singular values, of shape (B,)."""
+        c = self.ut(y)
+        return self.singular_values.to(c).expand(c.shape).square().flatten(1).sum(1)
+
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """Returns A⁺ y, the image of least norm that A takes to y, of shape (B, *)."""
+        """Returns A⁺ y, the image of least norm among those of least |A x - y|, (B, *)."""
         s = self.singular_values.to(y)
         return self.v(torch.where(s > 0, 1 / s, 0.0) * self.ut(y))
 
@@ -118,18 +148,19 @@ class LinearOperator(Operator):
         """Returns (a A Aᵀ + b I)⁻¹ y, of y's shape.
 
         Arguments:
-            y: Of shape (B, *').
-            a: At least 0; it broadcasts against the coefficients.
-            b: Likewise, above 0.
+            y: Right-hand sides, of shape (B, *').
+            a: Non-negative; broadcasts against the coefficients.
+            b: Positive; broadcasts against the coefficients.
         """
         return self.u(self.ut(y) / (a * self.singular_values.to(y) ** 2 + b))
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
+        """Returns A⁺ y."""
         return self.pseudo_inverse(y)
 
 
-class Identity(LinearOperator):
-    """A = I: the observation is a noisy image."""
+class Identity(SVDOperator):
+    """A = I: the measurement is the noisy image."""
 
     @property
     def singular_values(self) -> Tensor:
@@ -138,4 +169,4 @@ class Identity(LinearOperator):
     def vt(self, x: Tensor) -> Tensor:
         return x
 
-    v = u = ut = forward = transpose = vt  # type: ignore[assignment]  # x has other names there
+    v = u = ut = forward = adjoint = vt  # type: ignore[assignment]  # the argument's name differs

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.operator.base import CUT, LinearOperator, image_shape
+from diffusion_lab.operator.base import SV_TOLERANCE, SVDOperator, image_shape
 from diffusion_lab.rng import KeyedGenerator, make_key
 
 POINTS = 256  # of a path, for each pixel of its length
@@ -39,7 +39,7 @@ def opposite(c: Tensor) -> Tensor:
     return c.flip((-2, -1)).roll((1, 1), (-2, -1))
 
 
-class CircularBlur(LinearOperator):
+class CircularBlur(SVDOperator):
     """y is the circular convolution of the image with a kernel in every channel, (B, C, H, W).
 
     What leaves the image at one edge comes in at the opposite one.
@@ -72,7 +72,7 @@ class CircularBlur(LinearOperator):
         h = torch.fft.fft2(response)
         # Rounding breaks the symmetry of the spectrum of real numbers, and R's orthogonality.
         h = (h + opposite(h).conj()) / 2
-        s = torch.where(h.abs() >= CUT * h.abs().max(), h.abs(), 0.0)
+        s = torch.where(h.abs() >= SV_TOLERANCE * h.abs().max(), h.abs(), 0.0)
         phase = torch.where(s > 0, h / h.abs(), 1.0)
         self.register_buffer("cos", phase.real.clone(), persistent=False)
         self.register_buffer("sin", phase.imag.clone(), persistent=False)
@@ -95,7 +95,7 @@ class CircularBlur(LinearOperator):
         d = hartley(y)
         return self.cos.to(d) * d + self.sin.to(d) * opposite(d)
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y."""
         return y
 

@@ -67,6 +67,6 @@ class CompressedSensing(Selection):
         x = walsh_hadamard(c.flatten(-2)).unflatten(-1, self.signs.shape)
         return self.signs.to(x) * x
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns Aᵀ y."""
-        return self.transpose(y)
+        return self.adjoint(y)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.operator.base import LinearOperator, image_shape
+from diffusion_lab.operator.base import SVDOperator, image_shape
 
 LUMA = (0.299, 0.587, 0.114)  # red, green, blue of ITU-R BT.601, as in JPEG
 
 
-class Grayscale(LinearOperator):
+class Grayscale(SVDOperator):
     """y = Σ_c w_c x_c, of shape (B, 1, H, W): a weighted mean of the channels.
 
     In every pixel the coefficients are three numbers: that along w, with S = |w|, and two across
@@ -67,6 +67,6 @@ class Grayscale(LinearOperator):
         zeros = y.new_zeros(()).expand(len(y), len(self.basis) - 1, *y.shape[2:])
         return torch.cat([y, zeros], dim=1)
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y in every channel."""
         return y.expand(-1, len(self.basis), -1, -1)

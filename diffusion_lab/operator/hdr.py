@@ -29,6 +29,6 @@ class HDR(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return (self.factor * x).clamp(-1, 1)
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y."""
         return y

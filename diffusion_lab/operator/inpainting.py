@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lab.operator.base import LinearOperator, image_shape
+from diffusion_lab.operator.base import SVDOperator, image_shape
 from diffusion_lab.rng import KeyedGenerator, make_key
 
 
@@ -39,7 +39,7 @@ def random_mask(shape: Sequence[int], keep: float, seed: int, name: str) -> Tens
     return mask.reshape(shape)
 
 
-class Selection(LinearOperator):
+class Selection(SVDOperator):
     """y is those coefficients of an image that a mask shows: S is the mask, U takes them out.
 
     Arguments:
@@ -101,7 +101,7 @@ class Inpainting(Selection):
     def v(self, c: Tensor) -> Tensor:
         return c
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns the seen pixels in their places, grey (0) elsewhere."""
         return self.ut(y)
 

@@ -122,6 +122,6 @@ class JPEG(Operator):
         y = torch.einsum("kc,bchw->bkhw", self.inverse.to(x), z) / 127.5
         return straight_through(y, y.clamp(-1, 1))
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y."""
         return y

@@ -5,10 +5,10 @@ __all__ = ["Matrix"]
 import torch
 from torch import Tensor
 
-from diffusion_lab.operator.base import LinearOperator
+from diffusion_lab.operator.base import SVDOperator
 
 
-class Matrix(LinearOperator):
+class Matrix(SVDOperator):
     """y = A x for vectors x of shape (B, d), by the decomposition of the matrix itself.
 
     Arguments:

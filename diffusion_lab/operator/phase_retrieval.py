@@ -42,7 +42,7 @@ class PhaseRetrieval(Operator):
         # Padded at the end: where the image lies only turns the phases.
         return torch.fft.fft2((x + 1) / 2, s=self.padded, norm="ortho").abs()
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns log(1 + y / mean y), frequency 0 in the middle, scaled to [-1, 1]."""
         y = torch.fft.fftshift(y.clamp(min=0), (-2, -1))
         y = torch.log1p(y / y.mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(y.dtype).tiny))

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion_lab.operator.base import CUT, LinearOperator, image_shape
+from diffusion_lab.operator.base import SV_TOLERANCE, SVDOperator, image_shape
 
 
-class Separable(LinearOperator):
+class Separable(SVDOperator):
     """Y = A_h X A_wᵀ in every channel.
 
     Arguments:
@@ -42,7 +42,7 @@ class Separable(LinearOperator):
     s: Tensor
 
     def __init__(
-        self, shape: Sequence[int], rows: Tensor, columns: Tensor, cut: float = CUT
+        self, shape: Sequence[int], rows: Tensor, columns: Tensor, cut: float = SV_TOLERANCE
     ) -> None:
         _, height, width = image_shape(shape, type(self).__name__)
         super().__init__(shape)
@@ -108,7 +108,7 @@ class _Downscale(Separable):
         """Returns the matrix of one side, of shape (side / factor, side)."""
         raise NotImplementedError
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y enlarged to the image's size, each pixel a square."""
         return y.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
 
@@ -199,7 +199,7 @@ class _Blur(Separable):
         _, height, width = image_shape(shape, "blur")
         super().__init__(shape, mirrored(kernel, height), mirrored(kernel, width))
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         """Returns y."""
         return y
 
@@ -208,7 +208,7 @@ class GaussianBlur(_Blur):
     """y is the image under a Gaussian blur, (B, C, H, W), mirrored at the edges.
 
     The kernel is exp(-j² / 2 std²), cut at 4 std, and sums to one. Most of its singular values are
-    tiny; those below 1e-5 count as zero, see `CUT` in base.py.
+    tiny; those below 1e-5 count as zero, see `SV_TOLERANCE` in base.py.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.

@@ -228,9 +228,9 @@ class Restore(Task):
             result: dict[str, Any] = {"finite": bool(finite[k]), **graded[k]}
             if number < SHOWN and finite[k]:
                 columns = {} if x_0 is None else {"clean": x_0[k]}
-                columns["noisy" if identity else "observed"] = self.operator.picture(y[k : k + 1])[
-                    0
-                ]
+                columns["noisy" if identity else "observed"] = self.operator.to_image(
+                    y[k : k + 1]
+                )[0]
                 columns |= {"E[x_0 | y]": estimates["mmse"][k]} if identity else {}
                 columns[f"mean of {self.num_samples}"] = estimates["mean"][k]
                 count = min(SHOWN_SAMPLES, self.num_samples)

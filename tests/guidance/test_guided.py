@@ -75,7 +75,7 @@ class Saturated(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x @ A.T)
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         return y
 
 

@@ -191,7 +191,7 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
     assert all(s.x_t.shape == s.denoised.shape == (2, *shape) for s in states)
     seen = operator(x_0) - y
     assert float(seen.std()) == pytest.approx(0.01, rel=0.1)  # the noise, and nothing else
-    hidden = (x_0 - operator.transpose(operator(x_0))).flatten()
+    hidden = (x_0 - operator.adjoint(operator(x_0))).flatten()
     assert float(hidden[hidden != 0].std()) == pytest.approx(0.5, rel=0.1)
 
 

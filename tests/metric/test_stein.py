@@ -177,7 +177,7 @@ class Nonlinear(Operator):
     def forward(self, x: Tensor) -> Tensor:
         return x**3
 
-    def picture(self, y: Tensor) -> Tensor:
+    def to_image(self, y: Tensor) -> Tensor:
         return y
 
 

@@ -44,11 +44,11 @@ def test_images_of_a_batch_do_not_meet_and_single_precision_agrees(operator: Ope
     y = operator(x)
     alone = torch.cat([operator(x[k : k + 1]) for k in range(3)])
     close(y, alone)
-    close(operator.picture(y), torch.cat([operator.picture(z[None]) for z in y]))
+    close(operator.to_image(y), torch.cat([operator.to_image(z[None]) for z in y]))
     single = operator(x.float())
     assert single.dtype == torch.float32
     close(single.double(), y, 1e-5)
-    assert operator.picture(y).shape == x.shape
+    assert operator.to_image(y).shape == x.shape
     assert operator.state_dict() == {}
 
 
@@ -83,10 +83,10 @@ def test_the_gradient_of_phase_retrieval() -> None:
 
 def test_the_picture_of_magnitudes_has_frequency_zero_in_the_middle() -> None:
     operator = PhaseRetrieval((3, 16, 16))
-    shown = operator.picture(operator(torch.ones(1, 3, 16, 16)))
+    shown = operator.to_image(operator(torch.ones(1, 3, 16, 16)))
     assert float(shown.max()) == pytest.approx(1) and float(shown.min()) >= -1
     assert torch.equal(shown[0, 0].argmax(), torch.tensor(8 * 16 + 8))
-    dark = operator.picture(torch.zeros(1, 3, 32, 32))
+    dark = operator.to_image(torch.zeros(1, 3, 32, 32))
     assert torch.equal(dark, torch.full_like(dark, -1))
 
 

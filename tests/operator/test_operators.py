@@ -22,14 +22,14 @@ from diffusion_lab.operator import (
     Grayscale,
     Identity,
     Inpainting,
-    LinearOperator,
     Matrix,
     MotionBlur,
     RandomInpainting,
     Separable,
+    SVDOperator,
     UniformBlur,
 )
-from diffusion_lab.operator.base import CUT
+from diffusion_lab.operator.base import SV_TOLERANCE
 from diffusion_lab.operator.circular_blur import motion_kernel
 
 
@@ -41,7 +41,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 class Case:
     """An operator on images of a shape, and A x computed in another way."""
 
-    operator: LinearOperator
+    operator: SVDOperator
     shape: tuple[int, ...]
     direct: Callable[[Tensor], Tensor]
     atol: float = 1e-12  # of A x: what a cut of singular values costs
@@ -206,7 +206,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
 
 def test_every_linear_operator_has_a_case() -> None:
     kinds = {getattr(operators, name) for name in operators.__all__}
-    linear = {k for k in kinds if issubclass(k, LinearOperator) and k is not LinearOperator}
+    linear = {k for k in kinds if issubclass(k, SVDOperator) and k is not SVDOperator}
     assert linear == {type(case.operator) for case in CASES.values()}
 
 
@@ -221,7 +221,7 @@ def test_the_transpose_is_one(case: Case) -> None:
     x = draw(3, *case.shape, seed=5)
     a_x = case.operator(x)
     y = draw(*a_x.shape, seed=6)
-    back = case.operator.transpose(y)
+    back = case.operator.adjoint(y)
     assert back.shape == x.shape
     close((a_x * y).flatten(1).sum(1), (x * back).flatten(1).sum(1))
 
@@ -262,7 +262,7 @@ def test_the_pseudo_inverse_is_moores_and_penroses(case: Case) -> None:
     close(inverse @ a @ inverse, inverse, scale * float(inverse.abs().max()) + 1e-12)
     close(a @ inverse, (a @ inverse).T, scale)
     close(inverse @ a, (inverse @ a).T, scale)
-    dense = torch.linalg.pinv(a, rtol=CUT / 2)  # zeros are zeros, not rounding errors
+    dense = torch.linalg.pinv(a, rtol=SV_TOLERANCE / 2)  # zeros are zeros, not rounding errors
     close(inverse, dense, 1e-9 * max(1.0, float(dense.abs().max())))
 
 
@@ -299,9 +299,9 @@ def test_images_of_a_batch_do_not_meet(case: Case) -> None:
     y = case.operator(x)
     for function, z in (
         (case.operator, x),
-        (case.operator.transpose, y),
+        (case.operator.adjoint, y),
         (case.operator.pseudo_inverse, y),
-        (case.operator.picture, y),
+        (case.operator.to_image, y),
     ):
         alone = torch.cat([function(z[k : k + 1]) for k in range(3)])
         close(function(z), alone, 1e-12 * max(1.0, float(alone.abs().max())))
@@ -311,7 +311,7 @@ def test_images_of_a_batch_do_not_meet(case: Case) -> None:
 def test_single_precision_agrees(case: Case) -> None:
     x = draw(3, *case.shape, seed=5).clamp(-1, 1)
     y = case.operator(x)
-    for function, z in ((case.operator, x), (case.operator.transpose, y)):
+    for function, z in ((case.operator, x), (case.operator.adjoint, y)):
         single = function(z.float())
         assert single.dtype == torch.float32
         exact = function(z)
@@ -325,7 +325,7 @@ def test_the_gradient_is_the_transpose(case: Case) -> None:
     x = draw(2, *case.shape, seed=5)
     y, vjp = torch.func.vjp(case.operator, x)
     v = draw(*y.shape, seed=6)
-    close(vjp(v)[0], case.operator.transpose(v))
+    close(vjp(v)[0], case.operator.adjoint(v))
 
 
 @every_case
@@ -339,7 +339,7 @@ def test_operators_move_with_a_model_and_leave_no_trace_in_its_weights(case: Cas
     x = torch.empty(2, *case.shape, dtype=torch.float64, device="meta")
     y = moved(x)
     assert y.device.type == "meta"
-    for z in (moved.transpose(y), moved.pseudo_inverse(y), moved.solve(y, 1.0, 0.5)):
+    for z in (moved.adjoint(y), moved.pseudo_inverse(y), moved.solve(y, 1.0, 0.5)):
         assert z.device.type == "meta" and z.dtype == torch.float64
     for name, buffer in case.operator.named_buffers():
         assert torch.equal(buffer, parts[name])
@@ -351,8 +351,8 @@ def test_operators_move_with_a_model_and_leave_no_trace_in_its_weights(case: Cas
 def test_pictures_show_what_was_seen() -> None:
     x = draw(2, 3, 8, 8).clamp(-1, 1)
 
-    def picture(operator: LinearOperator) -> Tensor:
-        return operator.picture(operator(x))
+    def picture(operator: SVDOperator) -> Tensor:
+        return operator.to_image(operator(x))
 
     box = BoxInpainting((3, 8, 8), 0.5, (0.5, 0.25))
     expected = x.clone()
@@ -368,7 +368,7 @@ def test_pictures_show_what_was_seen() -> None:
     for blur in (GaussianBlur((3, 8, 8)), UniformBlur((3, 8, 8), 3), MotionBlur((3, 8, 8), 3.0)):
         assert torch.equal(picture(blur), blur(x))
     sensing = CompressedSensing((3, 8, 8))
-    close(picture(sensing), sensing.transpose(sensing(x)))
+    close(picture(sensing), sensing.adjoint(sensing(x)))
     assert torch.equal(picture(Identity()), x)
 
 
@@ -385,7 +385,7 @@ def test_a_blur_in_single_precision_is_the_real_one_and_its_inverse_does_not_exp
     assert float((y - direct).square().mean().sqrt()) < 2e-6
     kept = (blur.s > 0).double()
     assert 0.2 < float(kept.mean()) < 0.35
-    assert float(blur.s[blur.s > 0].min()) >= CUT * float(blur.s.max())
+    assert float(blur.s[blur.s > 0].min()) >= SV_TOLERANCE * float(blur.s.max())
     nearest = blur.v(kept * blur.vt(x))  # A⁺ A x
     close(blur.pseudo_inverse(y).double(), nearest, 0.02)
 
@@ -394,7 +394,7 @@ def test_cut_singular_values_are_small_ones_of_the_real_blur() -> None:
     x = draw(1, 1, 12, 12)
     blur = GaussianBlur((1, 12, 12), std=2.0)
     error = blur(x) - filtered(scipy.ndimage.gaussian_filter1d, sigma=2.0, radius=8)(x)
-    assert 0 < float(error.norm()) < CUT * float(x.norm())
+    assert 0 < float(error.norm()) < SV_TOLERANCE * float(x.norm())
 
 
 def test_a_box_is_where_it_was_put() -> None:
