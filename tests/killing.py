@@ -62,7 +62,7 @@ def _arm(cue: str) -> None:
     from diffusion_lab.callback import checkpoint
     from diffusion_lab.data import cache
     from diffusion_lab.runs import checkpoint as checkpoint_file
-    from diffusion_lab.task import Restore
+    from diffusion_lab.task.restoration import Restoration
     from diffusion_lab.training.module import DiffusionModule
 
     passed = dict.fromkeys(
@@ -110,9 +110,9 @@ def _arm(cue: str) -> None:
     around(DiffusionModule, "on_validation_epoch_end", after="validated")
     around(checkpoint_file.AtomicCheckpointIO, "save_checkpoint", after="written")
     around(cache._Packer, "_write", before="packed")
-    around(Restore, "compute", after="computed")
-    around(Restore, "test_step", after="kept")
-    around(Restore, "finish", after="finished")
+    around(Restoration, "compute", after="computed")
+    around(Restoration, "test_step", after="kept")
+    around(Restoration, "finish", after="finished")
 
     class Os:  # of the module that writes checkpoints
         def __getattr__(self, name: str):

@@ -132,7 +132,7 @@ def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> N
 
 def test_what_only_the_images_tell_is_named(lab: Command, run: Path) -> None:
     for overrides, named in (
-        (["num_samples=7"], "num_samples=7 is not allowed; at least 8: raise it"),
+        (["num_samples=7"], "num_samples=7 is not allowed; it must be an integer >= 8"),
         (["extractor=inception", "extractor.weights=nowhere"], "extractor.weights=nowhere is no"),
     ):
         result = lab("eval", "task=fid", *overrides)

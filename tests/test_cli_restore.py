@@ -12,7 +12,8 @@ from test_cli_eval import SMALL, table
 from diffusion_lab.analytic import Gaussian
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Cosine, Linear
-from diffusion_lab.task.user_images import model_pairs, read_image
+from diffusion_lab.task.prior_pairs import sample_prior_pairs
+from diffusion_lab.task.user_images import read_image
 
 
 def picture(path: str, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
@@ -83,7 +84,7 @@ def test_a_method_that_diverges_says_so_in_its_row(lab: Command, run: Path) -> N
     assert table("e") == {
         ("sample", "nonfinite"): (5.0, pytest.approx(float("nan"), nan_ok=True), 5)
     }
-    assert "an image is left out" in result.text
+    assert "an image is skipped" in result.text
 
 
 def test_samples_that_share_particles_do_not_depend_on_the_batch(
@@ -104,9 +105,12 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
     [
         (["image=nowhere.png"], "image=nowhere.png does not exist"),
         (["image=grey.png"], "an image of mode L; the prior is of RGB images"),
-        (["image=big.png"], "20 x 24 pixels, 16 x 16 are wanted; set resize=true"),
+        (["image=big.png"], "20 x 24 pixels; the prior needs 16 x 16"),
         (["image=text.png"], "cannot be read as an image"),
-        (["task=colorize", "observation=big.png"], "what Grayscale sees is no picture"),
+        (
+            ["task=colorize", "observation=big.png"],
+            "of Grayscale are not RGB images",
+        ),
         (["image=big.png", "observation=big.png"], "exclude each other"),
         (["task=inpaint_box", "sigma_y=0", "guidance=tds"], "sigma_y=0: TDS divides by it"),
         (["task=hdr", "guidance=ddrm"], "DDRM is for linear operators, and HDR is not linear"),
@@ -162,7 +166,7 @@ def test_pairs_of_the_chain_are_pairs_of_the_prior(schedule, t: float) -> None:
     """x_t ~ N(0, α² C + σ²) and Cov(x_0, x_t) = α C, as of the forward process."""
     variances = torch.tensor([0.05, 0.4, 1.5], dtype=torch.float64)
     prior = Gaussian(torch.zeros(3), torch.diag(variances))
-    x_t, x_0 = model_pairs(prior.denoiser(schedule), (3,), t, 0, torch.arange(4000))
+    x_t, x_0 = sample_prior_pairs(prior.denoiser(schedule), (3,), t, 0, torch.arange(4000))
     alpha_t, sigma_t = (float(c) for c in schedule(torch.tensor(t, dtype=torch.float64)))
     both = torch.cat([x_t, x_0], 1).double().T.cov()
     total = alpha_t**2 * variances + sigma_t**2

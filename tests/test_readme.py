@@ -16,7 +16,7 @@ from diffusion_lab.data import source
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn import UNet
-from diffusion_lab.task import Restore
+from diffusion_lab.task.restoration import Restoration
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,7 +95,7 @@ def test_a_command_of_the_readme_runs(
         directory = command.rpartition("=")[2]
         small_one = ["num_images=2", "num_samples=2", "sampler.steps=2", "trainer.accelerator=cpu"]
         with monkeypatch.context() as patch:  # the disk is full at the end
-            patch.setattr(Restore, "finish", raise_os_error)
+            patch.setattr(Restoration, "finish", raise_os_error)
             assert lab("eval", *small_one, f"hydra.run.dir={directory}").code == 1
     for name in re.findall(r"(?:image|observation)=(\S+)", command):
         make_photos(tmp_path / "one", 1, 16 if "observation" in command else 40)

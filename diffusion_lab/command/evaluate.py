@@ -14,17 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion_lab import noise_level, runs
 from diffusion_lab.command.parts import blocks_of, sampler_for
 from diffusion_lab.command.validation import check_sampler
+from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.logger.log import close_loggers, log_config, make_loggers
 from diffusion_lab.nn.cuda_graph import Graphed
-from diffusion_lab.operator import Gaussian, Poisson
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.runs.load import PRETRAINED
 from diffusion_lab.schedule import Schedule
-from diffusion_lab.task import Restore
-from diffusion_lab.task.user_images import read_image, read_observation
 
 log = logging.getLogger(__name__)
 
@@ -65,29 +63,25 @@ def prior_of(config: DictConfig) -> runs.Run:
     return run
 
 
-def restoration(config: DictConfig, run: runs.Run) -> dict[str, Any]:
-    """Makes what a restoration is of: operator, noise, and images of one's own.
-
-    Raises:
-        ConfigError: If they do not go together.
-    """
-    schedule, size = run.denoiser.schedule, run.config["data"]["size"]
-    shape = (run.config["network"].get("image_channels", 3), size, size)
-    parts: dict[str, Any] = {"shape": shape}
-    sigma_y = config.sigma_y
+def restoration_keys(config: DictConfig) -> dict[str, Any]:
+    """Returns the keys of a restoration by the names of its arguments."""
+    keys = ("num_images", "num_samples", "sigma_y", "image", "observation", "resize")
+    parts: dict[str, Any] = {key: config[key] for key in keys}
+    parts["poisson_rate"] = config.rate
     if "sigma_t" in config:
-        values = {key: config[key] for key in noise_level.KEYS}
-        parts["level"] = noise_level.resolve(schedule, values)
-        sigma_y = parts["level"].sigma_y
-        log.info("noise: %s", parts["level"])
-        parts["model_pairs"] = config.truth == "model"
-    parts["noise"] = Gaussian(sigma_y) if config.rate is None else Poisson(config.rate)
-    operator = parts["operator"] = instantiate(config.task, "task", shape=shape)
-    if config.image is not None:
-        parts["truth"] = read_image("image", config.image, shape, config.resize)
-    if config.observation is not None:
-        parts["observation"] = read_observation(config.observation, operator, shape, config.resize)
+        parts |= {key: config[key] for key in noise_level.KEYS}
+        parts["truth_source"] = config.truth
     return parts
+
+
+def open_data(config: DictConfig, run: runs.Run) -> ImageDataModule:
+    """Returns the data module of the run, with the images that are asked for."""
+    node = {**run.config["data"], "cache_dir": config.data.cache_dir}
+    if config.data.source is not None:
+        node["source"] = config.data.source
+    data = instantiate(node, "data")
+    data.setup("test")
+    return data
 
 
 def test(config: DictConfig) -> None:
@@ -113,23 +107,18 @@ def test(config: DictConfig) -> None:
         "batch_size": config.batch_size,
         "sampler": sampler_for(config, schedule),
         "settings": OmegaConf.to_yaml(config, resolve=True),
+        "open_data": lambda: open_data(config, run),
     }
-    for key in ("num_samples", "num_images"):
-        if key in config:
-            parts[key] = config[key]
-    own = "image" in config and (
-        config.image or config.observation or config.get("truth") == "model"
-    )
-    if ("num_images" in config or "reference" in config) and not own:
-        node = {**run.config["data"], "cache_dir": config.data.cache_dir}
-        if config.data.source is not None:
-            node["source"] = config.data.source
-        parts["data"] = instantiate(node, "data")
-        parts["data"].setup("test")
     if restores:
-        task = Restore(**parts, **restoration(config, run), guidance=guidance)
+        node = {"_target_": "diffusion_lab.task.Restore", **restoration_keys(config)}
+        if "sigma_t" in config:
+            node["_target_"] = "diffusion_lab.task.Denoise"
+        parts["operator"] = instantiate(config.task, "task", shape=run.shape)
+        parts["guidance"] = guidance
     else:
-        task = instantiate(config.task, "task", **parts)
+        node = OmegaConf.to_container(config.task, resolve=True)
+        node |= {k: config[k] for k in ("num_images", "num_samples") if k in config}
+    task = instantiate(node, "task", **parts)
     trainer = instantiate(
         config.trainer,
         "trainer",
@@ -142,7 +131,7 @@ def test(config: DictConfig) -> None:
     try:
         log_config(trainer.loggers, config)
         trainer.test(task, verbose=False)
-        task.conclude(trainer)
+        task.finalize(trainer)
         failed = False
     finally:
         close_loggers(config, failed)

@@ -40,6 +40,12 @@ class Run:
     denoiser: Denoiser
     classes: tuple[str, ...] = ()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of one image."""
+        size = self.config["data"]["size"]
+        return self.config["network"].get("image_channels", 3), size, size
+
 
 def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
     """Makes a part of the model that a checkpoint's configuration describes.

@@ -1,8 +1,8 @@
-r"""How good the images of a prior are: FID, KID, precision and recall against a split.
+r"""Quality of the images of a prior: FID, KID, precision and recall against a split.
 
-Several times n images are drawn, block s being the images s n, ..., (s + 1) n - 1 of
-`task=generate`; each block is compared with the whole split, and the figures are given for each
-block, with mean, standard deviation and least distance over the blocks. Only features are kept.
+Blocks of n images are drawn; block s has the images s n, ..., (s + 1) n - 1 of `task=generate`.
+Each block is compared with the whole split. The results are given for each block, with the mean,
+the standard deviation and the smallest distance over the blocks. Only features are stored.
 """
 
 __all__ = ["FID"]
@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion_lab.data.module import ImageDataModule
+from diffusion_lab.constraints import PositiveInt, Range, checked
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metric import (
     Moments,
@@ -34,103 +34,92 @@ from diffusion_lab.pixels import to_uint8
 from diffusion_lab.report.image_grid import image_grid, save_png
 from diffusion_lab.report.page import Picture, Table, write_report
 from diffusion_lab.rng import KeyedGenerator, make_key
-from diffusion_lab.sampler import Sampler
-from diffusion_lab.task.base import Task
+from diffusion_lab.task.base import Task, TaskArguments
 from diffusion_lab.task.results import Row, write_results
 from diffusion_lab.task.run_sections import run_sections
 
-SHOWN = 64  # images of the picture
-LEAST = 8  # images of a set: of so few there are three neighbours and a covariance
-DISTANCES = ("frechet", "kernel")  # whose least value is the best
+SHOWN = 64  # images of the grid
+MIN_IMAGES = 8  # smallest set: the metrics need three neighbours and a covariance
+DISTANCES = ("frechet", "kernel")  # metrics of which smaller is better
 NAN = float("nan")
 
 log = logging.getLogger(__name__)
 
 
 class FID(Task):
-    """Compares drawn images with those of a split.
+    """Compares images of the prior with those of a split.
 
     Arguments:
-        data: The data module.
-        sampler: Solves the reverse process.
-        extractor: Makes the extractor.
-        num_samples: The number n of images of a block.
-        num_seeds: The number of blocks.
-        reference: The split: train, val or test.
-        settings: The evaluation's configuration, for the report.
-        task: See `Task`.
+        extractor: Returns the feature extractor.
+        num_samples: Number n of images of a block.
+        num_seeds: Number of blocks.
+        reference: The split.
+        common: See `Task`.
 
     Raises:
-        ConfigError: If there are too few images, or the extractor's weights are missing.
+        ConfigError: If the split has too few images, or the weights of the extractor are missing.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        data: ImageDataModule,
-        sampler: Sampler,
         extractor: Callable[[], nn.Module],
-        num_samples: int,
-        num_seeds: int,
-        reference: str,
-        settings: str,
-        **task: Any,
+        num_samples: Annotated[int, Range(MIN_IMAGES)],
+        num_seeds: PositiveInt,
+        reference: Literal["train", "val", "test"],
+        **common: Unpack[TaskArguments],
     ) -> None:
-        super().__init__(**task)
-        self.data, self.reference = data, reference
+        super().__init__(**common)
+        self.data, self.reference = common["open_data"](), reference
         self.num_samples, self.num_seeds = num_samples, num_seeds
-        for key, count, way_out in (
-            ("num_samples", num_samples, "raise it"),
-            (f"reference={reference}: its number of images", len(data.images[reference]),
-             "choose another split"),
-        ):  # fmt: skip
-            if count < LEAST:
-                raise ConfigError(f"{key}={count} is not allowed; at least {LEAST}: {way_out}")
-        self.sampler, self.settings = sampler, settings
+        if (count := len(self.data.images[reference])) < MIN_IMAGES:
+            raise ConfigError(
+                f"reference={reference} has {count} images; at least {MIN_IMAGES} are needed. "
+                "Choose another split"
+            )
         self.extractor = extractor()
-        self.found: tuple[Moments, Tensor] | None = None  # of the split
+        self._reference: tuple[Moments, Tensor] | None = None
 
     @property
     def count(self) -> int:
         return self.num_samples * self.num_seeds
 
     def test_dataloader(self) -> DataLoader:
-        """Returns the numbers of this rank's images that are not done, in groups.
+        """Returns the numbers of this rank's images without results, in groups.
 
-        The groups are whole stretches of images, the same ones on any number of devices, and so
-        are the features, to the last bit.
+        A group has consecutive images and does not depend on the number of devices, so that the
+        features are equal bit for bit.
         """
-        done = {result["index"] for result in self._done()}
+        done = {result["index"] for result in self._saved_results()}
         if done:
             log.info("%d of %d images are done already", len(done), self.count)
-        groups = torch.arange(self.count).split(self.group)
+        groups = torch.arange(self.count).split(self.group_size)
         mine = groups[self.trainer.global_rank :: self.trainer.world_size]
         missing = [group[[k not in done for k in group.tolist()]] for group in mine]
         return self._loader([group for group in missing if len(group)])
 
     def on_test_start(self) -> None:
-        """Finds the split's features first: on the device, and before hours are spent."""
+        """Computes the features of the split first, so that errors in it occur early."""
         if self.trainer.is_global_zero:
-            self._found()
+            self._reference_features()
 
-    def _found(self) -> tuple[Moments, Tensor]:
+    def _reference_features(self) -> tuple[Moments, Tensor]:
         """The moments and features of the split."""
-        if self.found is None:
+        if self._reference is None:
             content = self.data.state_dict()["splits"][self.reference]["content"]
-            self.found = reference_features(
+            self._reference = reference_features(
                 self.data.images[self.reference], content, self.extractor,
                 self.data.cache_dir / "statistics", device=self.device,
                 progress=partial(
                     tqdm, desc=f"{self.extractor.name} of {self.reference}", leave=False
                 ),
             )  # fmt: skip
-        return self.found
+        return self._reference
 
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
-        config = self.run.config
-        size, channels = config["data"]["size"], config["network"]["image_channels"]
         generator = KeyedGenerator(make_key(self.seed, "generate", index))
-        start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
+        start = self.denoiser.schedule.prior((len(index), *self.shape), generator)
         images = to_uint8(self.sampler(self.denoiser, start, generator=generator))
         features = extract(self.extractor, images.permute(0, 2, 3, 1))
         return [
@@ -138,8 +127,8 @@ class FID(Task):
             for k, number in enumerate(index.tolist())
         ]
 
-    def _figures(self, drawn: Tensor, moments: Moments, real: Tensor) -> dict[str, Any]:
-        """Value and standard error of each figure."""
+    def _metrics(self, drawn: Tensor, moments: Moments, real: Tensor) -> dict[str, Any]:
+        """Value and standard error of each metric."""
         precision, recall = precision_recall(drawn, real)
         return {
             "frechet": (frechet_distance(Moments.of(drawn), moments), NAN),
@@ -149,24 +138,26 @@ class FID(Task):
         }
 
     def _rows(self, blocks: Sequence[Tensor]) -> list[Row]:
-        moments, real = self._found()
-        found = [self._figures(block, moments, real) for block in blocks]
+        moments, real = self._reference_features()
+        by_block = [self._metrics(block, moments, real) for block in blocks]
         rows: list[Row] = []
-        for figure in found[0]:
-            name = title(figure, self.extractor.name, self.num_samples)
-            values = [each[figure][0] for each in found]
+        for metric in by_block[0]:
+            name = title(metric, self.extractor.name, self.num_samples)
+            values = [each[metric][0] for each in by_block]
             std = stdev(values) if len(values) > 1 else NAN
-            rows.append(("mean", name, fmean(values), std / math.sqrt(len(values)), len(values)))
-            rows.append(("std", name, std, NAN, len(values)))
-            if figure in DISTANCES:
-                rows.append(("min", name, min(values), NAN, len(values)))
-            for s, each in enumerate(found):
-                rows.append((f"block {s}", name, *each[figure], self.num_samples))
-        # What real images have: the scale that the figures are to be read on.
+            rows.append(
+                Row("mean", name, fmean(values), std / math.sqrt(len(values)), len(values))
+            )
+            rows.append(Row("std", name, std, NAN, len(values)))
+            if metric in DISTANCES:
+                rows.append(Row("min", name, min(values), NAN, len(values)))
+            for s, each in enumerate(by_block):
+                rows.append(Row(f"block {s}", name, *each[metric], self.num_samples))
+        # The metrics of real images, as the scale of the others.
         few, others = real[::2][: self.num_samples], real[1::2]
-        for figure, (value, error) in self._figures(few, Moments.of(others), others).items():
-            name = title(figure, self.extractor.name, len(few))
-            rows.append((self.reference, name, value, error, len(few)))
+        for metric, (value, error) in self._metrics(few, Moments.of(others), others).items():
+            name = title(metric, self.extractor.name, len(few))
+            rows.append(Row(self.reference, name, value, error, len(few)))
         return rows
 
     def finish(self, results: list[dict[str, Any]]) -> None:
@@ -178,15 +169,15 @@ class FID(Task):
         path.parent.mkdir(exist_ok=True)
         columns = math.ceil(math.sqrt(len(shown)))
         save_png(image_grid(shown.float() / 127.5 - 1, columns), path)
-        sampler, real = type(self.sampler).__name__, len(self._found()[1])
-        split = f"{self._found()[0].n} images of the {self.reference} split"
+        sampler, real = type(self.sampler).__name__, len(self._reference_features()[1])
+        split = f"{self._reference_features()[0].n} images of the {self.reference} split"
         report = write_report(
             self.directory / "report.html",
             "Quality of the prior's images",
             f"{self.num_seeds} block(s) of {self.num_samples} images each, drawn by {sampler} in "
             f"{self.sampler.steps} steps, against {split}, by the features of "
             f"{self.extractor.name}.\n\nDistances depend on the features and on the number of "
-            "images, which their names carry: only those of one name can be compared.",
+            "images; only values with the same metric name are comparable.",
             [
                 self._summary(rows),
                 self._all(rows, real),
@@ -209,13 +200,13 @@ class FID(Task):
         print(f"\nreport: {report}")
 
     def _summary(self, rows: list[Row]) -> Table:
-        """Mean, deviation and least value over the blocks."""
+        """Mean, standard deviation and smallest value over the blocks."""
         by = {(estimate, metric): value for estimate, metric, value, _, _ in rows}
         names = [metric for estimate, metric, *_ in rows if estimate == "mean"]
         return Table(
             "Results",
-            f"Mean ± standard deviation, and the least distance, over {self.num_seeds} block(s).",
-            ["figure", "mean ± standard deviation", "min"],
+            f"Mean ± standard deviation and smallest distance over {self.num_seeds} block(s).",
+            ["metric", "mean ± standard deviation", "min"],
             [
                 [
                     n,
@@ -230,10 +221,10 @@ class FID(Task):
         few = min(self.num_samples, -(-real // 2))
         return Table(
             "Each block",
-            f"The rows of {self.reference} are of {few} real images against other {real // 2} of "
-            "them: what drawn ones could at best have. Kernel distance (KID): MMD² and its "
-            "standard error; without bias, it may lie below 0.",
-            ["images", "figure", "value", "n"],
+            f"The rows of {self.reference} compare {few} real images with {real // 2} other ones: "
+            "the best values to be expected. Kernel distance (KID): the unbiased MMD², which can "
+            "be negative, and its standard error.",
+            ["images", "metric", "value", "n"],
             [
                 [estimate, metric, _with_std(value, error), n]
                 for estimate, metric, value, error, n in rows

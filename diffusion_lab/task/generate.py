@@ -1,24 +1,24 @@
-"""Samples of the prior: a picture of them all, and the images themselves."""
+"""Samples of the prior: samples.npy, a grid and the sampling trajectory."""
 
 __all__ = ["Generate"]
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.pixels import to_uint8
 from diffusion_lab.report.image_grid import image_grid, save_png
 from diffusion_lab.report.page import Picture, write_report
 from diffusion_lab.report.trajectory import TrajectoryRecorder, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
-from diffusion_lab.sampler import Sampler
-from diffusion_lab.task.base import Task
+from diffusion_lab.task.base import Task, TaskArguments
 from diffusion_lab.task.run_sections import run_sections
 
-SHOWN = 256  # images of the picture at most
+SHOWN = 256  # largest number of images in the grid
 RECORDED = 8  # images whose sampling trajectory is shown
 
 
@@ -26,27 +26,22 @@ class Generate(Task):
     """Draws images from the prior.
 
     Arguments:
-        sampler: Solves the reverse process.
-        num_samples: The number of images.
-        settings: The evaluation's configuration, for the report.
-        task: See `Task`.
+        num_samples: Number of images.
+        common: See `Task`.
     """
 
-    def __init__(self, *, sampler: Sampler, num_samples: int, settings: str, **task: Any) -> None:
-        super().__init__(**task)
-        self.sampler, self.num_samples, self.settings = sampler, num_samples, settings
+    @checked
+    def __init__(self, *, num_samples: PositiveInt, **common: Unpack[TaskArguments]) -> None:
+        super().__init__(**common)
+        self.num_samples = num_samples
 
     @property
     def count(self) -> int:
         return self.num_samples
 
     def compute(self, index: Tensor) -> list[dict[str, Any]]:
-        size, channels = (
-            self.run.config["data"]["size"],
-            self.run.config["network"]["image_channels"],
-        )
         generator = KeyedGenerator(make_key(self.seed, "generate", index))
-        start = self.denoiser.schedule.prior((len(index), channels, size, size), generator)
+        start = self.denoiser.schedule.prior((len(index), *self.shape), generator)
         recorder = None
         if int(index[0]) == 0:
             recorder = TrajectoryRecorder(self.denoiser.schedule, RECORDED)

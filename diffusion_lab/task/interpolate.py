@@ -1,13 +1,13 @@
-r"""Between two images through the latents of the probability-flow ODE.
+r"""Interpolation between two images in the latent space of the probability-flow ODE.
 
-Each image is carried to its latent x_t at a noise level r = σ_t / α_t at which hardly anything is
-left of it, the latents are joined on the sphere,
+The ODE maps each image to its latent x_t at a noise level r = σ_t / α_t that removes nearly all of
+the image. The latents are interpolated by spherical linear interpolation (slerp),
 
     x_t(λ) = (sin((1 - λ) θ) x_t + sin(λ θ) x_t') / sin θ,    cos θ = <x_t, x_t'> / |x_t| |x_t'|,
 
-and what lies between is carried back. The ends are the images themselves, up to the tolerance. r
-is no larger than it needs to be: an error of the network in ε̂ is one of r times that in x̂, and at
-levels of 100 and more few networks are good enough for the ODE, which has nothing to correct it.
+and mapped back by the ODE. λ = 0 and λ = 1 reproduce the images up to the solver's tolerance. r
+should not be larger than needed: an error of the network in ε̂ is r times the error in x̂, and the
+ODE does not correct it.
 
 Source:
     Song, Meng, Ermon, "Denoising diffusion implicit models", 2021, section 5.3 and appendix D.5.
@@ -15,62 +15,62 @@ Source:
 
 __all__ = ["Interpolate", "slerp"]
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.module import ImageDataModule
+from diffusion_lab.constraints import NonNegativeInt, Positive, PositiveInt, checked
 from diffusion_lab.metric import psnr
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png
 from diffusion_lab.report.page import Picture, write_report
-from diffusion_lab.sampler import Sampler
-from diffusion_lab.task.base import Task
-from diffusion_lab.task.likelihood import solver_of
+from diffusion_lab.task.base import Task, TaskArguments
+from diffusion_lab.task.likelihood import ode_solver
 from diffusion_lab.task.run_sections import run_sections
 
 
-def slerp(first: Tensor, last: Tensor, share: float) -> Tensor:
-    """Returns the point a share λ of the way along the arc between each two of (B, *)."""
+def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
+    """Returns the spherical linear interpolation of each two vectors of (B, *).
+
+    Arguments:
+        first: The vectors at λ = 0.
+        last: The vectors at λ = 1, of the same shape.
+        weight: λ.
+    """
     a, b = first.flatten(1), last.flatten(1)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     theta = torch.acos(cosine.clamp(-1 + 1e-7, 1 - 1e-7))[:, None]
-    point = torch.sin((1 - share) * theta) * a + torch.sin(share * theta) * b
+    point = torch.sin((1 - weight) * theta) * a + torch.sin(weight * theta) * b
     return (point / torch.sin(theta)).reshape(first.shape)
 
 
 class Interpolate(Task):
-    """Draws rows of images from one test image to the next.
+    """Draws rows of images that lead from one test image to the next.
 
     Arguments:
-        data: The data module, of whose test split images 2k and 2k + 1 are joined.
-        sampler: Solves the ODE: `ProbabilityFlow`.
-        num_images: The number of rows.
-        points: Images between the two of a row.
-        ratio: The noise level r of the latents; the schedule's largest if that is smaller.
-        settings: The evaluation's configuration, for the report.
-        task: See `Task`.
+        num_images: Number of rows; row k joins the test images 2k and 2k + 1.
+        points: Number of images between the two of a row.
+        ratio: Noise level r of the latents, limited to the largest one of the schedule.
+        common: See `Task`; the sampler is an adaptive `ProbabilityFlow`.
 
     Raises:
-        ConfigError: If there are too few test images, or the sampler is another.
+        ConfigError: If there are too few test images, or the sampler is another one.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        data: ImageDataModule,
-        sampler: Sampler,
-        num_images: int,
-        points: int,
-        ratio: float,
-        settings: str,
-        **task: Any,
+        num_images: PositiveInt,
+        points: NonNegativeInt,
+        ratio: Positive,
+        **common: Unpack[TaskArguments],
     ) -> None:
-        super().__init__(**task)
-        self.solver = solver_of(sampler, "interpolate")
-        self.images = data.test_images(2 * num_images)
-        self.num_images, self.points, self.settings = num_images, points, settings
+        super().__init__(**common)
+        self.solver = ode_solver(self.sampler, "interpolate")
+        self.images = common["open_data"]().test_images(2 * num_images)
+        self.num_images, self.points = num_images, points
         schedule = self.denoiser.schedule
         self.t_max = float(schedule.t_from_ratio(min(ratio, float(schedule.ratio(1.0)))))
 
@@ -82,7 +82,7 @@ class Interpolate(Task):
         both = torch.cat([2 * index, 2 * index + 1]).cpu().numpy()
         x_0 = to_model(torch.from_numpy(self.images[both]).to(self.device))
         t_min = self.denoiser.schedule.t_min
-        # The image is taken for x_{t_min} / α, whose noise is invisible.
+        # The image stands for x_{t_min} / α, whose noise is below the 8-bit resolution.
         alpha = float(self.denoiser.schedule(torch.tensor(t_min, dtype=torch.float64))[0])
         latent = self.solver.transport(self.denoiser, alpha * x_0, t_min, self.t_max)
         first, last = latent.chunk(2)
@@ -99,16 +99,18 @@ class Interpolate(Task):
     def finish(self, results: list[dict[str, Any]]) -> None:
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
-        shares = [f"λ = {k / (self.points + 1):.2f}" for k in range(self.points + 2)]
-        picture = labelled_grid([result["row"] for result in results], ["image", *shares, "image"])
+        weights = [f"λ = {k / (self.points + 1):.2f}" for k in range(self.points + 2)]
+        picture = labelled_grid(
+            [result["row"] for result in results], ["image", *weights, "image"]
+        )
         path = save_png(picture, folder / "grid.png")
         fidelity = sum(result["psnr"] for result in results) / len(results)
         report = write_report(
             self.directory / "report.html",
             "Interpolation through the latents",
-            "Two test images are carried to noise by the probability-flow ODE, the noises are "
-            "joined on the sphere, and what lies between is carried back. The images at λ = 0 and "
-            f"1 come back with a PSNR of {fidelity:.1f} dB, which is the solver's error.",
+            "The probability-flow ODE maps two test images to noise, the noises are interpolated "
+            "spherically (slerp), and the ODE maps them back. The images at λ = 0 and 1 are "
+            f"reconstructed with a PSNR of {fidelity:.1f} dB, which is the solver's error.",
             [
                 Picture("Images", "One pair of test images in each row.", path),
                 *run_sections(
@@ -118,4 +120,4 @@ class Interpolate(Task):
                 ),
             ],
         )
-        print(f"\nthe ends come back with {fidelity:.1f} dB\nreport: {report}")
+        print(f"\nreconstruction of the ends: {fidelity:.1f} dB\nreport: {report}")

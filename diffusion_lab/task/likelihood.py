@@ -1,20 +1,20 @@
-"""How probable the test images are under the prior, in bits per dimension."""
+"""Likelihood of test images under the prior, in bits per dimension."""
 
-__all__ = ["Likelihood"]
+__all__ = ["Likelihood", "ode_solver"]
 
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from diffusion_lab import likelihood
-from diffusion_lab.data.module import ImageDataModule
+from diffusion_lab.constraints import NonNegativeInt, PositiveInt, checked
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.report.page import Table, write_report
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import ProbabilityFlow, Sampler
-from diffusion_lab.task.base import Task
+from diffusion_lab.task.base import Task, TaskArguments
 from diffusion_lab.task.results import average, write_results
 from diffusion_lab.task.run_sections import run_sections
 
@@ -24,11 +24,11 @@ ESTIMATES = {
 }
 
 
-def solver_of(sampler: Sampler, task: str) -> ProbabilityFlow:
-    """Returns the sampler if it is one that solves the ODE both ways.
+def ode_solver(sampler: Sampler, task: str) -> ProbabilityFlow:
+    """Returns the sampler if it solves the probability-flow ODE in both directions.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it does not.
     """
     if not isinstance(sampler, ProbabilityFlow) or not sampler.adaptive or sampler.clip:
         raise ConfigError(
@@ -42,34 +42,29 @@ class Likelihood(Task):
     """Measures bits per dimension of test images.
 
     Arguments:
-        data: The data module whose test split is measured.
-        sampler: Solves the ODE: `ProbabilityFlow`.
-        num_images: How many test images.
-        num_samples: How often each is measured, with other noise in its bins and another v.
-        terms: Terms of the bound for each measurement; 0 leaves the bound out.
-        settings: The evaluation's configuration, for the report.
-        task: See `Task`.
+        num_images: Number of test images.
+        num_samples: Number of measurements of each image, with independent dequantization noise
+            and probe vectors.
+        terms: Number of terms of the variational bound in each measurement; 0 omits the bound.
+        common: See `Task`; the sampler is an adaptive `ProbabilityFlow`.
 
     Raises:
-        ConfigError: If there are not so many test images, or the sampler is another.
+        ConfigError: If there are too few test images, or the sampler is another one.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        data: ImageDataModule,
-        sampler: Sampler,
-        num_images: int,
-        num_samples: int,
-        terms: int,
-        settings: str,
-        **task: Any,
+        num_images: PositiveInt,
+        num_samples: PositiveInt,
+        terms: NonNegativeInt,
+        **common: Unpack[TaskArguments],
     ) -> None:
-        super().__init__(**task)
-        self.solver = solver_of(sampler, "likelihood")
-        self.images = data.test_images(num_images)
-        self.num_images, self.num_samples = num_images, num_samples
-        self.terms, self.settings = terms, settings
+        super().__init__(**common)
+        self.solver = ode_solver(self.sampler, "likelihood")
+        self.images = common["open_data"]().test_images(num_images)
+        self.num_images, self.num_samples, self.terms = num_images, num_samples, terms
 
     @property
     def count(self) -> int:
@@ -109,13 +104,13 @@ class Likelihood(Task):
             self.directory / "report.html",
             "Likelihood of the test images",
             f"Bits per dimension of {len(results)} test images, {self.num_samples} measurement(s) "
-            "of each. Both are bounds from above; the network's weights are the averaged ones.\n\n"
+            "of each. Both are upper bounds; the network has the averaged weights.\n\n"
             f"KL(q(x_1) ‖ prior) of {type(schedule).__name__}: {kl:.3g} bits/dim.",
             [
                 Table(
                     "Results",
                     "Mean over the images and its standard error.",
-                    ["estimate", "what it is", "bits/dim", "n"],
+                    ["estimate", "method", "bits/dim", "n"],
                     [
                         [e, ESTIMATES[e], f"{mean:.4f} ± {error:.4f}", n]
                         for e, _, mean, error, n in rows

@@ -1,9 +1,9 @@
-"""The pictures and charts of a restoration's report."""
+"""Tables, pictures and charts in the report of a restoration."""
 
-__all__ = ["KINDS", "histogram", "sections", "tables"]
+__all__ = ["sections", "tables"]
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +18,43 @@ from diffusion_lab.report.page import LineChart, Picture, Section, Table
 from diffusion_lab.report.trajectory import time_caption, trajectory_sections
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
+from diffusion_lab.task.restore_table import ESTIMATES, RANK_KINDS, rank_counts
 from diffusion_lab.task.results import Row
 from diffusion_lab.transition import transition
 
-MOMENTS = 9  # times of the diffusion row
-BESIDE = ("clean", "noisy", "observed")  # what a sample is shown beside while it is drawn
-KINDS = {"pixels": "single pixels", "patches": "means of patches", "random": "random projections"}
+COLUMNS = 9  # times of the diffusion row
+BESIDE = ("clean", "noisy", "observed")  # images shown next to the trajectory of a sample
 
 
-def histogram(results: list[dict[str, Any]], kind: str) -> Tensor:
-    """How often the truth took each rank 0..M, over all images, int64, of shape (M + 1,)."""
-    total: Counter[int] = Counter()
-    for result in results:
-        total.update(dict(enumerate(result["ranks"][kind])))
-    return torch.tensor([total[k] for k in sorted(total)])
-
-
-def tables(rows: Sequence[Row], estimates: Mapping[str, str], ideals: str) -> list[Table]:
-    """Returns the estimates by the metrics that several have, and the other figures.
+def tables(rows: Sequence[Row], exact: str) -> list[Table]:
+    """Returns a table of the metrics that several estimates have, and one of the other values.
 
     Arguments:
         rows: The rows of results.csv.
-        estimates: What each estimate is.
-        ideals: What an exact sampler would have, for the second caption.
+        exact: The values of an exact sampler, for the second caption.
     """
     values = {
-        (estimate, metric): f"{mean:.3f}" if error != error else f"{mean:.3f} ± {error:.3f}"
-        for estimate, metric, mean, error, _ in rows
+        (row.estimate, row.metric): f"{row.mean:.3f}"
+        if row.stderr != row.stderr
+        else f"{row.mean:.3f} ± {row.stderr:.3f}"
+        for row in rows
     }
-    counts = {(estimate, metric): n for estimate, metric, _, _, n in rows}
-    several = Counter(metric for _, metric in values)
-    metrics = [metric for metric, count in several.items() if count > 1]
-    single = [key for key in values if key[1] not in metrics]
+    counts = {(row.estimate, row.metric): row.n for row in rows}
+    occurrences = Counter(metric for _, metric in values)
+    shared = [metric for metric, count in occurrences.items() if count > 1]
+    single = [key for key in values if key[1] not in shared]
     found = []
-    if metrics:
-        names = [e for e in estimates if any((e, metric) in values for metric in metrics)]
-        body = [[e, *(values.get((e, metric), "–") for metric in metrics)] for e in names]
-        n = max(counts[key] for key in values if key[1] in metrics)
-        said = "; ".join(f"{e}: {estimates[e]}" for e in names)
+    if shared:
+        names = [e for e in ESTIMATES if any((e, metric) in values for metric in shared)]
+        body = [[e, *(values.get((e, metric), "–") for metric in shared)] for e in names]
+        n = max(counts[key] for key in values if key[1] in shared)
+        described = "; ".join(f"{e}: {ESTIMATES[e]}" for e in names)
         caption = f"Mean over {n} image(s) and its standard error. PSNR in dB; nothing is clipped."
-        found.append(Table("Results", f"{caption} {said}.", ["estimate", *metrics], body))
+        found.append(Table("Results", f"{caption} {described}.", ["estimate", *shared], body))
     columns = ["metric", "of", "value", "n"]
     body = [[metric, e, values[e, metric], counts[e, metric]] for e, metric in single]
-    said = "; ".join(f"{e}: {estimates[e]}" for e in dict.fromkeys(e for e, _ in single))
-    caption = f"What is one figure for all. {said}. {ideals}".strip()
+    described = "; ".join(f"{e}: {ESTIMATES[e]}" for e in dict.fromkeys(e for e, _ in single))
+    caption = f"Metrics of one estimate each. {described}. {exact}".strip()
     found.append(Table("Uncertainty and failures", caption, columns, body))
     return found
 
@@ -120,8 +113,8 @@ def _images(shown: list[dict[str, Any]], level: NoiseLevel | None, folder: Path)
 def _calibration(results: list[dict[str, Any]]) -> list[LineChart]:
     """Rank histograms and the coverage of random balls, over all images."""
     series = {}
-    for kind, name in KINDS.items():
-        counts = histogram(results, kind)
+    for kind, name in RANK_KINDS.items():
+        counts = rank_counts(results, kind)
         places = torch.linspace(0, 1, len(counts)).tolist()
         series[name] = (places, (counts / counts.float().mean()).tolist())
     ranks = LineChart(
@@ -155,7 +148,7 @@ def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Pict
     shape, zero = x_0.shape, torch.zeros(1, dtype=torch.int64)
     noise = KeyedGenerator(make_key(seed, "diffusion", zero)).normal(*shape)[0]
     generator = KeyedGenerator(make_key(seed, "diffusion path", zero))
-    times = torch.linspace(0, 1, MOMENTS).tolist()
+    times = torch.linspace(0, 1, COLUMNS).tolist()
     direct, path = [], [x_0]
     for s, t in zip([0.0, *times[:-1]], times, strict=True):
         alpha_s, _, alpha_t, sigma_t, v = (float(c) for c in transition(schedule, t, s))
