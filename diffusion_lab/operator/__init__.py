@@ -1,4 +1,4 @@
-"""Operators: what is seen of an image. One file a kind."""
+"""Measurement operators: they map an image to the measurement."""
 
 __all__ = [
     "HDR", "JPEG", "AveragePool", "Bicubic", "BoxInpainting", "CircularBlur", "CompressedSensing",
@@ -8,6 +8,7 @@ __all__ = [
 ]  # fmt: skip
 
 from diffusion_lab.operator.base import Identity, LinearOperator, Operator, SVDOperator
+from diffusion_lab.operator.blur import GaussianBlur, UniformBlur
 from diffusion_lab.operator.circular_blur import CircularBlur, MotionBlur
 from diffusion_lab.operator.compressed_sensing import CompressedSensing
 from diffusion_lab.operator.grayscale import Grayscale
@@ -17,10 +18,5 @@ from diffusion_lab.operator.jpeg import JPEG
 from diffusion_lab.operator.matrix import Matrix
 from diffusion_lab.operator.noise_model import Gaussian, Noise, Poisson
 from diffusion_lab.operator.phase_retrieval import PhaseRetrieval
-from diffusion_lab.operator.separable import (
-    AveragePool,
-    Bicubic,
-    GaussianBlur,
-    Separable,
-    UniformBlur,
-)
+from diffusion_lab.operator.separable import Separable
+from diffusion_lab.operator.super_resolution import AveragePool, Bicubic

@@ -1,11 +1,12 @@
 r"""Circular blur by the fast Fourier transform, and motion blur.
 
-Let F be the orthonormal transform and h = |h| e^{iφ} the spectrum of the kernel, A = F⁻¹ h F. Its
-real form is Hartley's transform, which is symmetric, orthogonal and its own inverse:
+Let F be the orthonormal Fourier transform and h = |h| e^{iφ} the spectrum of the kernel, so that
+A = F⁻¹ h F. The real form of F is the Hartley transform, which is symmetric, orthogonal and its
+own inverse:
 
     V x = Re F x - Im F x.
 
-A mixes the coefficients k and -k, by a rotation of the angle φ_k after a scaling:
+A scales the coefficients k and -k and rotates them by the angle φ_k:
 
     S = |h|,    U = V R,    (R c)_k = cos φ_k c_k - sin φ_k c_{-k}.
 
@@ -17,36 +18,38 @@ __all__ = ["CircularBlur", "MotionBlur", "hartley", "motion_kernel"]
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import NonNegativeInt, Positive, Range, checked
 from diffusion_lab.operator.base import SV_TOLERANCE, SVDOperator, image_shape
 from diffusion_lab.rng import KeyedGenerator, make_key
 
-POINTS = 256  # of a path, for each pixel of its length
-TURN = 1.5  # radians, standard deviation of the turn of a shaken camera by the end of its path
+POINTS_PER_PIXEL = 256  # points of a path for each pixel of its length
+TURN_STD = 1.5  # radians, standard deviation of the direction at the end of a random path
 
 
 def hartley(x: Tensor) -> Tensor:
-    """Returns Hartley's transform Re F x - Im F x over the last two axes."""
-    spectrum = torch.fft.fft2(x, norm="ortho")
+    """Returns the Hartley transform Re F x - Im F x over the last two axes."""
+    spectrum: Tensor = torch.fft.fft2(x, norm="ortho")
     return spectrum.real - spectrum.imag
 
 
 def opposite(c: Tensor) -> Tensor:
-    """Returns the coefficients c_{-k} in the places of c_k."""
+    """Returns the coefficients c_{-k} in the order of k."""
     return c.flip((-2, -1)).roll((1, 1), (-2, -1))
 
 
 class CircularBlur(SVDOperator):
     """y is the circular convolution of the image with a kernel in every channel, (B, C, H, W).
 
-    What leaves the image at one edge comes in at the opposite one.
+    The image is continued periodically at the edges.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.
-        kernel: The weights, of shape (a, b), any size; [a // 2, b // 2] is the middle.
+        kernel: The weights, of shape (a, b) of any size; [a // 2, b // 2] is the centre.
 
     Raises:
         ValueError: If the kernel is not a matrix of finite numbers that are not all zero.
@@ -61,7 +64,7 @@ class CircularBlur(SVDOperator):
         kernel = torch.as_tensor(kernel, dtype=torch.float64)
         if kernel.ndim != 2 or not bool(kernel.any()) or not bool(kernel.isfinite().all()):
             raise ValueError(
-                f"a kernel of shape {tuple(kernel.shape)} is not allowed; it is a matrix of "
+                f"a kernel of shape {tuple(kernel.shape)} is not allowed; it must be a matrix of "
                 "finite numbers, not all zero"
             )
         super().__init__(shape)
@@ -70,7 +73,7 @@ class CircularBlur(SVDOperator):
         response = torch.zeros(height, width, dtype=torch.float64)
         response.index_put_((rows[:, None], columns), kernel, accumulate=True)
         h = torch.fft.fft2(response)
-        # Rounding breaks the symmetry of the spectrum of real numbers, and R's orthogonality.
+        # Rounding breaks the symmetry of the spectrum, and with it the orthogonality of R.
         h = (h + opposite(h).conj()) / 2
         s = torch.where(h.abs() >= SV_TOLERANCE * h.abs().max(), h.abs(), 0.0)
         phase = torch.where(s > 0, h / h.abs(), 1.0)
@@ -101,22 +104,22 @@ class CircularBlur(SVDOperator):
 
 
 def motion_kernel(length: float, angle: float = 0.0, seed: int | None = None) -> Tensor:
-    """Returns the kernel of a camera that moves at a constant speed, float64, sum one.
+    """Returns the kernel of a camera that moves at constant speed, float64, with sum 1.
 
-    Every point of the path is shared out between its four neighbours (bilinear weights).
+    Every point of the path is distributed over four pixels with bilinear weights.
 
     Arguments:
         length: The length of the path, in pixels.
         angle: The direction, in degrees, anticlockwise; 0 is horizontal.
-        seed: None for a straight path. A number for a shaken one, a function of it: its direction
-            is a Brownian motion that starts at the angle.
+        seed: Seed of a random path, whose direction is a Brownian motion that starts at the
+            angle; None for a straight path.
     """
-    count = POINTS * math.ceil(length)
+    count = POINTS_PER_PIXEL * math.ceil(length)
     direction = torch.full((count,), math.radians(angle), dtype=torch.float64)
     if seed is not None:
         generator = KeyedGenerator(make_key(seed, "motion")[None])
         steps = generator.normal(count, dtype=torch.float64)[0]
-        direction = direction + TURN / math.sqrt(count) * steps.cumsum(0)
+        direction = direction + TURN_STD / math.sqrt(count) * steps.cumsum(0)
     path = torch.stack([-direction.sin(), direction.cos()], 1).cumsum(0) * (length / count)
     path = path - path.mean(0)
     radius = math.ceil(float(path.abs().max())) + 1
@@ -131,36 +134,30 @@ def motion_kernel(length: float, angle: float = 0.0, seed: int | None = None) ->
 
 
 class MotionBlur(CircularBlur):
-    """y is the image as a moving camera takes it, (B, C, H, W), circular at the edges.
+    """y is the image blurred by the motion of the camera, (B, C, H, W), periodic at the edges.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.
-        length: The length of the path, in pixels, above 0 and below the shorter side.
-        angle: The direction at its beginning, in degrees, anticlockwise; 0 is horizontal.
-        seed: None for a straight path; a number, at least 0, for that of a shaken camera.
+        length: The length of the path in pixels, below the shorter side.
+        angle: The direction at its start, in degrees, anticlockwise; 0 is horizontal.
+        seed: Seed of a random path, as of a shaken camera; None for a straight path.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If the path is not shorter than the shorter side.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
-        length: float = 9.0,
-        angle: float = 45.0,
-        seed: int | None = None,
+        length: Positive = 9.0,
+        angle: Annotated[float, Range(-360, 360)] = 45.0,
+        seed: NonNegativeInt | None = None,
     ) -> None:
         shorter = min(image_shape(shape, "blur")[1:])
-        if not 0 < length < shorter:
+        if length >= shorter:
             raise ValueError(
-                f"length={length} is not allowed for images of shape {tuple(shape)}; it is above "
-                f"0 and below {shorter} pixels"
-            )
-        if not -360 <= angle <= 360:
-            raise ValueError(f"angle={angle} is not allowed; it is from -360 to 360 degrees")
-        if seed is not None and (not isinstance(seed, int) or seed < 0):
-            raise ValueError(
-                f"seed={seed} is not allowed; it is null (a straight path) or a whole number, at "
-                "least 0"
+                f"length={length} is not allowed for images of shape {tuple(shape)}; it must be a "
+                f"number > 0 and below {shorter} pixels"
             )
         super().__init__(shape, motion_kernel(length, angle, seed))

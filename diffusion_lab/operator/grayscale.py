@@ -1,50 +1,55 @@
-"""Colourisation: the brightness of every pixel is seen, its colour is not."""
+"""Colourisation: the measurement is the brightness of every pixel."""
 
 __all__ = ["Grayscale"]
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import Length, NonNegative, checked
 from diffusion_lab.operator.base import SVDOperator, image_shape
 
 LUMA = (0.299, 0.587, 0.114)  # red, green, blue of ITU-R BT.601, as in JPEG
 
 
 class Grayscale(SVDOperator):
-    """y = Σ_c w_c x_c, of shape (B, 1, H, W): a weighted mean of the channels.
+    """y = Σ_c w_c x_c, the weighted mean of the channels, of shape (B, 1, H, W).
 
-    In every pixel the coefficients are three numbers: that along w, with S = |w|, and two across
-    it, which are not seen.
+    The coefficients of a pixel are its component along w, with S = |w|, and its components
+    orthogonal to w, which are not measured.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.
-        weights: w, at least 0, one for each channel; divided by their sum.
+        weights: w, one weight per channel; divided by their sum.
 
     Raises:
-        ValueError: If the weights are not as many as channels, negative or all zero.
+        ValueError: If the number of weights is not C, or all weights are zero.
     """
 
     basis: Tensor
     s: Tensor
 
-    def __init__(self, shape: Sequence[int], weights: Sequence[float] = LUMA) -> None:
+    @checked
+    def __init__(
+        self,
+        shape: Sequence[int],
+        weights: Annotated[Sequence[NonNegative], Length(1)] = LUMA,
+    ) -> None:
         channels, _, _ = image_shape(shape, "colourisation")
         w = torch.as_tensor(weights, dtype=torch.float64)
-        if w.ndim != 1 or not bool((w >= 0).all()) or not 0 < float(w.sum()) < float("inf"):
-            raise ValueError(
-                f"weights={weights} is not allowed; it is numbers, at least 0, not all zero"
-            )
+        if not bool(w.any()):
+            raise ValueError(f"weights={weights} is not allowed; at least one must be above 0")
         if len(w) != channels:
             raise ValueError(
                 f"weights={weights} is not allowed for images of shape {tuple(shape)}: "
-                f"{len(w)} numbers for {channels} channels; give one for each channel"
+                f"{len(w)} weights for {channels} channels; give one per channel"
             )
         super().__init__(shape)
         w = w / w.sum()
         basis = torch.linalg.svd(w[None], full_matrices=True).Vh
-        basis[0] = w / w.norm()  # LAPACK may have turned it round
+        basis[0] = w / w.norm()  # LAPACK may flip its sign
         s = torch.zeros(channels, 1, 1, dtype=torch.float64)
         s[0] = w.norm()
         self.register_buffer("basis", basis, persistent=False)

@@ -1,11 +1,13 @@
-"""High dynamic range: what is brighter or darker than the sensor's range is clipped."""
+"""High dynamic range: the measurement is clipped to the range of the sensor."""
 
 __all__ = ["HDR"]
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor
 
+from diffusion_lab.constraints import Range, checked
 from diffusion_lab.operator.base import Operator
 
 
@@ -13,16 +15,14 @@ class HDR(Operator):
     """y = clip(f x, -1, 1), of shape (B, *). The gradient is zero where y is clipped.
 
     Arguments:
-        shape: The shape * of one image x_0; None takes any.
-        factor: f, at least 1 and finite.
-
-    Raises:
-        ValueError: If the factor is out of its range.
+        shape: The shape * of one image x_0; None accepts any.
+        factor: f.
     """
 
-    def __init__(self, shape: Sequence[int] | None = None, factor: float = 2.0) -> None:
-        if not 1 <= factor < float("inf"):
-            raise ValueError(f"factor={factor} is not allowed; it is at least 1 and finite")
+    @checked
+    def __init__(
+        self, shape: Sequence[int] | None = None, factor: Annotated[float, Range(1)] = 2.0
+    ) -> None:
         super().__init__(shape)
         self.factor = factor
 

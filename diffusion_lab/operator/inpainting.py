@@ -1,36 +1,31 @@
-"""Inpainting: some pixels are seen, the others are not.
+"""Inpainting: the measurement is a subset of the pixels.
 
-The coefficients are the pixels themselves, V = I and S is the mask; U takes the seen ones out.
+The coefficients are the pixels themselves: V = I, S is the mask, and U selects the observed ones.
 """
 
 __all__ = ["BoxInpainting", "Inpainting", "RandomInpainting", "Selection", "random_mask"]
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import Length, NonNegativeInt, OpenUnit, PositiveUnit, checked
 from diffusion_lab.operator.base import SVDOperator, image_shape
 from diffusion_lab.rng import KeyedGenerator, make_key
 
 
 def random_mask(shape: Sequence[int], keep: float, seed: int, name: str) -> Tensor:
-    """Returns a mask of `shape` with exactly round(keep N) of its N places True, at least one.
+    """Returns a mask of `shape` with round(keep N) of its N elements True, at least one.
 
     Arguments:
         shape: The shape of the mask.
-        keep: The share of True, in (0, 1].
-        seed: The mask is a function of it and of `name`, on any device; at least 0.
-        name: What the mask is for.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+        keep: The fraction of True, in (0, 1].
+        seed: The seed, non-negative.
+        name: The purpose of the mask; masks of different names are independent.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep} is not allowed; it is a share above 0 and at most 1")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed={seed} is not allowed; it is a whole number, at least 0")
     count = math.prod(shape)
     generator = KeyedGenerator(make_key(seed, name)[None])
     order = generator.uniform(count, dtype=torch.float64)[0].argsort()
@@ -40,15 +35,16 @@ def random_mask(shape: Sequence[int], keep: float, seed: int, name: str) -> Tens
 
 
 class Selection(SVDOperator):
-    """y is those coefficients of an image that a mask shows: S is the mask, U takes them out.
+    """y is a subset of the coefficients of an image: S is the mask, U selects them.
 
     Arguments:
         shape: The shape * of one image x_0.
-        mask: True where a coefficient is seen, of shape * or, for images, (H, W): the same for
-            all channels. y then has shape (B, m) or (B, C, m), for m of them that are seen.
+        mask: True where a coefficient is observed, of shape *; y has shape (B, m) for m observed
+            coefficients. For images also of shape (H, W), the same mask for all channels; y then
+            has shape (B, C, m).
 
     Raises:
-        ValueError: If the mask has another shape, other values than 0 and 1, or shows nothing.
+        ValueError: If the mask has another shape, values other than 0 and 1, or no True element.
     """
 
     mask: Tensor
@@ -61,12 +57,12 @@ class Selection(SVDOperator):
         if tuple(mask.shape) not in allowed:
             raise ValueError(
                 f"a mask of shape {tuple(mask.shape)} is not allowed for images of shape "
-                f"{tuple(shape)}; it is {' or '.join(map(str, allowed))}"
+                f"{tuple(shape)}; it must be {' or '.join(map(str, allowed))}"
             )
         if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
             raise ValueError(
-                "the mask is not allowed; it is True (or 1) where a pixel is seen and False "
-                "(or 0) elsewhere, and shows at least one"
+                "the mask is not allowed; it must be True (or 1) for observed pixels, at least "
+                "one, and False (or 0) for the others"
             )
         self.register_buffer("mask", mask.bool(), persistent=False)
         self.register_buffer("index", mask.flatten().nonzero().squeeze(1), persistent=False)
@@ -80,19 +76,18 @@ class Selection(SVDOperator):
 
     def ut(self, y: Tensor) -> Tensor:
         c = y.new_zeros(*y.shape[:-1], self.mask.numel())
-        return c.index_copy(-1, self.index, y).unflatten(-1, self.mask.shape)
+        return c.index_copy(-1, self.index, y).reshape(*y.shape[:-1], *self.mask.shape)
 
 
 class Inpainting(Selection):
-    """y is the seen pixels.
+    """y is the observed pixels.
 
     Arguments:
         shape: The shape * of one image x_0, for example (3, 256, 256).
-        mask: True where a pixel is seen, of shape (H, W): for all channels, y is (B, C, m); or of
-            shape *: y is (B, m).
+        mask: True where a pixel is observed, see `Selection`.
 
     Raises:
-        ValueError: If the mask has another shape, other values than 0 and 1, or shows nothing.
+        ValueError: See `Selection`.
     """
 
     def vt(self, x: Tensor) -> Tensor:
@@ -102,38 +97,35 @@ class Inpainting(Selection):
         return c
 
     def to_image(self, y: Tensor) -> Tensor:
-        """Returns the seen pixels in their places, grey (0) elsewhere."""
+        """Returns the observed pixels in their places, and grey (0) elsewhere."""
         return self.ut(y)
 
 
 class BoxInpainting(Inpainting):
-    """y is all but a rectangular hole.
+    """y is all pixels outside a rectangular hole.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.
-        fraction: Height and width of the hole as a part of the image's, in (0, 1).
-        center: The hole's centre as a part of height and of width; the hole lies in the image.
+        fraction: Height and width of the hole, as a fraction of those of the image.
+        center: Row and column of the centre of the hole, as fractions of height and width.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If the hole exceeds the image or covers it.
     """
 
+    @checked
     def __init__(
         self,
         shape: Sequence[int],
-        fraction: float = 0.5,
-        center: Sequence[float] = (0.5, 0.5),
+        fraction: OpenUnit = 0.5,
+        center: Annotated[Sequence[OpenUnit], Length(2, 2)] = (0.5, 0.5),
     ) -> None:
         _, *sides = image_shape(shape, "inpainting of a box")
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction={fraction} is not allowed; it is above 0 and below 1")
-        if len(center) != 2:
-            raise ValueError(f"center={center} is not allowed; it is two numbers in (0, 1)")
         margin = fraction / 2
         if not all(margin - 1e-9 <= middle <= 1 - margin + 1e-9 for middle in center):
             raise ValueError(
-                f"center={list(center)} is not allowed with fraction={fraction}: the hole lies in "
-                f"the image for numbers from {margin:g} to {1 - margin:g}"
+                f"center={list(center)} is not allowed with fraction={fraction}: the hole is "
+                f"inside the image for numbers from {margin:g} to {1 - margin:g}"
             )
         hole = []
         for side, middle in zip(sides, center, strict=True):
@@ -145,24 +137,24 @@ class BoxInpainting(Inpainting):
         mask[hole[0], hole[1]] = False
         if not bool(mask.any()):
             raise ValueError(
-                f"fraction={fraction} is not allowed for images of shape {tuple(shape)}: nothing "
-                "would be seen; choose a smaller one"
+                f"fraction={fraction} is not allowed for images of shape {tuple(shape)}: the hole "
+                "covers the image; choose a smaller fraction"
             )
         super().__init__(shape, mask)
 
 
 class RandomInpainting(Inpainting):
-    """y is pixels at random places, the same ones in all channels and of all images.
+    """y is the pixels at random positions, the same for all channels and all images.
 
     Arguments:
         shape: The shape (C, H, W) of one image x_0.
-        keep: The share of pixels that are seen, in (0, 1].
-        seed: The places are a function of it; at least 0.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+        keep: The fraction of pixels that are observed.
+        seed: Seed of the positions.
     """
 
-    def __init__(self, shape: Sequence[int], keep: float = 0.3, seed: int = 0) -> None:
+    @checked
+    def __init__(
+        self, shape: Sequence[int], keep: PositiveUnit = 0.3, seed: NonNegativeInt = 0
+    ) -> None:
         _, *sides = image_shape(shape, "random inpainting")
         super().__init__(shape, random_mask(sides, keep, seed, "inpainting"))

@@ -1,26 +1,29 @@
-r"""JPEG: what its quantisation leaves of an image.
+r"""JPEG compression as an operator, without its lossless entropy coding.
 
-The colours become brightness and two colour differences (YCbCr, JFIF), on the scale of [0, 255];
-every block X of 8 x 8 pixels its cosine transform D X Dᵀ; every coefficient a multiple of its
-step q, q round(c / q); and then everything goes back. The colour differences keep
-their resolution ("4:4:4"), and nothing is rounded to 8 bits before or after.
+The image is converted to brightness and two colour differences (YCbCr, JFIF) on the scale of
+[0, 255]. Every block X of 8 x 8 pixels is replaced by its cosine transform D X Dᵀ, and every
+coefficient c by the nearest multiple of its step q, q round(c / q). Then all transforms are
+inverted. The colour differences keep their resolution ("4:4:4"), and values are not rounded to
+8 bits before or after.
 
 Sources:
     ITU-T Recommendation T.81, "Digital compression and coding of continuous-tone still images",
         1992, annexes A.3.3 (transform) and K.1 (tables).
     ITU-T Recommendation T.871, "JPEG File Interchange Format", 2011, section 7 (colours).
-    The tables of a quality below or above 50 are those of the Independent JPEG Group's library.
+    Tables for qualities other than 50 follow the library of the Independent JPEG Group.
 """
 
 __all__ = ["JPEG", "quantization"]
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusion_lab.constraints import Range, checked
 from diffusion_lab.operator.base import Operator, image_shape
 
 BLOCK = 8  # pixels, the side of a block
@@ -63,23 +66,23 @@ def quantization(quality: int) -> Tensor:
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """Returns the value with the gradient of x."""
+    """Returns `value`, with the gradient of x."""
     return x + (value - x).detach()
 
 
 class JPEG(Operator):
     """y is the image after JPEG compression, of shape (B, C, H, W).
 
-    Rounding has no useful derivative; the gradient is that of A without rounding and clipping
-    (straight through), the identity.
+    The derivative of rounding is zero almost everywhere, so the gradient is the straight-through
+    estimate: that of A without rounding and clipping, the identity.
 
     Arguments:
-        shape: The shape (C, H, W) of one image x_0, C = 1 or 3. Sides that 8 does not divide are
-            filled up with the last pixel.
+        shape: The shape (C, H, W) of one image x_0, C = 1 or 3. Sides that are not multiples of 8
+            are padded with the last pixel.
         quality: From 1 (coarse) to 100 (fine), as in Pillow.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If the image has neither 1 nor 3 channels.
     """
 
     colours: Tensor
@@ -87,14 +90,13 @@ class JPEG(Operator):
     cosines: Tensor
     step: Tensor
 
-    def __init__(self, shape: Sequence[int], quality: int = 10) -> None:
+    @checked
+    def __init__(self, shape: Sequence[int], quality: Annotated[int, Range(1, 100)] = 10) -> None:
         channels, height, width = image_shape(shape, "JPEG")
         if channels not in (1, 3):
             raise ValueError(
                 f"shape={tuple(shape)} is not allowed; JPEG is for images of 1 or 3 channels"
             )
-        if not isinstance(quality, int) or not 1 <= quality <= 100:
-            raise ValueError(f"quality={quality} is not allowed; it is a whole number, 1 to 100")
         super().__init__(shape)
         self.missing = (0, -width % BLOCK, 0, -height % BLOCK)
         colours = torch.tensor(TO_YCBCR if channels == 3 else ((1.0,),), dtype=torch.float64)
@@ -110,11 +112,12 @@ class JPEG(Operator):
 
     def forward(self, x: Tensor) -> Tensor:
         cosines, step = self.cosines.to(x), self.step.to(x)
-        # Grey, 127.5 of 255, is 0 of x; the standard takes 128 off, and the differences have it 0.
+        # x = 0 is the grey level 127.5, whereas the standard subtracts 128 from the brightness.
         offset = torch.tensor([-0.5, 0.0, 0.0]).to(x)[: x.shape[1], None, None]
         z = torch.einsum("kc,bchw->bkhw", self.colours.to(x), 127.5 * x) + offset
         z = pad(z, self.missing, mode="replicate")
-        blocks = z.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).transpose(-3, -2)
+        rows, columns = z.shape[-2] // BLOCK, z.shape[-1] // BLOCK
+        blocks = z.reshape(*z.shape[:2], rows, BLOCK, columns, BLOCK).transpose(-3, -2)
         c = cosines @ blocks @ cosines.mT / step
         blocks = cosines.mT @ (straight_through(c, c.round()) * step) @ cosines
         z = blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)

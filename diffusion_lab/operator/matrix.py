@@ -1,4 +1,4 @@
-"""Any small matrix as an operator on vectors."""
+"""Operator on vectors, given by a small matrix."""
 
 __all__ = ["Matrix"]
 
@@ -9,13 +9,13 @@ from diffusion_lab.operator.base import SVDOperator
 
 
 class Matrix(SVDOperator):
-    """y = A x for vectors x of shape (B, d), by the decomposition of the matrix itself.
+    """y = A x for vectors x of shape (B, d), by the singular value decomposition of the matrix.
 
     Arguments:
         matrix: A, of shape (m, d) with m at most d.
 
     Raises:
-        ValueError: If the matrix has another shape or a number that is not finite.
+        ValueError: If the matrix has another shape or contains a number that is not finite.
     """
 
     left: Tensor
@@ -26,14 +26,14 @@ class Matrix(SVDOperator):
         matrix = torch.as_tensor(matrix, dtype=torch.float64)
         if matrix.ndim != 2 or not 0 < matrix.shape[0] <= matrix.shape[1]:
             raise ValueError(
-                f"a matrix of shape {tuple(matrix.shape)} is not allowed; it is (m, d) with m "
-                "from 1 to d. With more rows than d, pass R of its QR decomposition and Qᵀ y"
+                f"a matrix of shape {tuple(matrix.shape)} is not allowed; it must be (m, d) with "
+                "m from 1 to d. With more rows than d, pass R of its QR decomposition and Qᵀ y"
             )
         if not bool(matrix.isfinite().all()):
-            raise ValueError("the matrix is not allowed; all of its numbers are finite")
+            raise ValueError("the matrix is not allowed; it contains a number that is not finite")
         super().__init__((matrix.shape[1],))
         left, s, right = torch.linalg.svd(matrix, full_matrices=True)
-        # What is left of a zero after rounding.
+        # Zeros that rounding has made tiny.
         s = torch.where(s > matrix.shape[1] * torch.finfo(s.dtype).eps * s[0], s, 0.0)
         missing = matrix.shape[1] - matrix.shape[0]
         self.register_buffer("left", left, persistent=False)

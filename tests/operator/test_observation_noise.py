@@ -69,7 +69,7 @@ def test_methods_take_poisson_noise_for_gaussian_noise_of_the_same_variance() ->
 
 
 def test_what_is_not_allowed_is_named() -> None:
-    with pytest.raises(ValueError, match=r"sigma_y=-0\.1.*at least 0"):
+    with pytest.raises(ValueError, match=r"sigma_y=-0\.1.*a number >= 0"):
         Gaussian(-0.1)
-    with pytest.raises(ValueError, match=r"rate=0\.0.*above 0"):
+    with pytest.raises(ValueError, match=r"rate=0\.0.*a number > 0"):
         Poisson(0.0)
