@@ -4,7 +4,7 @@ __all__ = [
     "HDR", "JPEG", "AveragePool", "Bicubic", "BoxInpainting", "CircularBlur", "CompressedSensing",
     "Gaussian", "GaussianBlur", "Grayscale", "Identity", "Inpainting", "LinearOperator", "Matrix",
     "MotionBlur", "Noise", "Operator", "PhaseRetrieval", "Poisson", "RandomInpainting",
-    "SVDOperator", "Separable", "UniformBlur",
+    "SVDOperator", "Separable", "Tomography", "UniformBlur",
 ]  # fmt: skip
 
 from diffusion_lab.operator.base import Identity, LinearOperator, Operator, SVDOperator
@@ -20,3 +20,4 @@ from diffusion_lab.operator.noise_model import Gaussian, Noise, Poisson
 from diffusion_lab.operator.phase_retrieval import PhaseRetrieval
 from diffusion_lab.operator.separable import Separable
 from diffusion_lab.operator.super_resolution import AveragePool, Bicubic
+from diffusion_lab.operator.tomography import Tomography
