@@ -1,10 +1,10 @@
-"""The README's figures: posterior samples against total-variation denoising, from one run.
+"""Posterior samples against total-variation denoising, for one run.
 
     python benchmarks/denoising.py [run directory]
 
-Takes the newest finished run, evaluates it at sigma_t = 0.5 on 64 test images with 8 posterior
-samples each, denoises the same noisy images with Chambolle's total-variation method at the best of
-many weights, and writes benchmarks/results/denoising.md, the README's table, and its pictures.
+Evaluates the newest finished run at sigma_t = 0.5 on 64 test images with 8 posterior samples each,
+denoises the same noisy images with Chambolle's total-variation method at the best of many weights,
+and writes benchmarks/results/denoising.md, the README's table, and the images of docs/images.
 """
 
 import csv

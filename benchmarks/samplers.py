@@ -1,11 +1,11 @@
-"""The README's table of samplers: Fréchet distance and time, for runs of several schedules.
+"""Fréchet distance and time of samplers, for runs of several schedules.
 
     python benchmarks/samplers.py <run directory> [<run directory> ...]
 
-The runs are of the same data and budget, one a schedule. Each is sampled by every sampler, N
-images for each of three seeds; the reference are EfficientNet-Lite0's features of all test images.
-The distance of as many training images is the least that can be expected. Writes
-benchmarks/results/samplers.md and the README's table.
+The runs have the same data and budget and one schedule each. Every sampler draws N images from
+each run for each of three seeds; the reference is the EfficientNet-Lite0 features of all test
+images. The distance of N training images is a lower bound of what can be expected. Writes
+benchmarks/results/samplers.md, docs/results.md and the README's short table.
 """
 
 import platform
@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, write_block
+from benchmarks.machine import RESULTS, ROOT, write_block
 from diffusion_lab.data.images import Split
 from diffusion_lab.denoiser import Denoiser, Rescheduled
 from diffusion_lab.metric import EfficientNetLite0, Moments, frechet_distance
@@ -39,12 +39,15 @@ SAMPLERS: dict[str, Sampler] = {
     "heun, 10": Heun(10, clip=True),
     "seeds, 10": SEEDS(10, clip=True),
 }
-# From N(0, LOWER² I) at σ/α = LOWER: where the network's error is largest nothing is asked of it.
+# From N(0, LOWER² I) at σ/α = LOWER, below the noise levels with the largest network error.
 FROM_LOWER: dict[str, Sampler] = {
     "ancestral, 250, from σ/α = 10": Ancestral(250, clip=True, grid=LogSNR()),
     "dpm_solver, SDE, 20, from σ/α = 10": DPMSolver(20, stochastic=True, clip=True),
     "dpm_solver, 20, from σ/α = 10": DPMSolver(20, clip=True),
 }
+
+
+SHORT = ("training images", "ancestral, 250", "ddim, 50", "dpm_solver, SDE, 20", "seeds, 10")
 
 
 def features(network: EfficientNetLite0, images: Tensor) -> Moments:
@@ -67,6 +70,29 @@ def draw(denoiser: Denoiser, sampler: Sampler, seed: int) -> Tensor:
 
 def images(split: Split, first: int = 0, count: int | None = None) -> Tensor:
     return torch.from_numpy(split[first : None if count is None else first + count])
+
+
+def summary(text: str) -> str:
+    """Returns the README's rows of the table: the first schedule, the samplers of SHORT."""
+    head, rule, *rows = text.split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    first = next(schedule for schedule, *_ in cells if schedule)
+    lines = [
+        row for row, (schedule, sampler, *_) in zip(rows, cells, strict=True)
+        if schedule in ("", first) and sampler in SHORT
+    ]  # fmt: skip
+    return "\n".join([head, rule, *lines]) + (
+        "\n\nFréchet distance of EfficientNet-Lite0 features, mean and standard deviation over "
+        f"{SEEDS_TAKEN} seeds of {IMAGES} images; [all samplers and schedules]"
+        "(docs/results.md#samplers).\n"
+    )
+
+
+def write(text: str) -> None:
+    """Writes the table to its pages."""
+    (RESULTS / "samplers.md").write_text(text)
+    write_block("samplers", text, ROOT / "docs" / "results.md")
+    write_block("samplers", summary(text))
 
 
 def main() -> None:
@@ -106,11 +132,10 @@ def main() -> None:
         f"and standard deviation over {SEEDS_TAKEN} seeds. Distances of {IMAGES} images are "
         f"comparable among each other only. Each prior: {runs[0].origin}; on "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
-        '"From σ/α = 10" starts at that noise level, under schedule=edm: where hardly any image '
-        "is left the network errs most, and deterministic samplers keep what it says there.\n"
+        '"From σ/α = 10" starts at that noise level, under schedule=edm: above it the network '
+        "error is largest, and deterministic samplers do not correct it later.\n"
     )
-    (RESULTS / "samplers.md").write_text(text)
-    write_block("samplers", text)
+    write(text)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,11 @@ def test_a_cpu_that_supports_bfloat16_gets_bf16_rows(
 def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stubbed("cpu", tmp_path, monkeypatch)
     blocks: dict[str, str] = {}
-    monkeypatch.setattr(command, "write_block", blocks.__setitem__)
+
+    def keep(name: str, text: str, page: Path = machine.README) -> None:
+        blocks[page.name] = text
+
+    monkeypatch.setattr(command, "write_block", keep)
     command.write(rows, True, tmp_path)
     assert json.loads((tmp_path / "latest.json").read_text()) == rows
     page = (tmp_path / "speed.md").read_text()
@@ -230,20 +234,20 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.Mon
         values = [float(text.replace(",", "")) for text in (c[1], c[2], c[5])]
         assert values == pytest.approx([row["ours"], row["peer"], row["ratio"]], rel=6e-3)
     assert rows[0]["machine"] in page and command.METHOD in page
-    shown = re.findall(r"^\| training step, faces, float32 \|.*\| ([\d.]+) \|$", blocks["speed"],
-                       flags=re.M)  # fmt: skip
+    row = r"^\| training step, faces, float32 \|.*\| ([\d.]+) \|$"
+    shown = re.findall(row, blocks["speed.md"], flags=re.M)
     assert shown == ["1.20", "1.50"]
+    assert blocks["README.md"].count("| training step") == 1
 
 
-def test_the_readme_shows_the_newest_rows() -> None:
+def test_the_pages_show_the_newest_rows() -> None:
     path = machine.RESULTS / "latest.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     assert all(row.keys() >= KEYS for row in rows)
     assert all(row.get("share", 0) <= 1 for row in rows)
     assert not [row for row in rows if "emulated" in row.get("note", "")]
-    page = (machine.ROOT / "README.md").read_text()
-    shown = re.search(r"<!-- speed:begin -->\n(.*?)<!-- speed:end -->", page, flags=re.S)
-    assert shown[1] == report.readme(rows)
+    assert machine.read_block("speed") == report.summary(rows)
+    assert machine.read_block("speed", machine.ROOT / "docs" / "speed.md") == report.page(rows)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The README's commands run as they stand there, made small; its table is the generated one."""
+"""README: its commands and examples run, and its tables are the generated ones."""
 
 import re
 import shlex
@@ -6,12 +6,14 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from conftest import TINY, Command, Result
 from test_conf import make_photos
 
+from benchmarks import machine, samplers
 from diffusion_lab import load_run
 from diffusion_lab.command.data import main as data_command
-from diffusion_lab.command.report import main as tracking_command
+from diffusion_lab.command.report import main as report_command
 from diffusion_lab.data import source
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
@@ -26,6 +28,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 RUN = "outputs/train/ddpm_faces/2026-11-24_10-00-00"
 SMALL_TRAIN = ["trainer.max_steps=2", "trainer.accelerator=cpu"]
 SMALL_EVAL = ["sampler.steps=2", "num_samples=2", "trainer.accelerator=cpu"]
@@ -36,10 +39,11 @@ def test_the_first_screen_names_the_two_commands() -> None:
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
     assert {"demo", "test"} <= set(targets)
     assert len(PYTHON) >= 15
+    assert len(README.splitlines()) < 300
 
 
 def small(command: str) -> list[str]:
-    """The overrides that make a command quick; its own that say the same are dropped."""
+    """The arguments of a command, with overrides that make it short."""
     words = shlex.split(command)[2:]
     if "likelihood" in command or "interpolate" in command:
         extra = ["num_images=1", "sampler.rtol=0.1", "sampler.atol=0.1", "trainer.accelerator=cpu"]
@@ -57,7 +61,7 @@ def small(command: str) -> list[str]:
     elif "resume=" in command:
         extra = ["trainer.max_steps=4"]
     elif "celeba" in command:
-        # six levels of a full network take seconds an image: the tiny one, on real pixels
+        # A network with six levels takes seconds per image: the tiny one, on 256x256 pixels.
         extra = [
             *SMALL_TRAIN, "network=unet_tiny", "data.batch_size=1", "sampler.steps=1",
             "samples.num_samples=1", "data.splits={train: 0.5, val: 0.3, test: 0.2}",
@@ -75,7 +79,7 @@ def run(lab: Command, command: str) -> Result:
 
 
 def timed(command: str) -> object:
-    """Those that take 256x256 images are slow; the benchmark has a test of its own."""
+    """Marks commands on 256x256 images as slow, and the leaderboard, which has its own tests."""
     slow = "_celeba" in command or "exact_posterior" in command
     return pytest.param(command, marks=pytest.mark.slow if slow else ())
 
@@ -85,8 +89,8 @@ def test_a_command_of_the_readme_runs(
     command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "ddp_sim" in command or "launcher=" in command:
-        pytest.skip("test_distributed.py and test_launchers.py run it: it needs processes")
-    if "eval.py" in command or "resume=" in command or "lab.tracking" in command:
+        pytest.skip("starts processes; covered by test_distributed.py and test_launchers.py")
+    if "eval.py" in command or "resume=" in command or "command.report" in command:
         kind = ["experiment=ddpm_faces_classes"] if "label=" in command else []
         kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
         kind += ["loss=hybrid", "network.learn_variance=true"] if "learned" in command else []
@@ -94,7 +98,7 @@ def test_a_command_of_the_readme_runs(
     if "eval.py resume=" in command:
         directory = command.rpartition("=")[2]
         small_one = ["num_images=2", "num_samples=2", "sampler.steps=2", "trainer.accelerator=cpu"]
-        with monkeypatch.context() as patch:  # the disk is full at the end
+        with monkeypatch.context() as patch:  # an evaluation that is interrupted at its end
             patch.setattr(Restoration, "finish", raise_os_error)
             assert lab("eval", *small_one, f"hydra.run.dir={directory}").code == 1
     for name in re.findall(r"(?:image|observation)=(\S+)", command):
@@ -113,14 +117,14 @@ def test_a_command_of_the_readme_runs(
         else:
             storage = LocalStorage(as_parquet(folder))
             monkeypatch.setattr(source, "open_storage", lambda name, download: storage)
-    if "-m diffusion_lab.data" in command:
+    if "-m diffusion_lab.command.data" in command:
         words = shlex.split(command)[3:]
         shares = "data.splits={train: 0.5, val: 0.3, test: 0.2}"
         assert data_command([*words, shares, "data.batch_size=1"]) == 0
         return
-    if "-m diffusion_lab.tracking" in command:
+    if "-m diffusion_lab.command.report" in command:
         (Path(RUN) / "report.html").unlink()
-        tracking_command(shlex.split(command)[3:])
+        report_command(shlex.split(command)[3:])
         assert "train/loss" in (Path(RUN) / "report.html").read_text()
         return
     result = run(lab, command)
@@ -132,12 +136,12 @@ def raise_os_error(*_: object) -> None:
 
 
 def tiny_unet() -> UNet:
-    """That of network=unet_tiny."""
+    """Returns the network of network=unet_tiny."""
     return UNet(channels=8, multipliers=(1, 1), blocks=1, attention_levels=(), groups=4)
 
 
 def as_parquet(folder: Path) -> Path:
-    """The images of a folder in the hub's form."""
+    """Writes the images of a folder as parquet files, as on the Hugging Face Hub."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -150,8 +154,21 @@ def as_parquet(folder: Path) -> Path:
     return hub
 
 
-def test_the_python_example_runs(tiny: Command) -> None:
-    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+def test_the_first_example_samples_the_exact_posterior() -> None:
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(EXAMPLES[0], names)
+    samples, exact = names["samples"].double(), names["exact"]
+    mean = exact.weights @ exact.means
+    spread = exact.weights @ (exact.covariances.diagonal(dim1=1, dim2=2) + exact.means**2)
+    std = (spread - mean**2).sqrt()
+    assert samples.shape == (1024, 2)
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(samples.std(0), std, rtol=0.2, atol=0)
+
+
+def test_the_example_of_a_run_runs(tiny: Command) -> None:
+    (code,) = EXAMPLES[1:]
     assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
     names: dict = {}
     exec(code.replace("steps=50", "steps=2"), names)
@@ -159,18 +176,20 @@ def test_the_python_example_runs(tiny: Command) -> None:
     assert names["x_0"].abs().max() <= 1  # the last estimate is clipped
 
 
-RESULTS = ROOT / "benchmarks" / "results" / "denoising.md"
+def test_the_tables_are_the_generated_ones() -> None:
+    results = {
+        name: (machine.RESULTS / f"{name}.md").read_text() for name in ("denoising", "samplers")
+    }
+    assert machine.read_block("denoising") == results["denoising"]
+    assert "dB above total variation" in results["denoising"]
+    assert machine.read_block("samplers") == samplers.summary(results["samplers"])
+    page = ROOT / "docs" / "results.md"
+    assert machine.read_block("samplers", page) == results["samplers"]
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="make results has not been run")
-def test_the_table_is_the_generated_one() -> None:
-    shown = re.search(r"<!-- denoising:begin -->\n(.*?)<!-- denoising:end -->", README, flags=re.S)
-    assert shown[1] == (ROOT / "benchmarks" / "results" / "denoising.md").read_text()
-    assert "dB above total variation" in shown[1]
-
-
-@pytest.mark.skipif(not RESULTS.exists(), reason="make results has not been run")
-def test_every_picture_of_the_readme_exists() -> None:
-    paths = re.findall(r"!\[.*?\]\((docs/[^)]+)\)", README.replace("[x₀ given y]", ""))
-    assert len(paths) == 5
-    assert all((ROOT / path).is_file() for path in paths)
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_image_exists(page: str) -> None:
+    path = ROOT / page
+    targets = re.findall(r"\]\(([^)]+\.png)\)", path.read_text())
+    assert targets
+    assert all((path.parent / target).is_file() for target in targets)

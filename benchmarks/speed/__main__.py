@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import RESULTS, cpu_name, versions, write_block
+from benchmarks.machine import RESULTS, ROOT, cpu_name, versions, write_block
 from benchmarks.speed import report, sides
 from benchmarks.speed.report import Row
 from benchmarks.speed.sides import SETTINGS, STEPS
@@ -361,7 +361,8 @@ def write(rows: Sequence[Row], everything: bool, results: Path = RESULTS) -> Non
     merged = report.merge(old, rows, everything)
     path.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     (results / "speed.md").write_text(report.report(merged, METHOD))
-    write_block("speed", report.readme(merged))
+    write_block("speed", report.page(merged), ROOT / "docs" / "speed.md")
+    write_block("speed", report.summary(merged))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ median over the rounds of the peer's cost over ours, above 1 where ours is bette
 is the interquartile range over the median.
 """
 
-__all__ = ["Row", "merge", "readme", "report", "row", "spread", "table"]
+__all__ = ["Row", "merge", "page", "report", "row", "spread", "summary", "table"]
 
 from collections.abc import Iterable, Sequence
 from statistics import median, quantiles
@@ -150,22 +150,48 @@ def report(rows: Sequence[Row], method: str) -> str:
     return "\n\n".join([*parts, method]) + "\n"
 
 
-def readme(rows: Sequence[Row]) -> str:
-    """The rows that say most, on the fastest device there are rows of."""
-    if not rows:
-        return "Not measured yet.\n"
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the kinds in TELLING, in their order, of a GPU if there is one."""
     device = next((r["device"] for r in rows if r["device"] != "cpu"), "cpu")
-    own = [r for r in rows if r["device"] == device and r["name"].split("/")[0] in TELLING]
+    own = [r for r in rows if r["device"] == device and _kind(r) in TELLING]
+    return sorted(own, key=lambda r: TELLING.index(_kind(r)))
+
+
+def _kind(each: Row) -> str:
+    return each["name"].split("/")[0]
+
+
+def _short_table(rows: Sequence[Row]) -> str:
     lines = ["| | ours | peer | | peer is | ratio |", "|---|---|---|---|---|---|"]
-    for each in sorted(own, key=lambda r: TELLING.index(r["name"].split("/")[0])):
+    for each in rows:
         kind, *rest = each["name"].split("/")
         lines.append(
             f"| {WHAT[kind]}, {', '.join(rest)} | {_number(each['ours'])} "
             f"| {_number(each['peer'])} | {each['unit']} | {each['peer_name']} "
             f"| {each['ratio']:.2f} |"
         )
-    machines = "; ".join(dict.fromkeys(each["machine"] for each in own))
-    return "\n".join(lines) + (
-        "\n\nThe same weights and inputs on both sides, which take turns; a ratio above 1 means "
-        f"that ours is better. {machines}.\n"
+    return "\n".join(lines) + "\n"
+
+
+def _machines(rows: Sequence[Row]) -> str:
+    return "; ".join(dict.fromkeys(each["machine"] for each in rows))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table of docs/speed.md."""
+    own = _shown(rows)
+    return _short_table(own) + (
+        "\nBoth sides have the same weights and inputs and run alternately; a ratio above 1 means "
+        f"that ours is better. {_machines(own)}.\n"
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The README's table: the first row of each kind."""
+    own = {_kind(each): each for each in reversed(_shown(rows))}
+    first = [own[kind] for kind in TELLING if kind in own]
+    return _short_table(first) + (
+        "\nBoth sides have the same weights and inputs and run alternately; a ratio above 1 means "
+        f"that ours is better. {_machines(first)}. [All rows](docs/speed.md), [how they are "
+        "measured](benchmarks/results/speed.md).\n"
     )
