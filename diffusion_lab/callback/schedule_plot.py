@@ -18,7 +18,7 @@ from lightning import Callback, Trainer
 
 from diffusion_lab.callback.sample_animation import log_picture
 from diffusion_lab.report.chart import LineChart
-from diffusion_lab.report.chart_png import draw
+from diffusion_lab.report.chart_png import chart_png
 from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def schedule_charts(module: DiffusionModule) -> list[LineChart]:
                     edges.tolist(), (-2 * schedule.ratio(edges).log()).tolist()
                 ),
             },
+            dots=["ends of the loss bins"],
         ),
         LineChart(
             "What training looks at", "", "t", "",
@@ -91,5 +92,5 @@ class SchedulePlot(Callback):
                 "the bins train/loss_bin/%s to %s end at log SNR %s",
                 bin_name(0), bin_name(BINS - 1), ", ".join(f"{end:.3g}" for end in ends[1:]),
             )  # fmt: skip
-            picture = draw(charts)
+            picture = chart_png(charts)
             log_picture(trainer, "schedule/plot", picture, self.path)

@@ -30,7 +30,7 @@ from string import Template
 from PIL import Image
 
 from diffusion_lab.atomic_io import write_atomic
-from diffusion_lab.report.chart import LineChart, chart, format_scientific
+from diffusion_lab.report.chart import LineChart, chart_html, format_scientific
 
 Cell = str | float | int
 
@@ -179,7 +179,7 @@ def _body(section: Section, number: str) -> str:
         return _table(section, number)
     if isinstance(section, LineChart):
         caption = f"<figcaption {_caption(number, section.caption)}</figcaption>"
-        return f"<figure>\n{chart(section)}\n{caption}\n</figure>"
+        return f"<figure>\n{chart_html(section)}\n{caption}\n</figure>"
     if isinstance(section, KeyValueSection):
         items = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in section.items.items())
         return "<dl>\n" + "\n".join(items) + "\n</dl>"

@@ -18,8 +18,6 @@ from diffusion_lab.errors import SamplingError
 from diffusion_lab.loss import EDM, Likelihood
 from diffusion_lab.parameterization import EDM as EDMOutput
 from diffusion_lab.pixels import to_model, to_uint8
-from diffusion_lab.report.chart import LineChart
-from diffusion_lab.report.chart_png import COLOURS, _spelled, draw
 from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.sampler import DDIM, Heun, Sampler
 from diffusion_lab.schedule import EDM as EDMSchedule
@@ -189,35 +187,6 @@ def test_edm_looks_at_what_its_log_normal_says() -> None:
     assert ends[5] == pytest.approx(2.4, abs=1e-3)
     density, weight = (values for _, values in charts[2].series.values())
     assert weight == pytest.approx(density, rel=1e-6)
-
-
-def test_a_chart_has_its_line_where_the_values_are() -> None:
-    """A rising line from the lower left to the upper right corner, and a point in the middle."""
-    xs = [k / 30 for k in range(31)]
-    line = LineChart("A", "", "t", "", {"σ": (xs, xs), "ends": ([0.5], [0.5])})
-    picture = draw([line])
-    assert picture.size == (480, 330)
-    pixels = np.asarray(picture).astype(int)
-    blue = (np.abs(pixels - COLOURS[0]).sum(2) < 60)[62:287]  # below the legend
-    bottom, top = 286 - 224 * 0.04 / 1.08, 62 + 224 * 0.04 / 1.08
-    for share in (0.1, 0.3, 0.8):
-        column = round(62 + share * 400)
-        rows = np.nonzero(blue[:, column])[0] + 62
-        assert rows.mean() == pytest.approx(bottom - share * (bottom - top), abs=2)
-    orange = np.argwhere((np.abs(pixels - COLOURS[1]).sum(2) < 60)[62:287])
-    assert orange.mean(0) == pytest.approx([174 - 62, 262], abs=2)
-    assert draw([line, line]).size == (960, 330)
-
-
-def test_a_chart_without_a_point_says_so_and_none_is_refused() -> None:
-    empty = LineChart("A", "", "t", "", {"a": ([1.0], [float("nan")])}, log_y=True)
-    assert np.asarray(draw([empty])).min() < 100
-    with pytest.raises(ValueError, match="no chart"):
-        draw([])
-
-
-def test_signs_that_the_font_lacks_are_spelled() -> None:
-    assert _spelled("−1.5·10⁻³ σ_t²") == "-1.5·10^-3 sigma_t^2"
 
 
 def test_a_run_shows_all_pictures_and_its_samples_beside_its_own_images(tiny: Command) -> None:

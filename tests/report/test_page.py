@@ -346,6 +346,13 @@ def test_every_series_has_a_line_of_its_own_style(tmp_path: Path) -> None:
     assert page(tmp_path, curve).text("span") == ["a", "b", "c"]
 
 
+def test_a_series_of_dots_has_no_line(tmp_path: Path) -> None:
+    data = {"line": ([0, 1], [0, 1]), "dots": ([0, 0.5, 1], [0, 0.5, 1])}
+    svg = chart(tmp_path, LineChart("C", "", "x", "y", data, dots=["dots"]))
+    assert [p.get("class") for p in svg.iter("path") if p.find("title") is not None] == ["line s0"]
+    assert [c.get("class") for c in svg.iter("circle")] == ["dot s0"] * 2 + ["dot s1"] * 3
+
+
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("value", [1.0, 250.0, 3e-9])
 def test_constant_curve_runs_through_the_middle(tmp_path: Path, value: float, log: bool) -> None:
