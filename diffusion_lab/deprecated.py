@@ -69,10 +69,15 @@ MODULES = {
 }
 
 # Old dotted name -> new dotted name.
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "diffusion_lab.callback.FewImages": "diffusion_lab.callback.OverfitSubset",
+    "diffusion_lab.callback.few_images.FewImages": "diffusion_lab.callback.OverfitSubset",
+}
 
 # Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "callbacks.few_images.count": "callbacks.overfit_subset.count",
+}
 
 
 @cache

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, Command
 from lightning import Trainer
 
-from diffusion_lab.callback import FewImages, LastCheckpoint, Stopped
+from diffusion_lab.callback import LastCheckpoint, OverfitSubset, TrainingInterrupted
 from diffusion_lab.runs import load_checkpoint
 
 SMALL = [  # what a debug configuration does not set itself
@@ -42,20 +42,20 @@ def test_overfit_learns_eight_images(lab: Command) -> None:
 def test_a_handful_that_makes_no_batch_is_refused(tiny: Command) -> None:
     result = tiny("debug=overfit", "data.batch_size=16", "hydra.run.dir=a")
     assert result.code == 1
-    for part in ("callbacks.few_images.count=8", "data.batch_size=16", "Traceback"):
+    for part in ("callbacks.overfit_subset.count=8", "data.batch_size=16", "Traceback"):
         assert (part in result.text) == (part != "Traceback")
 
 
 def test_a_handful_is_the_first_of_the_split(tiny: Command, monkeypatch) -> None:
     seen: list[list[int]] = []
-    setup = FewImages.setup
+    setup = OverfitSubset.setup
 
-    def note(self: FewImages, trainer, module, stage: str) -> None:
+    def note(self: OverfitSubset, trainer, module, stage: str) -> None:
         before = trainer.datamodule.images["train"].positions[:8].tolist()
         setup(self, trainer, module, stage)
         seen.extend([before, trainer.datamodule.images["train"].positions.tolist()])
 
-    monkeypatch.setattr(FewImages, "setup", note)
+    monkeypatch.setattr(OverfitSubset, "setup", note)
     tiny("debug=overfit", "trainer.max_steps=1", "hydra.run.dir=a")
     assert seen[0] == seen[1] and len(seen[0]) == 8
 
@@ -117,7 +117,7 @@ def test_a_run_stopped_between_two_rows_has_the_rows_of_one_that_was_not(
 
     def stop(self: LastCheckpoint, trainer: Trainer, *_: object) -> None:
         if trainer.global_step == 6:
-            raise Stopped("a signal", 6)
+            raise TrainingInterrupted("a signal", 6)
 
     with monkeypatch.context() as patch:
         patch.setattr(LastCheckpoint, "on_train_batch_start", stop)

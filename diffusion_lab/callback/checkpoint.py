@@ -1,6 +1,6 @@
 r"""Checkpoints that survive: written whole or not at all, loaded without running code."""
 
-__all__ = ["ElasticResume", "FinalValidation", "LastCheckpoint", "Stopped"]
+__all__ = ["ElasticResume", "FinalValidation", "LastCheckpoint", "TrainingInterrupted"]
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 
-class Stopped(BaseException):
+class TrainingInterrupted(BaseException):
     """The system asked the process to end, and the state is saved.
 
     Not an `Exception`: nothing on the way out may take it for a failure, and a sweep ends with it.
@@ -40,7 +40,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: The number of optimizer steps from one to the next.
 
     Raises:
-        Stopped: After a signal, when the state is saved.
+        TrainingInterrupted: After a signal, when the state is saved.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -102,7 +102,9 @@ class LastCheckpoint(Checkpoint):
 
     def _stop_if_saved(self, trainer: Trainer) -> None:
         if self.stopping and self.saved_step == trainer.global_step and trainer.global_step:
-            raise Stopped(self.received or "a signal to another process", trainer.global_step)
+            raise TrainingInterrupted(
+                self.received or "a signal to another process", trainer.global_step
+            )
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.saved_step:

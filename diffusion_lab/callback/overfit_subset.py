@@ -1,34 +1,36 @@
-"""A handful of images, to see whether a network can learn them by heart."""
+"""Training on a few images, which tests whether a network can overfit them."""
 
-__all__ = ["FewImages"]
+__all__ = ["OverfitSubset"]
 
 from lightning import Callback, Trainer
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.training.module import DiffusionModule
 
 
-class FewImages(Callback):
-    """Trains on the first n training images and no others.
+class OverfitSubset(Callback):
+    """Restricts training to the first n training images.
 
     Arguments:
-        count: n, >= 1.
+        count: n.
 
     Raises:
-        ConfigError: If they make no batch.
+        ConfigError: If n is less than one batch of all devices.
     """
 
-    def __init__(self, count: int) -> None:
+    @checked
+    def __init__(self, count: PositiveInt) -> None:
         self.count = count
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
         data = trainer.datamodule
         if self.count < data.batch_size * trainer.world_size:
             raise ConfigError(
-                f"callbacks.few_images.count={self.count} images are no batch of data.batch_size="
-                f"{data.batch_size} on {trainer.world_size} device(s); raise it, or lower "
-                "data.batch_size"
+                f"callbacks.overfit_subset.count={self.count} is less than one batch, which is "
+                f"data.batch_size={data.batch_size} on {trainer.world_size} device(s); raise it, "
+                "or lower data.batch_size"
             )
         images = data.images["train"]
         labels = None if images.labels is None else images.labels[: self.count]

@@ -11,7 +11,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import runs
-from diffusion_lab.callback import Stopped
+from diffusion_lab.callback import TrainingInterrupted
 from diffusion_lab.command.parts import blocks_of, sampler_for
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.logger.log import close_loggers, log_config, make_loggers
@@ -98,7 +98,7 @@ def fit(config: DictConfig) -> None:
         log_config(trainer.loggers, config)
         trainer.fit(module, data, ckpt_path=last if config.resume else None)
         failed = False
-    except Stopped as stop:
+    except TrainingInterrupted as stop:
         failed = False
         log.warning("stopped by %s; continue with: python train.py resume=%s", stop, directory)
         sys.exit(0)

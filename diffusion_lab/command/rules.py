@@ -261,7 +261,7 @@ TRAIN: Rules = COMMON | _within("data", DATA) | _within("fid.sampler", SAMPLER) 
     "callbacks.schedule_plot.directory": TEXT,
     "callbacks.throughput.peak_tflops": _null_or(POSITIVE),
     "callbacks.nan_guard.patience": COUNT,
-    "callbacks.few_images.count": COUNT,
+    "callbacks.overfit_subset.count": COUNT,
     "callbacks.progress.refresh_rate": COUNT_OR_0,
     "callbacks.best.dirpath": TEXT,
     "callbacks.best.filename": TEXT,
