@@ -1,12 +1,12 @@
-# Every target sets up .venv by itself. Another interpreter: make PYTHON=python3.12
+# Every target sets up .venv first. Another interpreter: make PYTHON=python3.12
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Tests are shared out over the cores, one thread each; a worker takes about 2 GB.
+# Tests run in parallel on all cores, one thread each; a worker needs about 2 GB of memory.
 SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types docs results bench report clean
+.PHONY: help setup demo test test-slow lint types docs reference results bench report clean
 
-help:  ## This list
+help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/.done: pyproject.toml constraints.txt
@@ -14,36 +14,41 @@ help:  ## This list
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-setup: .venv/.done  ## Only .venv, with everything installed
+setup: .venv/.done  ## Install everything into .venv
 
-demo: .venv/.done  ## Train the embedded default, draw samples, denoise, print where the report is
+demo: .venv/.done  ## Train the default prior, draw samples, denoise test images
 	$(BIN)/python train.py
 	$(BIN)/python eval.py task=generate num_samples=64
 	$(BIN)/python eval.py task=denoise sigma_t=0.5
 
-test: .venv/.done  ## The tests, in minutes
+test: .venv/.done  ## Run the tests (minutes)
 	$(BIN)/python -m pytest -q -m 'not slow' $(SHARED)
 
-test-slow: .venv/.done  ## The slow tests
+test-slow: .venv/.done  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-lint: .venv/.done  ## Style
+lint: .venv/.done  ## Style, and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
-types: .venv/.done  ## Types, as far as pyproject.toml has them checked
+types: .venv/.done  ## Check types
 	$(BIN)/mypy
 
-docs: .venv/.done  ## The pages, into docs/_build/html
+docs: .venv/.done reference  ## Build the pages in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-results: .venv/.done  ## The README's figures, from the newest run
-	$(BIN)/python benchmarks/denoising.py
+reference: .venv/.done  ## Regenerate docs/configuration.md from conf/ and the constructors
+	$(BIN)/python docs/reference.py
 
-bench: .venv/.done  ## Speed against what people use today, in 25 minutes; also the README's table
+results: .venv/.done  ## Regenerate the README's denoising table and images from the newest run
+	$(BIN)/python -m benchmarks.denoising
+
+bench: .venv/.done  ## Compare the speed with diffusers and torchvision (25 minutes)
 	$(BIN)/python -m benchmarks.speed
 
-report: .venv/.done  ## One page of a run, evaluation or sweep: make report RUN=<directory>
-	@$(BIN)/python -m diffusion_lab.tracking $(RUN)
+report: .venv/.done  ## Rebuild the report of a run, evaluation or sweep: make report RUN=<directory>
+	@$(BIN)/python -m diffusion_lab.command.report $(RUN)
 
-clean:  ## Remove .venv and caches; outputs stay
+clean:  ## Remove .venv and caches, keep outputs
+	rm -rf .venv .import_linter_cache .mypy_cache .pytest_cache .ruff_cache docs/_build
