@@ -1,12 +1,11 @@
-r"""Denoisers: x_t, t -> E[x_0 | x_t]. What samplers and posterior methods speak to.
+r"""Denoisers, x_t, t -> E[x_0 | x_t]: the interface used by samplers and posterior methods.
 
-A denoiser knows nothing of how its network was trained: the parameterization turns the output into
-E[x_0 | x_t], from which follow (Tweedie)
+It is independent of the parameterization of the network, and determines (Tweedie)
 
     ε̂(x_t, t) = (x_t - α_t x̂) / σ_t,    ∇ log p(x_t) = -ε̂ / σ_t = (α_t x̂ - x_t) / σ_t².
 
-A network may have learned the variance of the reverse steps, too, see `reverse.py`: then half of
-its output is a share for each number of the image, of which only `with_share` speaks.
+A network may also learn the variance of the reverse steps, see `transition`: half of its output is
+then a fraction for each element of x_t, which `with_variance` returns.
 """
 
 __all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled"]
@@ -16,22 +15,23 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.constraints import NonNegative, checked
 from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
 
 
 def _for_each(number: Tensor, x: Tensor) -> Tensor:
-    """A number of shape () or (B,) for each image of x, of shape (B,), on x's device."""
-    number = number.to(x.device) if number.ndim else number  # one is added by value, see above
+    """A number of shape () or (B,) expanded to shape (B,), on x's device."""
+    number = number.to(x.device) if number.ndim else number  # shape (): added without a copy
     return torch.zeros(len(x), dtype=number.dtype, device=x.device) + number
 
 
 class Denoiser(nn.Module, ABC):
-    """Estimates the clean image from a noisy one.
+    """Estimator of the clean state x_0 given the noisy x_t.
 
     Arguments:
-        schedule: The schedule that α_t and σ_t are of.
+        schedule: The schedule of α_t and σ_t.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -43,15 +43,15 @@ class Denoiser(nn.Module, ABC):
         """Returns E[x_0 | x_t].
 
         Arguments:
-            x_t: The noisy image, of shape (B, *).
+            x_t: The noisy state, of shape (B, *).
             t: Its time in (0, 1], of shape () or (B,).
         """
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns E[x_0 | x_t], and the share of the larger variance in the reverse step's.
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns E[x_0 | x_t] and the variance fraction f of the reverse step.
 
-        Both by one call of the network; the share is of x_t's shape and type, and None where no
-        variance was learned. A denoiser that changes the estimate of another need not know of it.
+        Both are from one call of the network. f has the shape and type of x_t, see `transition`.
+        It is None by default, which means that no variance was learned.
 
         Arguments:
             x_t: See `forward`.
@@ -66,19 +66,19 @@ class Denoiser(nn.Module, ABC):
 
 
 class NetworkDenoiser(Denoiser):
-    """A network under the schedule and parameterization that it was trained with.
+    """A network with its schedule and parameterization.
 
-    The network may run in reduced precision, under autocast or by the type of its weights; x_t and
-    the estimate stay as they are. It gets x_t in the type of its first parameter.
+    The network may run in reduced precision, by autocast or by the type of its weights; x_t and
+    the estimate keep their type. Its input has the type of its first parameter.
 
     Arguments:
-        network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction like x_t. One
-            with a true attribute `learn_variance` gives twice as many channels: the prediction's,
-            and then o in [-1, 1] for the share (o + 1) / 2.
-        schedule: Its schedule.
-        parameterization: What it predicts.
-        label: The class of the images, for a network that knows classes, of shape () or (B,); none
-            if None.
+        network: Maps (x_t, i), with DDPM's index i of shape (B,), to a prediction of x_t's shape.
+            A network with a true attribute `learn_variance` returns twice as many channels: the
+            prediction, and o in [-1, 1] for the variance fraction f = (o + 1) / 2.
+        schedule: The schedule that it was trained with.
+        parameterization: The parameterization that it was trained with.
+        label: The class label, of shape () or (B,), for a class-conditional network; None for the
+            unconditional prediction.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class NetworkDenoiser(Denoiser):
         self.label = label
 
     def outputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the network's prediction at x_t and its share, if any, in x_t's type."""
-        if self.parameterization.scales(self.schedule):
+        """Returns the network's prediction at x_t and f, or None, in x_t's type."""
+        if self.parameterization.scales_input(self.schedule):
             alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
-            x_t = self.parameterization.scale(alpha_t, sigma_t) * x_t
-        # Below t = 1/T a network was never trained; there is hardly any noise there either.
+            x_t = self.parameterization.input_scale(alpha_t, sigma_t) * x_t
+        # Networks are not trained below t = 1/T, where there is almost no noise.
         index = self.schedule.index(t).clamp(min=0)
         index = _for_each(index.float(), x_t)
         parameter = next(self.network.parameters(), x_t)
@@ -109,25 +109,21 @@ class NetworkDenoiser(Denoiser):
         output, o = output.chunk(2, dim=1)
         return output, (o + 1) / 2
 
-    def output(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the network's prediction at x_t, in x_t's type."""
-        return self.outputs(x_t, t)[0]
-
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
-        output, share = self.outputs(x_t, t)
-        return self.parameterization.denoised(output, x_t, alpha_t, sigma_t), share
+        output, fraction = self.outputs(x_t, t)
+        return self.parameterization.denoised(output, x_t, alpha_t, sigma_t), fraction
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.with_share(x_t, t)[0]
+        return self.with_variance(x_t, t)[0]
 
 
 class ClassifierFree(Denoiser):
-    """Classifier-free guidance: away from what a denoiser says of any image.
+    """Classifier-free guidance: extrapolation from the unconditional to the conditional estimate.
 
-    x̂ = x̂_∅ + w (x̂_c - x̂_∅); w = 1 is the conditional denoiser. A larger w gives images that are
-    more typical of their class and less varied: no longer samples of p(x_0 | c). A learned
-    variance is that of the conditional one.
+    x̂ = x̂_∅ + w (x̂_c - x̂_∅); w = 1 is the conditional denoiser. A larger w gives samples that are
+    more typical of their class and less diverse than those of p(x_0 | c). A learned variance is
+    that of the conditional denoiser.
 
     Source:
         Ho, Salimans, "Classifier-free diffusion guidance", 2022, eq. 6 (their w is w - 1 here).
@@ -135,40 +131,41 @@ class ClassifierFree(Denoiser):
     Arguments:
         conditional: x̂_c, E[x_0 | x_t, c].
         unconditional: x̂_∅, E[x_0 | x_t], under the same schedule.
-        strength: w, at least 0.
+        guidance_scale: w.
     """
 
-    def __init__(self, conditional: Denoiser, unconditional: Denoiser, strength: float) -> None:
+    @checked
+    def __init__(
+        self, conditional: Denoiser, unconditional: Denoiser, guidance_scale: NonNegative
+    ) -> None:
         super().__init__(conditional.schedule)
         self.conditional, self.unconditional = conditional, unconditional
-        self.strength = strength
+        self.guidance_scale = guidance_scale
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        denoised, share = self.conditional.with_share(x_t, t)
-        if self.strength != 1:
-            denoised = torch.lerp(self.unconditional(x_t, t), denoised, self.strength)
-        return denoised, share
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        denoised, fraction = self.conditional.with_variance(x_t, t)
+        if self.guidance_scale != 1:
+            denoised = torch.lerp(self.unconditional(x_t, t), denoised, self.guidance_scale)
+        return denoised, fraction
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.with_share(x_t, t)[0]
+        return self.with_variance(x_t, t)[0]
 
 
 class Rescheduled(Denoiser):
-    """Another denoiser under a schedule that is not its own: any prior under any schedule.
+    """A denoiser under another schedule.
 
-    Two noisy images with one ratio σ / α tell the same of x_0. With t' where the denoiser's own
-    schedule has the ratio of t,
+    Noisy states with the same ratio σ / α have the same information about x_0. With the time t' at
+    which the denoiser's own schedule has the ratio of t,
 
         E[x_0 | x_t] = E[x_0 | x'_{t'} = α'_{t'} / α_t x_t].
 
-    A learned variance stays behind: its larger end v is another in every schedule.
+    A learned variance is not available, as v depends on the schedule. `forward` raises ValueError
+    at a level outside the denoiser's own schedule.
 
     Arguments:
         denoiser: The denoiser.
-        schedule: The schedule that it is asked under.
-
-    Raises:
-        ValueError: If asked for a level outside the denoiser's own schedule.
+        schedule: The new schedule.
     """
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
@@ -183,9 +180,9 @@ class Rescheduled(Denoiser):
 
 
 class Clipped(Denoiser):
-    """Clips the estimate of another denoiser to the range of pixels.
+    """A denoiser with its estimate clipped to [-1, 1], the range of pixels.
 
-    Whatever a sampler derives from the estimate (ε̂, the score) is derived from the clipped one.
+    Samplers compute ε̂ and the score from the clipped estimate.
 
     Arguments:
         denoiser: The denoiser.
@@ -195,9 +192,9 @@ class Clipped(Denoiser):
         super().__init__(denoiser.schedule)
         self.denoiser = denoiser
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        denoised, share = self.denoiser.with_share(x_t, t)
-        return denoised.clamp(-1, 1), share
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        denoised, fraction = self.denoiser.with_variance(x_t, t)
+        return denoised.clamp(-1, 1), fraction
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.denoiser(x_t, t).clamp(-1, 1)

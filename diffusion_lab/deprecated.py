@@ -77,6 +77,8 @@ NAMES: dict[str, str] = {
 # Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.
 KEYS: dict[str, str] = {
     "callbacks.few_images.count": "callbacks.overfit_subset.count",
+    "fid.sampler.corrections": "fid.sampler.langevin_steps",
+    "sampler.corrections": "sampler.langevin_steps",
 }
 
 

@@ -1,22 +1,22 @@
-r"""How probable images of 8 bits are under a prior, in bits per dimension.
+r"""Likelihood of 8-bit images under a prior, in bits per dimension.
 
-A pixel p in {0, ..., 255} is the level x_0 = p / 127.5 - 1, and levels are Δ = 1 / 127.5 apart.
+A pixel p in {0, ..., 255} has the level x_0 = p / 127.5 - 1; the spacing is Δ = 1 / 127.5.
 
-The probability-flow ODE has a density. Uniform noise in a level's bin makes it one of pixels
-(the variational bound of dequantisation),
+The probability-flow ODE has a density. Uniform dequantization gives a bound for pixels,
 
     bits/dim = -E_u log2 p(x_0 + Δ (u - ½)) / d + log2 127.5,    u ~ U[0, 1),
 
-the density being that of x_{t_min} / α, which has noise of a standard deviation of r_{t_min}.
+with the density of x_{t_min} / α, which contains noise of standard deviation r_{t_min}.
 
-DDPM's own bound needs no ODE: with the small variance, over the times t_1 < ... < t_T of training,
+DDPM's variational bound needs no ODE: with the small variance, over the training times
+t_1 < ... < t_T,
 
     L = KL(q(x_T | x_0) ‖ p(x_T)) + Σ_k ½ (SNR(t_{k-1}) - SNR(t_k)) E |x_0 - x̂(x_{t_k})|²
         - E log p(p | x_{t_1}),    p(p | x_t) ∝ exp(-(x_t / α_t - level p)² / 2 r_t²).
 
-Where the network has learned the variance, the terms of the sum are those of `reverse.py` for its
-share, and the last one is that of its own last step, N(x̂, Σ)'s mass in the pixel's bin: the bound
-that the network was trained by.
+For a network with a learned variance, the terms of the sum are those of `transition` for its
+variance fraction, and the last term is the mass of N(x̂, Σ) in the bin of the pixel: the bound that
+the network was trained with.
 
 Sources:
     Song et al., "Score-based generative modeling through SDEs", 2021, section 4.3.
@@ -33,17 +33,18 @@ import math
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.rng import KeyedGenerator
 from diffusion_lab.sampler.ode import ProbabilityFlow
 from diffusion_lab.schedule import DiscreteSchedule, Schedule
-from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.schedule.base import MAX_RATIO
 from diffusion_lab.tensor import broadcast
-from diffusion_lab.transition import last_variance, pixel_nats, step_nats
+from diffusion_lab.transition import discretized_gaussian_nll, final_step_variance, kl_term
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-TERMS = 1000  # into which the bound cuts a continuous schedule
-FINEST = 0.005  # and the ratio at which it begins
+NUM_TIMES = 1000  # of the bound under a continuous schedule
+MIN_RATIO = 0.005  # the lowest of them
 
 
 def flow(
@@ -59,11 +60,11 @@ def flow(
         denoiser: The prior, E[x_0 | x_t].
         solver: Solves the ODE.
         pixels: The images, uint8, of shape (B, *).
-        generator: Where the noise in the bins and Hutchinson's v come from.
-        exact: Whether the trace is exact; for data of few dimensions.
+        generator: The source of the dequantization noise and of Hutchinson's v.
+        exact: Whether the trace is exact, at d times the cost.
 
     Raises:
-        SamplingError: If the solver does not arrive.
+        SamplingError: If the solver does not converge.
     """
     u = generator.uniform(*pixels.shape[1:])
     x_0 = (pixels.to(u) + u - 0.5) / 127.5 - 1
@@ -77,33 +78,31 @@ def flow(
 
 
 def _times(schedule: Schedule) -> Tensor:
-    """The times t_1 < ... < t_T that the bound sums over."""
+    """The times t_1 < ... < t_T of the bound."""
     if isinstance(schedule, DiscreteSchedule):
         return torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
-    # Even in log r, where the sum is nearest to its limit. It begins at about a level's width:
-    # below, the last term is nothing, and the sum grows without end.
+    # Uniform in log r, where the sum is nearest to its limit. The lowest level is about Δ: below
+    # it the last term vanishes and the sum diverges.
     ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64))
-    low, high = ends.clamp(min=FINEST, max=LARGEST).log().tolist()
-    times = schedule.t_from_ratio(torch.linspace(low, high, TERMS, dtype=torch.float64).exp())
+    low, high = ends.clamp(min=MIN_RATIO, max=MAX_RATIO).log().tolist()
+    times = schedule.t_from_ratio(torch.linspace(low, high, NUM_TIMES, dtype=torch.float64).exp())
     times[-1] = 1.0
     return times
 
 
 @torch.no_grad()
-def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: int) -> Tensor:
+@checked
+def bound(
+    denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: PositiveInt
+) -> Tensor:
     """Returns an unbiased estimate of DDPM's bound in bits per dimension, float64, of shape (B,).
 
     Arguments:
         denoiser: The prior, E[x_0 | x_t].
         pixels: The images, uint8, of shape (B, *).
-        generator: Where the noise and the terms come from.
-        terms: How many of the T - 1 terms of the sum are drawn, each a call of the denoiser.
-
-    Raises:
-        ValueError: If `terms` is below 1.
+        generator: The source of the noise and of the choice of terms.
+        terms: The number of terms drawn from the T - 1 of the sum, each a call of the denoiser.
     """
-    if terms < 1:
-        raise ValueError(f"terms={terms} is not allowed; at least 1")
     schedule, shape = denoiser.schedule, pixels.shape[1:]
     times = _times(schedule).to(pixels.device)
     x_0 = (pixels.float() / 127.5 - 1).double()
@@ -116,7 +115,7 @@ def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: 
     weight = (ratio[:-1] ** -2 - ratio[1:] ** -2) / 2
     sigma_square = schedule(times)[1].to(times) ** 2
     log_range = torch.log(sigma_square[1:] / sigma_square[:-1])
-    # Terms are drawn in proportion to what they would be if |x_0 - x̂|² were r² / (1 + r²).
+    # Terms are drawn in proportion to their values for |x_0 - x̂|² = r² / (1 + r²).
     mass = torch.cumsum(weight / (1 + ratio[1:] ** -2), 0)
     inner = torch.zeros_like(kl)
     for j in range(terms):
@@ -126,10 +125,10 @@ def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: 
         t = times[k + 1]
         alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
         x_t = alpha_t * x_0 + sigma_t * generator.normal(*shape, dtype=torch.float64)
-        denoised, share = denoiser.with_share(x_t.float(), t)
-        nats = step_nats(
+        denoised, fraction = denoiser.with_variance(x_t.float(), t)
+        nats = kl_term(
             (denoised.double() - x_0).square(),
-            0.0 if share is None else share.double(),
+            0.0 if fraction is None else fraction.double(),
             *(broadcast(c[k], x_0) for c in (2 * weight, log_range)),
         )
         inner += nats.sum(dims) / probability / terms
@@ -137,19 +136,19 @@ def bound(denoiser: Denoiser, pixels: Tensor, generator: KeyedGenerator, terms: 
     first = times[0]
     r = float(schedule.ratio(first))
     v = x_0 + r * generator.normal(*shape, dtype=torch.float64)  # x_t / α_t
-    if share is None:
+    if fraction is None:
         decoder = _level_nats(v, pixels, r)
     else:
         x_t = schedule(first)[0].to(v) * v
-        denoised, share = denoiser.with_share(x_t.float(), first)
-        assert share is not None
-        variance = last_variance(schedule, first, times[1], share.double())
-        decoder = pixel_nats(x_0, denoised.double(), variance).sum(dims)
+        denoised, fraction = denoiser.with_variance(x_t.float(), first)
+        assert fraction is not None
+        variance = final_step_variance(schedule, first, times[1], fraction.double())
+        decoder = discretized_gaussian_nll(x_0, denoised.double(), variance).sum(dims)
     return (kl + inner + decoder) / (x_0[0].numel() * math.log(2))
 
 
 def _level_nats(v: Tensor, pixels: Tensor, r: float) -> Tensor:
-    """-log p(p | x_t) without a network, for v = x_t / α_t, of shape (B,)."""
+    """-log p(p | x_t) with the closed-form decoder, for v = x_t / α_t, of shape (B,)."""
     levels = LEVELS.to(v)
     nats = v.new_zeros(len(v))
     for b, (value, pixel) in enumerate(zip(v.flatten(1), pixels.flatten(1).long(), strict=True)):

@@ -1,10 +1,10 @@
-r"""Losses: what an error of the network weighs at each noise level.
+r"""Training losses: weightings w(t) of the squared error over noise levels.
 
     loss = E w(t) |x̂ - x_0|² = E w(t) / gain(t)² |output - target|²,    SNR = α_t² / σ_t².
 
-The weights are written for the error of x̂, whatever the network predicts; `Simple` alone weighs
-the network's own output. `Hybrid` also teaches the network the variance of the reverse steps. How
-t is drawn is another matter: `time.py`.
+The weights apply to the error of x̂, independently of the parameterization; only `Simple` weights
+the error of the network's output. `Hybrid` also trains the variance of the reverse steps. The
+distribution of t is chosen separately, see `timesteps`.
 
 Sources:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 14 (simple).
@@ -24,18 +24,24 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.constraints import NonNegative, Positive, checked
 from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.schedule import DiscreteSchedule, Schedule
 from diffusion_lab.tensor import broadcast
-from diffusion_lab.transition import last_variance, pixel_nats, step_nats, transition
+from diffusion_lab.transition import (
+    discretized_gaussian_nll,
+    final_step_variance,
+    kl_term,
+    transition,
+)
 
 
 class Loss(nn.Module, ABC):
     """A weighted squared error.
 
     Attributes:
-        learns_variance: Whether it teaches a network the variance of the reverse steps; then
-            `forward` takes the network's share and x_0 as well.
+        learns_variance: Whether it trains the variance of the reverse steps; then `forward` also
+            takes the network's variance fraction and x_0.
     """
 
     learns_variance = False
@@ -54,13 +60,21 @@ class Loss(nn.Module, ABC):
         parameterization: Parameterization,
         t: Tensor,
     ) -> Tensor:
-        """Returns the loss of each image: the weighted mean over its numbers, of shape (B,)."""
+        """Returns the loss of each x_0, a weighted mean over its elements, of shape (B,).
+
+        Arguments:
+            output: The network's prediction, of shape (B, *).
+            target: Its target, of the same shape.
+            schedule: The schedule.
+            parameterization: The parameterization of the network.
+            t: The times, of shape (B,).
+        """
         error = (output.float() - target).square().flatten(1).mean(1)
         return self.output_weight(schedule, parameterization, t).to(error) * error
 
 
 class Simple(Loss):
-    """All levels alike in terms of what the network predicts: L_simple for ε."""
+    """Unit weight of the error of the network's output: L_simple for ε."""
 
     def output_weight(
         self, schedule: Schedule, parameterization: Parameterization, t: Tensor
@@ -69,99 +83,101 @@ class Simple(Loss):
 
 
 class Hybrid(Simple):
-    r"""L_simple for the mean, and λ L_vlb for the variance of the reverse steps.
+    r"""Hybrid loss: L_simple for the mean, and λ L_vlb for the variance of the reverse steps.
 
     L_vlb is the variational bound of the chain t = 1, 1 - 1/T, ..., 1/T, 0 in bits per dimension,
-    but for the part of x_1, which nothing is learned from. Of its sum one term is drawn with t,
+    without the term of x_1, which has no parameters. One term of its sum is drawn with t,
 
         L_hybrid = L_simple + λ T L_t,    s = t - 1/T,
         L_t = KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)),    L_{1/T} = -log p(x_0 | x_{1/T}),
 
-    L_t being a mean over the numbers of the image, and divided by log 2. In it the mean has no
-    gradient: it teaches the share only. With λ = 0.001 this is the paper's loss, and for any T the
-    one that its authors' programs name `RESCALED_MSE`.
+    where L_t is a mean over the elements of x_0, divided by log 2. It has no gradient with respect
+    to x̂: it trains the variance fraction only. With λ = 0.001 this is the paper's loss, and for
+    any T the one that its authors' code names `RESCALED_MSE`.
 
     Arguments:
-        vlb_weight: λ, above 0.
+        vlb_weight: λ.
     """
 
     learns_variance = True
 
-    def __init__(self, vlb_weight: float = 0.001) -> None:
+    @checked
+    def __init__(self, vlb_weight: Positive = 0.001) -> None:
         super().__init__()
-        if not vlb_weight > 0:
-            raise ValueError(f"vlb_weight={vlb_weight} is not allowed; it is above 0")
         self.vlb_weight = vlb_weight
 
-    def forward(
+    def forward(  # type: ignore[override]  # a loss with learns_variance has two more arguments
         self,
         output: Tensor,
         target: Tensor,
         schedule: Schedule,
         parameterization: Parameterization,
         t: Tensor,
-        share: Tensor,
+        fraction: Tensor,
         x_0: Tensor,
     ) -> Tensor:
         """Returns the loss of each image, of shape (B,).
 
         Arguments:
             output: The network's prediction, of shape (B, *).
-            target: What it should be.
+            target: Its target, of the same shape.
             schedule: The schedule, of T steps.
-            parameterization: What the network predicts.
+            parameterization: The parameterization of the network.
             t: The times, multiples of 1/T, of shape (B,).
-            share: The network's share of v in the variance, of shape (B, *).
-            x_0: The images, of 8 bits in [-1, 1].
+            fraction: The network's variance fraction, of shape (B, *), see `transition`.
+            x_0: The images, of 8 bits in [-1, 1], of shape (B, *).
 
         Raises:
-            ValueError: If the schedule has no steps.
+            ValueError: If the schedule is not discrete.
         """
         simple = super().forward(output, target, schedule, parameterization, t)
         error = output.detach().float() - target
         alpha_t, sigma_t = (broadcast(c, error) for c in schedule(t))
         # x̂ is linear in the output: its error is the x̂ of the output's error at x_t = 0.
         error = parameterization.denoised(error, torch.zeros_like(error), alpha_t, sigma_t)
-        term = self.term(error, share.float(), x_0, schedule, t)
+        term = self.term(error, fraction.float(), x_0, schedule, t)
         return simple + self.vlb_weight * schedule.steps * term
 
     @staticmethod
-    def term(error: Tensor, share: Tensor, x_0: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
+    def term(
+        error: Tensor, fraction: Tensor, x_0: Tensor, schedule: Schedule, t: Tensor
+    ) -> Tensor:
         """Returns L_t in bits per dimension, of shape (B,).
 
         Arguments:
             error: x̂ - x_0, of shape (B, *).
-            share: The share, of the same shape.
+            fraction: The variance fraction, of the same shape.
             x_0: The images, of the same shape.
             schedule: The schedule, of T steps.
             t: The times, multiples of 1/T, of shape (B,).
 
         Raises:
-            ValueError: If the schedule has no steps.
+            ValueError: If the schedule is not discrete.
         """
         if not isinstance(schedule, DiscreteSchedule):
             raise ValueError(
-                f"loss=hybrid is the bound of a chain of T steps, and {type(schedule).__name__} "
-                "has none; choose schedule=linear, quadratic, cosine, sigmoid or laplace"
+                "loss=hybrid is the variational bound of a discrete chain, and "
+                f"{type(schedule).__name__} is continuous; choose schedule=linear, quadratic, "
+                "cosine, sigmoid or laplace"
             )
         step = 1 / schedule.steps
         first = t < 1.5 * step
-        s = torch.where(first, t, t - step)  # no step and no KL of those: they have the pixels
-        _, sigma_s, _, sigma_t, _ = transition(schedule, t, s)
-        fall = schedule.ratio(s) ** -2 - schedule.ratio(t) ** -2
-        log_range = 2 * torch.log(sigma_t / sigma_s)
-        fall, log_range = (broadcast(c, error) for c in (fall, log_range))
-        nats = step_nats(error.square(), share, fall, log_range)
+        s = torch.where(first, t, t - step)  # the first has no KL term: s = t makes it 0
+        pair = transition(schedule, t, s)
+        snr_difference = schedule.ratio(s) ** -2 - schedule.ratio(t) ** -2
+        log_range = 2 * torch.log(pair.sigma_t / pair.sigma_s)
+        snr_difference, log_range = (broadcast(c, error) for c in (snr_difference, log_range))
+        nats = kl_term(error.square(), fraction, snr_difference, log_range)
         first = broadcast(first, error).bool()
-        # The errors of other times are out of range here.
+        # Errors of other times are masked: far from a level the likelihood is not finite.
         denoised = x_0 + torch.where(first, error, 0)
-        variance = last_variance(schedule, step, 2 * step, share)
-        nats = nats + torch.where(first, pixel_nats(x_0, denoised, variance), 0)
+        variance = final_step_variance(schedule, step, 2 * step, fraction)
+        nats = nats + torch.where(first, discretized_gaussian_nll(x_0, denoised, variance), 0)
         return nats.flatten(1).mean(1) / math.log(2)
 
 
 class _Weighted(Loss):
-    """A loss of x̂, the same whatever the network predicts."""
+    """A loss of x̂, independent of the parameterization."""
 
     @abstractmethod
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -174,13 +190,14 @@ class _Weighted(Loss):
 
 
 class SNR(_Weighted):
-    """w = SNR, which is |ε̂ - ε|²; with `truncated`, w = max(SNR, 1).
+    """w = SNR, which gives |ε̂ - ε|²; with `truncated`, w = max(SNR, 1).
 
     Arguments:
-        truncated: Whether the weight is at least 1, so that a network of x_0 learns the noisiest
-            levels, too.
+        truncated: Whether the weight is at least 1, so that an x_0-prediction network also learns
+            the highest noise levels.
     """
 
+    @checked
     def __init__(self, truncated: bool = False) -> None:
         super().__init__()
         self.truncated = truncated
@@ -191,16 +208,15 @@ class SNR(_Weighted):
 
 
 class MinSNR(_Weighted):
-    """w = min(SNR, γ): no level outweighs the others.
+    """w = min(SNR, γ): limits the weight of low noise levels.
 
     Arguments:
-        gamma: γ, above 0.
+        gamma: γ.
     """
 
-    def __init__(self, gamma: float = 5.0) -> None:
+    @checked
+    def __init__(self, gamma: Positive = 5.0) -> None:
         super().__init__()
-        if not gamma > 0:
-            raise ValueError(f"gamma={gamma} is not allowed; it is above 0")
         self.gamma = gamma
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -208,17 +224,16 @@ class MinSNR(_Weighted):
 
 
 class P2(_Weighted):
-    """w = SNR / (k + SNR)^γ: less weight where only imperceptible detail is left to learn.
+    """w = SNR / (k + SNR)^γ: less weight at low noise, where only fine detail is lost.
 
     Arguments:
-        gamma: γ, at least 0; 0 is `SNR`.
-        k: k, above 0.
+        gamma: γ; 0 gives `SNR`.
+        k: k.
     """
 
-    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+    @checked
+    def __init__(self, gamma: NonNegative = 1.0, k: Positive = 1.0) -> None:
         super().__init__()
-        if not (gamma >= 0 and k > 0):
-            raise ValueError(f"gamma={gamma} and k={k} are not allowed; gamma >= 0, k > 0")
         self.gamma, self.k = gamma, k
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -230,13 +245,12 @@ class EDM(_Weighted):
     """w = (r² + σ_d²) / (r σ_d)²: unit weight of the EDM parameterization's output.
 
     Arguments:
-        sigma_data: σ_d, the standard deviation of the images in [-1, 1], above 0.
+        sigma_data: σ_d, the standard deviation of x_0.
     """
 
-    def __init__(self, sigma_data: float = 0.5) -> None:
+    @checked
+    def __init__(self, sigma_data: Positive = 0.5) -> None:
         super().__init__()
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data={sigma_data} is not allowed; it is above 0")
         self.sigma_data = sigma_data
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -244,10 +258,10 @@ class EDM(_Weighted):
 
 
 class Likelihood(_Weighted):
-    """w = g² α_t² / σ_t⁴, which is g² |ŝ - s|²: a bound of the negative log likelihood.
+    """w = g² α_t² / σ_t⁴, which gives g² |ŝ - s|²: a bound on the negative log likelihood.
 
-    Twice the bound's integrand in nats; with t uniform it has much variance, with
-    `time=importance` little.
+    It is twice the integrand of the bound in nats. Its variance is large for uniform t and small
+    with `time=importance`.
     """
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:

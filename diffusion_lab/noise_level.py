@@ -1,24 +1,29 @@
-r"""One noise level, four ways to state it.
+r"""Noise level of an observation, given by one of four equivalent quantities.
 
 A noisy image is y = x_0 + σ_y n, or up to a factor x_t = α_t x_0 + σ_t n with α_t² + σ_t² = 1:
 
     σ_y = σ_t / α_t = σ_t / √(1 - σ_t²),    SNR = 20 log10(1 / σ_y) dB,
 
-and t is where the run's own schedule has this ratio. t = 0.5 is hardly any image on a linear
-schedule (σ_t = 0.96) and half of one on a cosine schedule (0.71): read the four together.
+and t is the time at which the run's schedule has this ratio. The same t means different levels:
+t = 0.5 is σ_t = 0.96 on a linear schedule and 0.71 on a cosine schedule.
 """
 
 __all__ = ["KEYS", "NoiseLevel", "resolve"]
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from diffusion_lab.errors import ConfigError
+from diffusion_lab.constraints import Number, OpenUnit, Positive, PositiveUnit, allows, describe
+from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.schedule import Schedule
 
-KEYS = ("sigma_t", "t", "sigma_y", "snr_db")
+ALLOWED: dict[str, Any] = {
+    "sigma_t": OpenUnit, "t": PositiveUnit, "sigma_y": Positive, "snr_db": Number,
+}  # fmt: skip
+KEYS = tuple(ALLOWED)
 DEFAULT = ("sigma_t", 0.5)
 
 
@@ -46,41 +51,32 @@ class NoiseLevel:
 
 
 def chosen(values: dict[str, float | None]) -> tuple[str, float]:
-    """Returns the one key that is given and its value, or the default.
+    """Returns the key that is given and its value, or the default.
 
     Raises:
-        ConfigError: If more than one is given, or a value is no number or out of its range.
+        ConfigError: If more than one is given, or the value is not allowed.
     """
     given = {key: values[key] for key in KEYS if values.get(key) is not None}
     if len(given) > 1:
         raise ConfigError(
-            f"{' and '.join(f'{k}={v}' for k, v in given.items())} both state the noise level; "
+            f"{' and '.join(f'{k}={v}' for k, v in given.items())} all set the noise level; "
             "give only one of them"
         )
     key, value = next(iter(given.items()), DEFAULT)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{key}={value} is not a number; write for example {key}=0.5")
-    ranges = {
-        "sigma_t": ("in (0, 1)", 0 < value < 1),
-        "t": ("in (0, 1]", 0 < value <= 1),
-        "sigma_y": ("above 0", value > 0),
-        "snr_db": ("any number", True),
-    }
-    text, allowed = ranges[key]
-    if not allowed:
-        raise ConfigError(f"{key}={value} is not allowed; it is {text}")
+    if not allows(ALLOWED[key], value):
+        raise ConfigError(str(ArgumentError(key, value, describe(ALLOWED[key]))))
     return key, value
 
 
 def resolve(schedule: Schedule, values: dict[str, float | None]) -> NoiseLevel:
-    """Finds the other three.
+    """Returns the noise level in all four quantities.
 
     Arguments:
         schedule: The schedule of the run.
         values: At most one of sigma_t, t, sigma_y and snr_db that is not None.
 
     Raises:
-        ConfigError: If the level is stated wrongly, or lies outside what the schedule covers.
+        ConfigError: If the level is not allowed, or outside the range of the schedule.
     """
     key, value = chosen(values)
     if key == "t":
@@ -95,8 +91,8 @@ def resolve(schedule: Schedule, values: dict[str, float | None]) -> NoiseLevel:
     low, high = schedule.ratio(ends).tolist()
     if not low <= sigma_y <= high:
         raise ConfigError(
-            f"{key}={value} means sigma_y={sigma_y:.4g}, outside the run's schedule "
-            f"({type(schedule).__name__}), whose noise levels reach from sigma_y={low:.4g} to "
+            f"{key}={value} means sigma_y={sigma_y:.4g}, which is outside the run's schedule "
+            f"({type(schedule).__name__}); its noise levels are from sigma_y={low:.4g} to "
             f"{high:.4g}"
         )
     return NoiseLevel(

@@ -1,11 +1,11 @@
-r"""What a network predicts, and how its output becomes E[x_0 | x_t].
+r"""Parameterizations: the prediction target of a network, and E[x_0 | x_t] from its output.
 
-All are one thing seen from different sides: with x_t = α_t x_0 + σ_t ε,
+All targets are equivalent: with x_t = α_t x_0 + σ_t ε,
 
     ε̂ = (x_t - α_t x̂) / σ_t,    score = ∇ log p(x_t) = -ε̂ / σ_t,    x̂ = E[x_0 | x_t].
 
-Every output o is linear in x̂ for a given x_t. Its slope |∂o / ∂x̂|, the gain, translates between
-the squared errors: |o - o*|² = gain² |x̂ - x_0|².
+Every output o is linear in x̂ for a given x_t. Its slope |∂o / ∂x̂|, the gain, relates the squared
+errors: |o - o*|² = gain² |x̂ - x_0|².
 
 Sources:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 12 (ε).
@@ -23,18 +23,19 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.constraints import Positive, checked
 from diffusion_lab.schedule import Schedule
 
 
 class Parameterization(nn.Module, ABC):
     """The relation between a network's output and E[x_0 | x_t].
 
-    All methods take α_t and σ_t in shapes that broadcast against images (B, *).
+    All methods take α_t and σ_t in shapes that broadcast against x_t of shape (B, *).
     """
 
     @abstractmethod
     def target(self, x_0: Tensor, epsilon: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """Returns what the network should say of x_t = α_t x_0 + σ_t ε, of shape (B, *)."""
+        """Returns the target of the output at x_t = α_t x_0 + σ_t ε, of shape (B, *)."""
 
     @abstractmethod
     def denoised(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
@@ -44,12 +45,12 @@ class Parameterization(nn.Module, ABC):
     def gain(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         """Returns |∂ output / ∂ x̂|."""
 
-    def scale(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """Returns the factor of x_t in the network's input: it makes the variance about one."""
+    def input_scale(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Returns the factor of x_t in the network's input, for a variance of about one."""
         return torch.rsqrt(alpha_t**2 + sigma_t**2)
 
-    def scales(self, schedule: Schedule) -> bool:
-        """Returns whether that factor is not 1 anyway."""
+    def scales_input(self, schedule: Schedule) -> bool:
+        """Returns whether `input_scale` differs from 1 under a schedule."""
         return not schedule.variance_preserving
 
 
@@ -80,7 +81,7 @@ class Score(Parameterization):
 
 
 class X0(Parameterization):
-    """The network predicts the clean image x_0."""
+    """The network predicts the clean state x_0."""
 
     def target(self, x_0: Tensor, epsilon: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         return x_0
@@ -93,20 +94,20 @@ class X0(Parameterization):
 
 
 class V(Parameterization):
-    """The network predicts v = (α_t ε - σ_t x_0) / √(α_t² + σ_t²): well posed at both ends.
+    """The network predicts v = (α_t ε - σ_t x_0) / √(α_t² + σ_t²), well conditioned at all levels.
 
-    The root is 1 for a variance-preserving schedule, where x̂ = α_t x_t - σ_t v.
+    For a variance-preserving schedule the root is 1 and x̂ = α_t x_t - σ_t v.
     """
 
     def target(self, x_0: Tensor, epsilon: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        return (alpha_t * epsilon - sigma_t * x_0) * self.scale(alpha_t, sigma_t)
+        return (alpha_t * epsilon - sigma_t * x_0) * self.input_scale(alpha_t, sigma_t)
 
     def denoised(self, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        scale = self.scale(alpha_t, sigma_t)
+        scale = self.input_scale(alpha_t, sigma_t)
         return scale * (alpha_t * scale * x_t - sigma_t * output)
 
     def gain(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        return 1 / (sigma_t * self.scale(alpha_t, sigma_t))
+        return 1 / (sigma_t * self.input_scale(alpha_t, sigma_t))
 
 
 class Flow(Parameterization):
@@ -123,21 +124,20 @@ class Flow(Parameterization):
 
 
 class EDM(Parameterization):
-    r"""The preconditioning of Karras et al.: unit variance in, unit variance out, at every level.
+    r"""EDM preconditioning: input and target have unit variance at every level.
 
-    With r = σ_t / α_t and the network's F,
+    With r = σ_t / α_t and the network F,
 
         x̂ = c_skip x_t / α_t + c_out F(c_in x_t / α_t),    c_skip = σ_d² / (r² + σ_d²),
         c_out = r σ_d / √(r² + σ_d²),    c_in = 1 / √(r² + σ_d²).
 
     Arguments:
-        sigma_data: σ_d, the standard deviation of the images in [-1, 1], above 0.
+        sigma_data: σ_d, the standard deviation of x_0.
     """
 
-    def __init__(self, sigma_data: float = 0.5) -> None:
+    @checked
+    def __init__(self, sigma_data: Positive = 0.5) -> None:
         super().__init__()
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data={sigma_data} is not allowed; it is above 0")
         self.sigma_data = sigma_data
 
     def _c(self, alpha_t: Tensor, sigma_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +156,8 @@ class EDM(Parameterization):
     def gain(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         return 1 / self._c(alpha_t, sigma_t)[1]
 
-    def scales(self, schedule: Schedule) -> bool:
+    def scales_input(self, schedule: Schedule) -> bool:
         return True
 
-    def scale(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    def input_scale(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         return torch.rsqrt(sigma_t**2 + (alpha_t * self.sigma_data) ** 2)

@@ -6,10 +6,14 @@ from torch import Tensor
 
 
 def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Gives a coefficient of shape () or (B,) x's type, device and number of dimensions.
+    """Returns a coefficient of shape () or (B,) with x's type, device and number of dimensions.
 
-    One number may stay on the CPU, from where products with x take it by value: to copy it would
-    be to wait for the device.
+    A tensor of shape () on the CPU stays there: products with x take its value without a copy to
+    the device, which would synchronize.
+
+    Arguments:
+        coefficient: The coefficient, of shape () or (B,).
+        x: The tensor that it is multiplied with, of shape (B, *).
     """
     if not coefficient.ndim and coefficient.device.type == "cpu":
         return coefficient.to(x.dtype)

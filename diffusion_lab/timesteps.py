@@ -1,7 +1,7 @@
-r"""How the times of training are drawn.
+r"""Timestep samplers: distributions of the training times t.
 
-Every t is a function of a uniform number u in [0, 1), which comes from the image's own key, or,
-stratified, from the image's place in the global batch.
+Every t is a function of a uniform number u in [0, 1), which is drawn by the key of the training
+example or, if stratified, from its interval in the global batch.
 
 Sources:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, algorithm 1 (uniform).
@@ -11,39 +11,42 @@ Sources:
     (importance).
 """
 
-__all__ = ["Importance", "LogNormal", "Time", "Uniform"]
+__all__ = ["Importance", "LogNormal", "TimestepSampler", "Uniform"]
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_lab.constraints import Number, Positive, checked
 from diffusion_lab.schedule import DiscreteSchedule, Schedule
-from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.schedule.base import MAX_RATIO
 
 
-class Time(nn.Module, ABC):
+class TimestepSampler(nn.Module, ABC):
     """A distribution of training times.
 
     Arguments:
-        stratified: Whether the u of a global batch of B are one in each of B equal intervals:
-            the loss has less variance, and its mean is the same.
+        stratified: Whether a global batch of B has one u in each of B equal intervals, which
+            reduces the variance of the loss and keeps its mean.
     """
 
+    @checked
     def __init__(self, stratified: bool = False) -> None:
         super().__init__()
         self.stratified = stratified
 
     @abstractmethod
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """Returns times, and the factors that make their loss that of uniform times.
+        """Returns times, and the importance weights of their losses.
 
         Arguments:
             u: Uniform numbers in [0, 1), float64, of shape (B,).
             schedule: The schedule.
 
         Returns:
-            t in (0, 1] and the factors, float64, of shape (B,).
+            t in (0, 1] and the weights, which give a loss the mean of the uniform distribution;
+            both float64, of shape (B,).
         """
 
 
@@ -53,26 +56,25 @@ def _uniform(u: Tensor, schedule: Schedule) -> Tensor:
     return schedule.t_min + u * (1 - schedule.t_min)
 
 
-class Uniform(Time):
-    """t uniform over DDPM's T times k / T, or over [t_min, 1] of a continuous schedule."""
+class Uniform(TimestepSampler):
+    """t uniform over the T times k / T of a discrete schedule, or over [t_min, 1]."""
 
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         return _uniform(u, schedule), torch.ones_like(u)
 
 
-class LogNormal(Time):
-    """log r ~ N(mean, std²), within the schedule; the weight is left as it is (EDM).
+class LogNormal(TimestepSampler):
+    """log r ~ N(mean, std²), clamped to the schedule, without importance weights (EDM).
 
     Arguments:
         mean: Mean of log r_t, r_t = σ_t / α_t.
-        std: Standard deviation of log r_t, above 0.
-        stratified: See `Time`.
+        std: Standard deviation of log r_t.
+        stratified: See `TimestepSampler`.
     """
 
-    def __init__(self, mean: float = -1.2, std: float = 1.2, stratified: bool = False) -> None:
+    @checked
+    def __init__(self, mean: Number = -1.2, std: Positive = 1.2, stratified: bool = False) -> None:
         super().__init__(stratified)
-        if not std > 0:
-            raise ValueError(f"std={std} is not allowed; it is above 0")
         self.mean, self.std = mean, std
 
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -83,22 +85,22 @@ class LogNormal(Time):
         return schedule.t_from_ratio(ratio).to(u), torch.ones_like(u)
 
 
-class Importance(Time):
-    """t with density p ∝ g² / σ_t², and the factor 1 / p.
+class Importance(TimestepSampler):
+    """t with density p ∝ g² / σ_t² and importance weight 1 / p.
 
-    With the likelihood weight |ε̂ - ε|² has the same weight at every t, to a quarter of a percent:
-    the density is that of a table.
+    With the likelihood weighting, |ε̂ - ε|² then has the same weight at every t, to 0.25%, the
+    error of the tabulated density.
 
     Arguments:
-        stratified: See `Time`.
+        stratified: See `TimestepSampler`.
     """
 
-    POINTS = 4096  # of the table of the distribution
+    POINTS = 4096  # of the table
 
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        # Spaced evenly in log r, where the density is smooth.
+        # Uniform in log r, where the density is smooth.
         ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64))
-        ends = ends.clamp(max=LARGEST).log()
+        ends = ends.clamp(max=MAX_RATIO).log()
         level = torch.linspace(float(ends[0]), float(ends[1]), self.POINTS, dtype=torch.float64)
         t = schedule.t_from_ratio(level.exp().clamp(max=float(schedule.ratio(1.0)))).to(u)
         density = (schedule.diffusion(t) / schedule(t)[1]) ** 2
@@ -106,8 +108,8 @@ class Importance(Time):
         mass = torch.cat([mass.new_zeros(1), mass])
         wanted = u * mass[-1]
         k = torch.searchsorted(mass, wanted, right=True).clamp(1, self.POINTS - 1)
-        share = (wanted - mass[k - 1]) / (mass[k] - mass[k - 1])
-        drawn = torch.lerp(t[k - 1], t[k], share)
-        # Within an interval t is uniform: its density there is the interval's mass by its length.
+        weight = (wanted - mass[k - 1]) / (mass[k] - mass[k - 1])
+        drawn = torch.lerp(t[k - 1], t[k], weight)
+        # t is uniform within an interval: its density there is the mass over the length.
         factor = mass[-1] * (t[k] - t[k - 1]) / (mass[k] - mass[k - 1])
         return drawn, factor / (1 - schedule.t_min)

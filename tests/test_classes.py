@@ -203,7 +203,7 @@ def test_labels_reach_the_network_one_for_each_image() -> None:
     labels = torch.tensor([0, 2, 1])
     denoiser = NetworkDenoiser(Told(), Linear(), Epsilon(), labels)
     x_t, t = torch.zeros(3, 1, 2, 2), torch.tensor(0.5)
-    output = denoiser.output(x_t, t)
+    output = denoiser.outputs(x_t, t)[0]
     assert output[:, 0, 0, 0].tolist() == [0, 2, 1]
 
 

@@ -139,7 +139,7 @@ def test_a_denoiser_is_not_asked_beyond_its_own_schedule() -> None:
     denoiser = Rescheduled(GaussianDenoiser(EDM(sigma_max=20.0)), VE())
     x_t, edge = normal(2, 4), VE().t_from_ratio(20.0)
     assert bool(denoiser(x_t, edge).isfinite().all())
-    with pytest.raises(ValueError, match="outside the schedule EDM, which reaches from 0 to 20"):
+    with pytest.raises(ValueError, match="outside the schedule EDM, whose range is 0 to 20"):
         denoiser(x_t, edge + 1e-3)
 
 

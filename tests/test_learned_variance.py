@@ -36,10 +36,9 @@ from diffusion_lab.schedule import VP, Cosine, DiscreteSchedule, Linear
 from diffusion_lab.tensor import broadcast
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.transition import (
-    last_variance,
-    pixel_nats,
-    step_nats,
-    step_variance,
+    discretized_gaussian_nll,
+    final_step_variance,
+    kl_term,
     transition,
 )
 
@@ -62,10 +61,10 @@ def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
     """The share for x_0 of variance c and the chain's own step, of t's shape; 1 for the last."""
     s = t - 1 / schedule.steps
     last = s < 0.5 / schedule.steps
-    _, sigma_s, _, sigma_t, _ = transition(schedule, t, torch.where(last, t / 2, s))
+    step = transition(schedule, t, torch.where(last, t / 2, s))
     ratios = [schedule(u.double()) for u in (t, torch.where(last, t / 2, s))]
     v_t, v_s = (alpha**2 * c + sigma**2 for alpha, sigma in ratios)
-    share = 1 - torch.log(v_t / v_s) / torch.log(sigma_t**2 / sigma_s**2)
+    share = 1 - torch.log(v_t / v_s) / torch.log(step.sigma_t**2 / step.sigma_s**2)
     return torch.where(last, 1.0, share)
 
 
@@ -79,7 +78,7 @@ class Sharing(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.denoiser(x_t, t).to(x_t.dtype)
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         share = broadcast(torch.as_tensor(self.share(t)), x_t)
         return self(x_t, t), share.expand(x_t.shape)
 
@@ -91,7 +90,7 @@ class Gaussians(GaussianDenoiser):
         super().__init__(schedule, MEAN, c * torch.eye(4, dtype=torch.float64))
         self.c = c
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self(x_t, t), exact_share(self.schedule, t, self.c).expand(x_t.shape)
 
 
@@ -105,9 +104,10 @@ def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: floa
     share = exact_share(TWENTY, t, c).requires_grad_()
     assert bool(((share > 0) & (share < 1)).all())
     s = t - 1 / 20
-    _, sigma_s, alpha_t, sigma_t, v = transition(TWENTY, t, s)
+    step = transition(TWENTY, t, s)
+    sigma_s, alpha_t, sigma_t, v = step[1:]
     v_t, v_s = (alpha**2 * c + sigma**2 for alpha, sigma in (TWENTY(t), TWENTY(s)))
-    variance = step_variance(v, sigma_s, sigma_t, share)
+    variance = step.reverse_variance(share)
     torch.testing.assert_close(variance, v * v_s / v_t, rtol=1e-12, atol=0)
     # By the covariance of x_s and x_t, too.
     covariance = alpha_t / TWENTY(s)[0] * v_s
@@ -115,13 +115,13 @@ def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: floa
 
     square = c * sigma_t**2 / v_t  # E (x_0 - x̂)²
     arguments = TWENTY.ratio(s) ** -2 - TWENTY.ratio(t) ** -2, torch.log(sigma_t**2 / sigma_s**2)
-    nats = step_nats(square, share, *arguments)
+    nats = kl_term(square, share, *arguments)
     small = v * sigma_s**2 / sigma_t**2
     torch.testing.assert_close(nats, torch.log(variance / small) / 2, rtol=1e-9, atol=1e-12)
     (gradient,) = torch.autograd.grad(nats.sum(), share)
     torch.testing.assert_close(gradient, torch.zeros_like(t), rtol=0, atol=1e-12)
     for away in (-0.05, 0.05, -share, 1 - share):
-        assert bool((step_nats(square, share + away, *arguments) > nats).all())
+        assert bool((kl_term(square, share + away, *arguments) > nats).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -205,8 +205,8 @@ def test_a_step_is_that_of_diffusers(index: int) -> None:
     schedule = Linear()
     denoiser = NetworkDenoiser(Says(output), schedule, kinds.Epsilon())
     t, s = (torch.tensor(i / 1000, dtype=torch.float64) for i in (index + 1, index))
-    denoised, share = denoiser.with_share(x_t, t)
-    state = State(float(t), x_t, denoised, share=share)
+    denoised, share = denoiser.with_variance(x_t, t)
+    state = State(float(t), x_t, denoised, variance_fraction=share)
     z = normal(2, 3, 4, 4, seed=3)
     actual = Ancestral(variance="learned").step(denoiser, state, s, lambda x: z)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
@@ -233,22 +233,22 @@ def test_half_of_the_output_is_the_share() -> None:
     output, x_t, t = normal(2, 6, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor(0.3).double()
     network = Says(output)
     denoiser = NetworkDenoiser(network, Cosine(), kinds.X0())
-    denoised, share = denoiser.with_share(x_t, t)
+    denoised, share = denoiser.with_variance(x_t, t)
     assert network.calls == 1
     assert torch.equal(denoised, output[:, :3]) and torch.equal(share, (output[:, 3:] + 1) / 2)
     assert torch.equal(denoiser(x_t, t), denoised)
-    assert torch.equal(denoiser.output(x_t, t), output[:, :3])
-    clipped, kept = Clipped(denoiser).with_share(x_t, t)
+    assert torch.equal(denoiser.outputs(x_t, t)[0], output[:, :3])
+    clipped, kept = Clipped(denoiser).with_variance(x_t, t)
     assert torch.equal(clipped, denoised.clamp(-1, 1)) and torch.equal(kept, share)
 
     other = NetworkDenoiser(Says(normal(2, 6, 4, 4, seed=2)), Cosine(), kinds.X0())
     for strength in (1.0, 2.0):
-        guided, kept = ClassifierFree(denoiser, other, strength).with_share(x_t, t)
+        guided, kept = ClassifierFree(denoiser, other, strength).with_variance(x_t, t)
         expected = other(x_t, t) + strength * (denoised - other(x_t, t))
         torch.testing.assert_close(guided, expected)
         assert torch.equal(kept, share)
-    assert Rescheduled(denoiser, VP()).with_share(x_t, t)[1] is None
-    assert GaussianDenoiser(Cosine()).with_share(normal(2, 4), t)[1] is None
+    assert Rescheduled(denoiser, VP()).with_variance(x_t, t)[1] is None
+    assert GaussianDenoiser(Cosine()).with_variance(normal(2, 4), t)[1] is None
 
 
 def test_a_sampler_asks_once_a_step_and_others_ignore_the_share() -> None:
@@ -257,7 +257,8 @@ def test_a_sampler_asks_once_a_step_and_others_ignore_the_share() -> None:
     start = normal(2, 3, 4, 4)
     Ancestral(5, "learned", clip=True)(denoiser, start, callback=states.append)
     assert network.calls == 5
-    assert all(torch.equal(s.share, (network.says[:, 3:] + 1) / 2) for s in states[:-1])
+    fraction = (network.says[:, 3:] + 1) / 2
+    assert all(torch.equal(s.variance_fraction, fraction) for s in states[:-1])
     plain = Sharing(denoiser, lambda t: 9.9)
     assert torch.equal(DDIM(5)(denoiser, start), DDIM(5)(plain, start))
 
@@ -435,7 +436,7 @@ def test_the_module_trains_both_halves() -> None:
 @pytest.mark.parametrize("std", [0.002, 0.01, 0.4])
 def test_the_masses_of_all_levels_are_one(mean: float, std: float) -> None:
     variance = torch.tensor(std**2, dtype=torch.float64)
-    nats = pixel_nats(LEVELS, torch.full_like(LEVELS, mean), variance)
+    nats = discretized_gaussian_nll(LEVELS, torch.full_like(LEVELS, mean), variance)
     assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-12)
     edges = np.concatenate([[-np.inf], (LEVELS[:-1] + 1 / 255).numpy(), [np.inf]])
     near = np.abs(LEVELS.numpy() - mean) < 5 * std
@@ -448,7 +449,7 @@ def test_the_last_variance_is_between_that_of_the_pixels_and_that_of_the_step_be
     beta = np.linspace(1e-4, 0.02, 1000)
     before = beta[1] * beta[0] / (1 - (1 - beta[0]) * (1 - beta[1]))
     for share, expected in ((0.0, before), (1.0, beta[0]), (0.5, math.sqrt(before * beta[0]))):
-        actual = last_variance(Linear(), 0.001, 0.002, torch.tensor(share).double())
+        actual = final_step_variance(Linear(), 0.001, 0.002, torch.tensor(share).double())
         assert float(actual) == pytest.approx(expected, rel=1e-9)
 
 
@@ -497,7 +498,7 @@ def test_the_terms_of_the_loss_are_those_of_the_bound(schedule: DiscreteSchedule
         """That of the step from (k + 1) / T, of x_t without noise."""
         t = torch.full((3,), (k + 1) / steps, dtype=torch.float64)
         alpha_t, _ = (broadcast(c, x_0) for c in schedule(t))
-        denoised, share = denoiser.with_share(alpha_t * x_0, t)
+        denoised, share = denoiser.with_variance(alpha_t * x_0, t)
         return Hybrid.term(denoised - x_0, share, x_0, schedule, t)
 
     alpha, sigma = (float(c) for c in schedule(torch.ones((), dtype=torch.float64)))
@@ -520,7 +521,7 @@ def test_the_bound_of_the_small_variance_is_the_bound_without_a_share() -> None:
     x_0, schedule = p.double() / 127.5 - 1, Linear()
     plain, key = Shrink(schedule), make_key(0, torch.arange(4))
     learned = Sharing(plain, lambda t: 0.0)
-    with_share, without = (bound(d, p, KeyedGenerator(key), terms=20) for d in (learned, plain))
+    with_variance, without = (bound(d, p, KeyedGenerator(key), terms=20) for d in (learned, plain))
     generator = KeyedGenerator(key)
     for _ in range(20):
         generator.uniform(dtype=torch.float64)
@@ -529,10 +530,12 @@ def test_the_bound_of_the_small_variance_is_the_bound_without_a_share() -> None:
     v = x_0 + r * generator.normal(3, 4, 4, dtype=torch.float64)
     logits = -((v[..., None] - LEVELS) ** 2) / (2 * r**2)
     of_levels = -logits.log_softmax(-1).gather(-1, p.long()[..., None])[..., 0]
-    variance = float(last_variance(schedule, 0.001, 0.002, torch.zeros(()).double()))
-    of_network = pixel_nats(x_0, 0.9 * v.float().double(), torch.tensor(variance).double())
+    variance = float(final_step_variance(schedule, 0.001, 0.002, torch.zeros(()).double()))
+    of_network = discretized_gaussian_nll(
+        x_0, 0.9 * v.float().double(), torch.tensor(variance).double()
+    )
     difference = (of_network - of_levels).flatten(1).mean(1) / math.log(2)
-    torch.testing.assert_close(with_share - without, difference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(with_variance - without, difference, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
@@ -564,7 +567,7 @@ def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
     weight = torch.exp(-(n**2) / 2) / torch.exp(-(n**2) / 2).sum()
     off = n * tau * first / math.hypot(tau, first)
     variance = schedule(torch.tensor(0.001).double())[1] ** 2
-    own = pixel_nats(torch.zeros_like(off), off, variance)
+    own = discretized_gaussian_nll(torch.zeros_like(off), off, variance)
     j = torch.arange(-40, 41, dtype=torch.float64) / 127.5
     logits = -((n[:, None] * first - j) ** 2) / (2 * first**2)
     levels_ = -logits.log_softmax(1)[:, 40]
@@ -716,7 +719,7 @@ def test_a_run_from_before_loads_and_goes_on(lab: Command, tiny: Command) -> Non
     checkpoint = torch.load(last, weights_only=True)
     del checkpoint["diffusion_lab"]["config"]["network"]["learn_variance"]
     torch.save(checkpoint, last)
-    assert load_run("a").with_share(torch.zeros(1, 3, 16, 16), torch.tensor(0.5))[1] is None
+    assert load_run("a").with_variance(torch.zeros(1, 3, 16, 16), torch.tensor(0.5))[1] is None
     result = tiny("resume=a", "trainer.max_steps=3")
     assert result.code == 0, result.text
     result = tiny("resume=a", "trainer.max_steps=4", *LEARNED)

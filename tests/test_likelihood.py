@@ -225,10 +225,10 @@ def test_hutchinsons_estimate_has_the_right_mean(schedule: Schedule) -> None:
 def test_to_the_latent_and_back(schedule: Schedule) -> None:
     x, _ = points(schedule, 16)
     solver, denoiser = ProbabilityFlow(rtol=1e-6, atol=1e-6), MIXTURE.denoiser(schedule)
-    latent = solver.transport(denoiser, x, schedule.t_min, 1.0)
+    latent = solver.integrate(denoiser, x, schedule.t_min, 1.0)
     spread = float(latent.square().mean().sqrt()) / schedule.prior_std
     assert abs(spread - 1) < 4 / math.sqrt(2 * latent.numel())
-    back = solver.transport(denoiser, latent, 1.0, schedule.t_min)
+    back = solver.integrate(denoiser, latent, 1.0, schedule.t_min)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
 
 

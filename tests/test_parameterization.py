@@ -80,7 +80,7 @@ def test_the_input_has_unit_variance(kind: str, schedule: str, t: float) -> None
     """For data of unit variance, which only EDM knows better."""
     std = SIGMA_DATA if kind == "edm" else 1.0
     alpha_t, sigma_t = levels(schedule, t)
-    scale = float(KINDS[kind].scale(alpha_t, sigma_t))
+    scale = float(KINDS[kind].input_scale(alpha_t, sigma_t))
     assert scale**2 * float(alpha_t**2 * std**2 + sigma_t**2) == pytest.approx(1, rel=1e-12)
 
 
@@ -92,8 +92,10 @@ def test_the_input_is_left_alone_exactly_where_the_factor_is_one(
     kind: str, schedule: Schedule
 ) -> None:
     t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
-    one = torch.allclose(KINDS[kind].scale(*schedule(t)), torch.ones_like(t), rtol=0, atol=1e-12)
-    assert KINDS[kind].scales(schedule) == (not one)
+    one = torch.allclose(
+        KINDS[kind].input_scale(*schedule(t)), torch.ones_like(t), rtol=0, atol=1e-12
+    )
+    assert KINDS[kind].scales_input(schedule) == (not one)
 
 
 @times
@@ -123,7 +125,7 @@ def test_edm_is_table_1(sigma: float, sigma_data: float) -> None:
     x, output = normal(2, 5)
     expected = c_skip * x + c_out * output
     torch.testing.assert_close(edm.denoised(output, x, one, level), expected, rtol=1e-12, atol=0)
-    assert float(edm.scale(one, level)) == pytest.approx(c_in, rel=1e-12)
+    assert float(edm.input_scale(one, level)) == pytest.approx(c_in, rel=1e-12)
     assert float(edm.gain(one, level)) == pytest.approx(1 / c_out, rel=1e-12)
     # Eq. 8: the loss's effective target, (y - c_skip (y + n)) / c_out.
     y, n = x, sigma * output

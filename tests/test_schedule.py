@@ -311,7 +311,7 @@ def test_two_schedules_meet_at_the_ratio() -> None:
 
 @pytest.mark.parametrize("bad", [-1e-9, 157.5, math.inf, math.nan, torch.tensor([1.0, 200.0])])
 def test_a_ratio_outside_the_schedule_is_refused(bad: float | Tensor) -> None:
-    with pytest.raises(ValueError, match=r"Linear, which reaches from 0 to 157\.4"):
+    with pytest.raises(ValueError, match=r"Linear, whose range is 0 to 157\.4"):
         Linear().t_from_ratio(bad)
 
 
@@ -384,22 +384,25 @@ def test_no_digits_are_lost_near_zero() -> None:
 @pytest.mark.parametrize(
     "make, text",
     [
-        (lambda: Linear(beta_min=0.0), "Linear"),
-        (lambda: Linear(beta_max=1.0), "Linear"),
-        (lambda: Linear(beta_max=float("nan")), "Linear"),
+        (lambda: Linear(beta_min=0.0), r"beta_min=0\.0 .* a number in \(0, 1\)$"),
+        (lambda: Linear(beta_max=1.0), r"beta_max=1\.0"),
+        (lambda: Linear(beta_max=float("nan")), "beta_max=nan"),
+        (lambda: Linear(0.02, 0.02), r"beta_min=0\.02 must be below beta_max=0\.02"),
+        (lambda: Cosine(steps=1), "steps=1 .* an integer >= 2$"),
         (lambda: DiscreteSchedule(torch.tensor([0.1, -0.1])), "-0.1 to 0.1"),
-        (lambda: Sigmoid(start=1.0, end=1.0), "Sigmoid"),
-        (lambda: Quadratic(beta_min=0.0), "Quadratic"),
-        (lambda: Quadratic(beta_max=1.0), "Quadratic"),
-        (lambda: Laplace(b=0.0), "Laplace"),
-        (lambda: Laplace(b=-1.0), "Laplace"),
+        (lambda: Sigmoid(start=1.0, end=1.0), r"start=1\.0 must be below end=1\.0"),
+        (lambda: Quadratic(beta_min=0.0), r"beta_min=0\.0"),
+        (lambda: Quadratic(beta_max=1.0), r"beta_max=1\.0"),
+        (lambda: Laplace(b=0.0), r"b=0\.0"),
+        (lambda: Laplace(b=-1.0), r"b=-1\.0"),
         (lambda: Linear(shift=0.0), r"shift=0\.0"),
         (lambda: Cosine(shift=float("nan")), "shift=nan"),
-        (lambda: VP(20.0, 0.1), r"beta_min=20\.0 and beta_max=0\.1"),
+        (lambda: VP(20.0, 0.1), r"beta_min=20\.0 must be below beta_max=0\.1"),
         (lambda: SubVP(-0.1, 20.0), r"beta_min=-0\.1"),
         (lambda: VP(beta_max=float("nan")), "beta_max=nan"),
         (lambda: VE(0.0, 10.0), r"sigma_min=0\.0"),
-        (lambda: VE(10.0, 10.0), r"sigma_max=10\.0"),
+        (lambda: VE(10.0, 10.0), r"sigma_min=10\.0 must be below sigma_max=10\.0"),
+        (lambda: EDM(2.0, 1.0), "sigma_min=2.0 must be below sigma_max=1.0"),
         (lambda: EDM(sigma_min=-1.0), r"sigma_min=-1\.0"),
         (lambda: EDM(sigma_max=float("nan")), "sigma_max=nan"),
     ],

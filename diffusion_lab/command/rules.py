@@ -108,7 +108,7 @@ SAMPLER: Rules = {
     "rtol": POSITIVE,
     "atol": POSITIVE,
     "snr": POSITIVE,
-    "corrections": COUNT,
+    "langevin_steps": COUNT,
     "churn": NOT_NEGATIVE,
     "noise": NOT_NEGATIVE,
     "churn_min": NOT_NEGATIVE,

@@ -26,7 +26,7 @@ from diffusion_lab.guidance.data_step import Coupled, Coupling
 from diffusion_lab.sampler import DDIM
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
 from diffusion_lab.sampler.time_grid import Karras
-from diffusion_lab.schedule.base import LARGEST
+from diffusion_lab.schedule.base import MAX_RATIO
 from diffusion_lab.transition import transition
 
 
@@ -45,15 +45,15 @@ class DAPSSampler(Sampler):
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         schedule = denoiser.schedule
-        alpha_s, sigma_s, alpha_t, sigma_t, _ = transition(schedule, state.t, s)
+        step = transition(schedule, state.t, s)
         # The solver's own loop would call the denoiser once more at x_t.
         inner = state
         for u in self.ode.times(schedule, state.t)[1:]:
             x_u = self.ode.step(denoiser, inner, u, noise)
             inner = State(float(u), x_u, denoiser(x_u, u) if u > 0 else x_u)
         # From pure noise on, r_t is any large number: x_s would be far off its level for nothing.
-        x_0 = self.coupling(inner.x_t, min(float(sigma_t / alpha_t), LARGEST), noise)
-        return alpha_s.to(x_0.dtype) * x_0 + sigma_s.to(x_0.dtype) * noise(x_0)
+        x_0 = self.coupling(inner.x_t, min(float(step.sigma_t / step.alpha_t), MAX_RATIO), noise)
+        return step.alpha_s * x_0 + step.sigma_s * noise(x_0)
 
 
 class DAPS(Coupled):

@@ -52,10 +52,8 @@ class DDNMSampler(Sampler):
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         x_t, vt, nu = state.x_t, self.spectrum.operator.vt, self.spectrum.nu
-        coefficients = transition(denoiser.schedule, state.t, s)
-        alpha_s, sigma_s, alpha_t, sigma_t, _ = (
-            c.to(x_t, non_blocking=True) for c in coefficients
-        )
+        step = transition(denoiser.schedule, state.t, s).like(x_t)
+        alpha_s, sigma_s, alpha_t, sigma_t = step[:4]
         share = math.sqrt(1 - self.eta**2)
         c, z = vt(state.denoised), vt(noise(x_t))
         epsilon = vt((x_t - alpha_t * state.denoised) / sigma_t)

@@ -51,10 +51,8 @@ class DDRMSampler(Sampler):
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         x_t, y, vt = state.x_t, self.spectrum.y, self.spectrum.operator.vt
-        coefficients = transition(denoiser.schedule, state.t, s)
-        alpha_s, sigma_s, alpha_t, sigma_t, _ = (
-            c.to(x_t, non_blocking=True) for c in coefficients
-        )
+        step = transition(denoiser.schedule, state.t, s).like(x_t)
+        alpha_s, sigma_s, alpha_t, sigma_t = step[:4]
         share, eta_b, nu = math.sqrt(1 - self.eta**2), self.eta_b, self.spectrum.nu
         c, z = vt(state.denoised), vt(noise(x_t))
         epsilon = vt((x_t - alpha_t * state.denoised) / sigma_t)

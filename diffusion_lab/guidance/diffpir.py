@@ -46,10 +46,8 @@ class DiffPIRSampler(Sampler):
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         x_t, operator = state.x_t, self.spectrum.operator
-        coefficients = transition(denoiser.schedule, state.t, s)
-        alpha_s, sigma_s, alpha_t, sigma_t, _ = (
-            c.to(x_t, non_blocking=True) for c in coefficients
-        )
+        step = transition(denoiser.schedule, state.t, s).like(x_t)
+        alpha_s, sigma_s, alpha_t, sigma_t = step[:4]
         rho = sigma_t / alpha_t / math.sqrt(self.strength)
         denoised = operator.v(self.spectrum.pulled(operator.vt(state.denoised), rho))
         epsilon = (x_t - alpha_t * denoised) / sigma_t

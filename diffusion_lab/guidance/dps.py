@@ -94,18 +94,18 @@ class _Watched(Conditional):
 
     seen: tuple[Tensor, Tensor] | None = None
 
-    def with_share(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.seen is not None:  # a later call of a sampler that asks more often
-            return self.denoiser.with_share(x_t, t)
+            return self.denoiser.with_variance(x_t, t)
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
-            denoised, share = self.denoiser.with_share(x_t, t)
+            denoised, share = self.denoiser.with_variance(x_t, t)
             e = self.y.detach() - self.operator(denoised)
             self.seen = x_t, torch.linalg.vector_norm(e.flatten(1), dim=1)
         return denoised.detach(), None if share is None else share.detach()
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.with_share(x_t, t)[0]
+        return self.with_variance(x_t, t)[0]
 
     def slope(self) -> tuple[Tensor, Tensor]:
         """|y - A(x̂)| of shape (B,), and its gradient at x_t; ends the step."""

@@ -88,8 +88,8 @@ class Descent(Sampler):
         self.optimizer.step()
         if s == 0:
             return mu.clone()
-        alpha_s, sigma_s, _, _, _ = transition(denoiser.schedule, state.t, s)
-        return alpha_s.to(mu.dtype) * mu + sigma_s.to(mu.dtype) * noise(mu)
+        step = transition(denoiser.schedule, state.t, s)
+        return step.alpha_s * mu + step.sigma_s * noise(mu)
 
 
 class REDDiff(Guidance):

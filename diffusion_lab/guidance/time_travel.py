@@ -46,12 +46,12 @@ class Travelling(Sampler):
     ) -> None:  # fmt: skip
         check_travel(repeats, jump)
         name = type(sampler).__name__
-        if not sampler.adjustable:
+        if not sampler.supports_adjust:
             raise ValueError(
                 f"{name} would undo what this method changes after every step; "
                 "choose another sampler: ancestral, euler_maruyama, ddim"
             )
-        if repeats > 1 and sampler.memory:
+        if repeats > 1 and sampler.history:
             raise ValueError(
                 f"{name} looks back at earlier steps, which repeats={repeats} walks anew; set "
                 "guidance.repeats=1 or choose another sampler: ancestral, euler_maruyama, ddim"
@@ -75,8 +75,8 @@ class Travelling(Sampler):
             x = self.change(x, below, noise)
         if s <= below:
             return x
-        alpha_below, _, alpha_s, _, v = transition(denoiser.schedule, s, below)
-        return (alpha_s / alpha_below).to(x.dtype) * x + torch.sqrt(v).to(x.dtype) * noise(x)
+        step = transition(denoiser.schedule, s, below)  # forward: from `below` to s
+        return step.alpha_t / step.alpha_s * x + torch.sqrt(step.variance) * noise(x)
 
 
 def check_travel(repeats: int, jump: int) -> None:

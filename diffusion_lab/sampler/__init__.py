@@ -1,4 +1,4 @@
-"""Samplers: from noise to an image, by many calls of a denoiser. One file a family."""
+"""Samplers: numerical solvers of the reverse process, from noise to samples."""
 
 __all__ = [
     "DDIM", "SEEDS", "Ancestral", "AnnealedLangevin", "DPMSolver", "EulerMaruyama", "Heun",

@@ -1,14 +1,14 @@
-r"""Ancestral sampling of DDPM, on every time or on a subset of them.
+r"""Ancestral sampling (DDPM) on all times of the chain or on a subset of them.
 
-The step from t to s draws from the Gaussian q(x_s | x_t, x_0 = x̂). With a = α_t / α_s and
-v = σ_t² - a² σ_s² (DDPM's √a_t and β_t where s is the index before t),
+The step from t to s samples q(x_s | x_t, x_0 = x̂). With a = α_t / α_s and v = σ_t² - a² σ_s²
+(DDPM's √(1 - β_t) and β_t if s is the index before t),
 
-    x_s = (a σ_s² x_t + α_s v x̂) / σ_t² + s_t z
-        = 1/a (x_t - v / σ_t ε̂) + s_t z,
+    x_s = (a σ_s² x_t + α_s v x̂) / σ_t² + √Σ z
+        = 1/a (x_t - v / σ_t ε̂) + √Σ z,
 
-    s_t² = v σ_s² / σ_t²  ("small": exact if x_0 is known; written β̃_t)   or   v  ("large"),
+    Σ = v σ_s² / σ_t²  ("small", written β̃_t: exact if x_0 is known)   or   v  ("large"),
 
-or between them for each number of the image, where the network has learned it ("learned").
+or between the two for each element of x, where the network has learned it ("learned").
 
 Sources:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, eq. 6, 7 and algorithm 2.
@@ -17,75 +17,79 @@ Sources:
 
 __all__ = ["Ancestral"]
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.sampler.base import Noise, Sampler, State
-from diffusion_lab.sampler.time_grid import Grid
+from diffusion_lab.sampler.time_grid import TimeGrid
 from diffusion_lab.schedule import Schedule, SubVP
-from diffusion_lab.transition import step_variance, transition
+from diffusion_lab.transition import transition
 
-FIXED = {"small": 0.0, "large": 1.0}  # the shares that are not learned
+FIXED_FRACTIONS = {"small": 0.0, "large": 1.0}
 
 
 class Ancestral(Sampler):
-    """DDPM's own sampler.
+    """Ancestral sampler of DDPM.
 
     Arguments:
-        steps: The number N of steps; 1000 is every index of a schedule with T = 1000.
-        variance: "small" (β̃_t, what CelebA-HQ wants), "large" (β_t, what few steps want) or
-            "learned" (of a network that was trained with `loss.Hybrid`; its share is that of the
-            chain's own steps, so for long ones it is near the right variance, and small).
+        steps: The number N of steps; 1000 uses every index of a schedule with T = 1000.
+        variance: "small" (β̃_t, for many steps), "large" (β_t, for few steps) or "learned" (of a
+            network trained with `loss.Hybrid`; the fraction between the two is that of the
+            chain's own steps, so for longer steps the variance is near the right one, but small).
         grid: See `Sampler`; uniform in t by default.
         clip: Whether x̂ is clipped to [-1, 1].
-
-    Raises:
-        ValueError: If `variance` is none of them.
     """
 
+    @checked
     def __init__(
-        self, steps: int = 1000, variance: str = "small", grid: Grid | None = None,
+        self,
+        steps: PositiveInt = 1000,
+        variance: Literal["small", "large", "learned"] = "small",
+        grid: TimeGrid | None = None,
         clip: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(steps, grid, clip)
-        if variance not in (*FIXED, "learned"):
-            raise ValueError(f"variance={variance!r} is unknown; choose small, large or learned")
         self.variance = variance
 
     def check(self, schedule: Schedule) -> None:
         if isinstance(schedule, SubVP):
             raise ValueError(
-                "ancestral sampling is that of the discrete chains behind VP and VE (Song et al., "
-                "2021, appendix F); the sub-VP SDE has none. Take euler_maruyama, heun, or ddim "
+                "ancestral sampling is defined for the discrete chains of VP and VE (Song et al., "
+                "2021, appendix F); the sub-VP SDE has none. Use euler_maruyama, heun, or ddim "
                 "with eta=1"
             )
 
-    def _share(self, state: State) -> Tensor | float:
-        """The share of v in the variance of the step from a state.
+    def _fraction(self, state: State) -> Tensor | float:
+        """The fraction between the small and the large variance.
 
         Raises:
-            ConfigError: If it should be learned and is not.
+            ConfigError: If it is to be a learned one and the denoiser has none.
         """
-        if self.variance in FIXED:
-            return FIXED[self.variance]
-        if state.share is None:
+        if self.variance in FIXED_FRACTIONS:
+            return FIXED_FRACTIONS[self.variance]
+        if state.variance_fraction is None:
             raise ConfigError(
                 "sampler.variance=learned: this denoiser has no learned variance. Set "
                 "sampler.variance=small or large, or train a network with "
-                "network.learn_variance=true loss=hybrid; under another schedule= and with a "
-                "guidance= that changes E[x_0 | x_t] the learned one does not hold either"
+                "network.learn_variance=true loss=hybrid. A learned variance is not valid under "
+                "another schedule=, nor with a guidance= that changes E[x_0 | x_t]"
             )
-        return state.share.double()
+        return state.variance_fraction.double()
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
-        x_t, share = state.x_t, self._share(state)
-        alpha_s, sigma_s, alpha_t, sigma_t, v = transition(denoiser.schedule, state.t, s)
-        mean_of_x = (alpha_t / alpha_s) * sigma_s**2 / sigma_t**2
-        mean_of_denoised = alpha_s * v / sigma_t**2
-        std = torch.sqrt(step_variance(v, sigma_s, sigma_t, share))
+        x_t, denoised = state.x_t, state.denoised
+        step = transition(denoiser.schedule, state.t, s)
+        alpha_s, sigma_s, alpha_t, sigma_t, v = step
+        std = torch.sqrt(step.reverse_variance(self._fraction(state)))
         if s == 0:  # the last step adds no noise (algorithm 2, line 3)
             std = torch.zeros_like(std)
-        mean = mean_of_x.to(x_t.dtype) * x_t + mean_of_denoised.to(x_t.dtype) * state.denoised
+        mean = (
+            (alpha_t / alpha_s) * sigma_s**2 / sigma_t**2 * x_t
+            + alpha_s * v / sigma_t**2 * denoised
+        )  # fmt: skip
         return mean + std.to(x_t.dtype) * noise(x_t)

@@ -2,11 +2,11 @@ r"""Langevin dynamics at a fixed noise level, alone or as the corrector of anoth
 
     x <- x + δ ∇ log p(x_t) + √(2 δ) z
 
-leaves p(x_t) as it is, but for an error of the order of δ. Both samplers take δ = 2 a (snr σ_t)²,
-which is the same for all samples. Song et al. set it by the norms of z and of the score, averaged
-over the batch, snr |z| / |∇ log p|: for images that is snr σ_t to a few percent, since
-|∇ log p| ≈ √d / σ_t; but a sample would depend on the others of its batch, and with its own norms
-δ would depend on x, and p(x_t) would not be left as it is.
+has p(x_t) as its stationary distribution, up to an error of order δ. Both samplers take
+δ = 2 a (snr σ_t)², the same for all samples. Song et al. set it by the norms of z and of the
+score, averaged over the batch, snr |z| / |∇ log p|. For images this is snr σ_t to a few percent,
+since |∇ log p| ≈ √d / σ_t, but a sample then depends on the others of its batch; with norms per
+sample δ depends on x, and p(x_t) is not stationary.
 
 Sources:
     Song, Ermon, "Generative modeling by estimating gradients of the data distribution", 2019,
@@ -17,20 +17,23 @@ Sources:
 __all__ = ["AnnealedLangevin", "PredictorCorrector"]
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import Positive, PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.sampler.base import Noise, Sampler, State
 from diffusion_lab.sampler.sde import ReverseDiffusion
-from diffusion_lab.sampler.time_grid import Grid, LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR, TimeGrid
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.transition import transition
 
 
 def _langevin(x: Tensor, score: Tensor, size: Tensor, noise: Noise) -> Tensor:
-    return x + size.to(x.dtype) * score + torch.sqrt(2 * size).to(x.dtype) * noise(x)
+    """x after a step of size δ."""
+    return x + size * score + torch.sqrt(2 * size) * noise(x)
 
 
 class PredictorCorrector(Sampler):
@@ -40,28 +43,42 @@ class PredictorCorrector(Sampler):
 
     Arguments:
         steps: The number N of steps.
-        predictor: Makes the sampler of the predictor from N and the grid.
-        corrections: The number M of Langevin steps after each step.
-        snr: Sets δ, above 0; the paper's signal-to-noise ratio: 0.16 for small images, 0.075 at
-            256.
+        predictor: The class of the predictor, or another function that makes it from `steps` and
+            `grid`. It must be a one-step method.
+        langevin_steps: The number M of Langevin steps after each step; a denoiser call each.
+        snr: Sets δ; the paper's signal-to-noise ratio: 0.16 for small images, 0.075 at 256.
         grid: See `Sampler`; uniform in t by default.
         clip: Whether x̂ is clipped to [-1, 1].
 
     Raises:
-        ValueError: If M is below 1 or snr not above 0.
+        ValueError: If the predictor is a multistep method, or has steps, a grid or clipping of its
+            own, which would not be used.
     """
 
+    @checked
     def __init__(
-        self, steps: int = 1000, predictor: Callable[..., Sampler] = ReverseDiffusion,
-        corrections: int = 1, snr: float = 0.16, grid: Grid | None = None, clip: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        steps: PositiveInt = 1000,
+        predictor: Callable[..., Sampler] = ReverseDiffusion,
+        langevin_steps: PositiveInt = 1,
+        snr: Positive = 0.16,
+        grid: TimeGrid | None = None,
+        clip: bool = False,
+    ) -> None:
         super().__init__(steps, grid, clip)
-        if corrections < 1 or not snr > 0:
+        given = predictor.keywords if isinstance(predictor, partial) else {}
+        unused = [name for name in ("steps", "grid", "clip") if name in given]
+        if unused:
             raise ValueError(
-                f"corrections={corrections} and snr={snr} are not allowed; at least 1, above 0"
+                f"predictor.{unused[0]} is not used; set {unused[0]} of the sampler itself"
             )
         self.predictor = predictor(steps=steps, grid=grid)
-        self.corrections, self.snr = corrections, snr
+        if self.predictor.history:
+            raise ValueError(
+                f"predictor={type(self.predictor).__name__} is a multistep method; choose a "
+                "one-step one: ReverseDiffusion, EulerMaruyama, Ancestral, DDIM"
+            )
+        self.langevin_steps, self.snr = langevin_steps, snr
 
     def check(self, schedule: Schedule) -> None:
         self.predictor.check(schedule)
@@ -70,53 +87,51 @@ class PredictorCorrector(Sampler):
         x_s = self.predictor.step(denoiser, state, s, noise)
         if s == 0:
             return x_s
-        alpha_s, sigma_s, alpha_t, _, _ = transition(denoiser.schedule, state.t, s)
-        size = 2 * (alpha_t / alpha_s) * (self.snr * sigma_s) ** 2
-        for _ in range(self.corrections):
+        step = transition(denoiser.schedule, state.t, s)
+        size = 2 * (step.alpha_t / step.alpha_s) * (self.snr * step.sigma_s) ** 2
+        for _ in range(self.langevin_steps):
             x_s = _langevin(x_s, denoiser.score(x_s, s), size, noise)
         return x_s
 
 
 class AnnealedLangevin(Sampler):
-    r"""Langevin dynamics at falling noise levels, M steps at each.
+    r"""Annealed Langevin dynamics: M steps at each of N decreasing noise levels.
 
-    It needs no schedule but the levels themselves: at each, x is made to follow p(x_t), and is
-    carried to the next level by α_s / α_t. It mixes slowly between modes that are far apart.
+    At each level Langevin dynamics samples p(x_t); x_t α_s / α_t starts the next level. Of the
+    schedule it uses the levels only. It mixes slowly between distant modes.
 
     Arguments:
         steps: The number N of levels.
-        corrections: The number M of Langevin steps at each level.
-        snr: Sets δ = 2 (snr σ_t)², above 0.
-        grid: See `Sampler`; even in log SNR by default, the geometric sequence of the paper.
+        langevin_steps: The number M of Langevin steps at each level; a denoiser call each.
+        snr: Sets δ = 2 (snr σ_t)².
+        grid: See `Sampler`; uniform in log SNR by default, the geometric sequence of the paper.
         clip: Whether x̂ is clipped to [-1, 1].
-
-    Raises:
-        ValueError: If M is below 1 or snr not above 0.
     """
 
-    own_grid = LogSNR
+    default_grid = LogSNR
 
+    @checked
     def __init__(
-        self, steps: int = 200, corrections: int = 5, snr: float = 0.16, grid: Grid | None = None,
+        self,
+        steps: PositiveInt = 200,
+        langevin_steps: PositiveInt = 5,
+        snr: Positive = 0.16,
+        grid: TimeGrid | None = None,
         clip: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(steps, grid, clip)
-        if corrections < 1 or not snr > 0:
-            raise ValueError(
-                f"corrections={corrections} and snr={snr} are not allowed; at least 1, above 0"
-            )
-        self.corrections, self.snr = corrections, snr
+        self.langevin_steps, self.snr = langevin_steps, snr
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
-        alpha_s, _, alpha_t, sigma_t, _ = transition(denoiser.schedule, state.t, s)
+        step = transition(denoiser.schedule, state.t, s)
         x_t, denoised = state.x_t, state.denoised
         t = torch.tensor(state.t, dtype=torch.float64)
-        size = 2 * (self.snr * sigma_t) ** 2
-        for k in range(self.corrections):
+        size = 2 * (self.snr * step.sigma_t) ** 2
+        for k in range(self.langevin_steps):
             if k:
                 denoised = denoiser(x_t, t)
-            score = (alpha_t.to(x_t.dtype) * denoised - x_t) / (sigma_t**2).to(x_t.dtype)
+            score = (step.alpha_t * denoised - x_t) / step.sigma_t**2
             x_t = _langevin(x_t, score, size, noise)
         if s == 0:
             return denoiser(x_t, t)
-        return (alpha_s / alpha_t).to(x_t.dtype) * x_t
+        return step.alpha_s / step.alpha_t * x_t

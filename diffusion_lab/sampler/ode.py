@@ -1,24 +1,24 @@
-r"""The probability-flow ODE, solved to a tolerance: samples, latents and likelihoods.
+r"""Adaptive solver of the probability-flow ODE: samples, latents and likelihoods.
 
 In u = x_t / α_t and ℓ = log(σ_t / α_t) the ODE of every schedule is
 
     du/dℓ = u - x̂(α_t u, t),
 
-smooth from the noisiest level to the cleanest. The solution at the upper end is the latent of
-the image at the lower one, and the density changes by the divergence on the way,
+smooth over all levels. The solution at the highest level is the latent of the image at the
+lowest one, and the density changes by the integral of the divergence,
 
     log p(u_0) = log p(u_1) + ∫_{ℓ_0}^{ℓ_1} (d - tr ∂x̂/∂u) dℓ,   log p(x_t) = log p(u) - d log α_t.
 
 The trace is exact, by d products with the Jacobian, or Hutchinson's estimate vᵀ (∂x̂/∂u) v with
-v = ±1 kept on the whole way.
+v = ±1, fixed for the whole integration.
 
-The steps are those of Dormand and Prince, of fifth order; each sample of a batch has steps of its
-own, chosen by its own error, and nothing but one flag leaves the device.
+The method is that of Dormand and Prince, of fifth order. Each sample of a batch has its own step
+sizes, chosen by its own error; a step copies one flag from the device.
 
 Sources:
     Song et al., "Score-based generative modeling through SDEs", 2021, eq. 13, 39 and 40.
     Dormand, Prince, "A family of embedded Runge-Kutta formulae", 1980, table 2.
-    Grathwohl et al., "FFJORD", 2019, section 3.1 (one v for the whole way).
+    Grathwohl et al., "FFJORD", 2019, section 3.1 (one v per solution).
 """
 
 __all__ = ["ProbabilityFlow"]
@@ -29,15 +29,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import Positive, PositiveInt, checked
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
-from diffusion_lab.sampler.time_grid import Grid, LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR, TimeGrid
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
+from diffusion_lab.transition import transition
 
-# Stage i starts from these shares of the slopes before it; the last row is the solution itself.
+# Weights of the earlier slopes at the start of each stage; the last row is the solution itself.
 STAGES = (
     (1 / 5,),
     (3 / 40, 9 / 40),
@@ -46,71 +48,83 @@ STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-# Fifth minus fourth order, as shares of all seven slopes.
+# Weights of all seven slopes in the difference of the fifth-order and fourth-order solutions.
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
-Parts = tuple[Tensor, ...]  # of the state: u, and log p beside it, each of shape (B, n)
+Parts = tuple[Tensor, ...]  # of the state: u, and with it log p, each of shape (B, n)
 Slope = Callable[[Parts, Tensor], Parts]
 
 
-def _moved(y: Parts, h: Tensor, shares: tuple[float, ...], slopes: list[Parts]) -> Parts:
-    """y + h Σ_j shares_j slopes_j."""
+def _moved(y: Parts, h: Tensor, weights: tuple[float, ...], slopes: list[Parts]) -> Parts:
+    """y + h Σ_j weights_j slopes_j."""
     return tuple(
         part
-        + h[:, None].to(part) * sum(c * k[n] for c, k in zip(shares, slopes, strict=True) if c)
+        + h[:, None].to(part) * sum(c * k[n] for c, k in zip(weights, slopes, strict=True) if c)
         for n, part in enumerate(y)
     )
 
 
-def _stages(slope: Slope, y: Parts, level: Tensor, h: Tensor, first: Parts) -> tuple:
-    """One step of size h (B,): the solution, the slope there, and the error's estimate."""
+def _stages(
+    slope: Slope, y: Parts, level: Tensor, h: Tensor, first: Parts
+) -> tuple[Parts, Parts, Parts]:
+    """One step of size h (B,): the solution, the slope there, and the error estimate."""
     slopes = [first]
-    for shares in STAGES:
-        end = _moved(y, h, shares, slopes)
-        slopes.append(slope(end, level + h * sum(shares)))
+    for weights in STAGES:
+        end = _moved(y, h, weights, slopes)
+        slopes.append(slope(end, level + h * sum(weights)))
     zero = tuple(torch.zeros_like(part) for part in y)
     return end, slopes[-1], _moved(zero, h, ERROR, slopes)
 
 
 class ProbabilityFlow(Sampler):
-    """Dormand and Prince's method, with error control for each sample.
+    """Dormand and Prince's method, with error control per sample.
 
     Arguments:
-        steps: The largest number of steps; with `adaptive=false` the number of them, on the grid.
-        rtol: Relative tolerance of the error of a step, above 0.
-        atol: Absolute tolerance, above 0.
-        adaptive: Whether the step size follows from the tolerances.
-        grid: The grid of fixed steps; even in log SNR by default.
+        steps: The largest number of steps; with `adaptive=false` the number of steps on the grid.
+        rtol: Relative tolerance of the error of a step; used if `adaptive`.
+        atol: Absolute tolerance of the error of a step; used if `adaptive`.
+        adaptive: Whether the step sizes are chosen by the tolerances.
+        grid: The grid of `adaptive=false`; uniform in log SNR by default.
         clip: Whether x̂ is clipped to [-1, 1].
 
     Raises:
-        ValueError: If a tolerance is not above 0.
+        ValueError: If there is a grid with `adaptive=true`.
     """
 
     stochastic = False
-    own_grid = LogSNR
+    default_grid = LogSNR
 
+    @checked
     def __init__(
-        self, steps: int = 1000, rtol: float = 1e-5, atol: float = 1e-5, adaptive: bool = True,
-        grid: Grid | None = None, clip: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        steps: PositiveInt = 1000,
+        rtol: Positive = 1e-5,
+        atol: Positive = 1e-5,
+        adaptive: bool = True,
+        grid: TimeGrid | None = None,
+        clip: bool = False,
+    ) -> None:
         super().__init__(steps, grid, clip)
-        if not (rtol > 0 and atol > 0):
-            raise ValueError(f"rtol={rtol} and atol={atol} are not allowed; both are above 0")
+        if adaptive and grid is not None:
+            raise ValueError(
+                f"grid={type(grid).__name__} is not used, as adaptive=true chooses the step "
+                "sizes; set adaptive=false, or no grid"
+            )
         self.rtol, self.atol, self.adaptive = rtol, atol, adaptive
-        self.adjustable = not adaptive
+        self.supports_adjust = not adaptive
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
-        """One step on a grid: the slopes of all seven stages, no error."""
+        """One step on the grid, without error control."""
         if s == 0:
             return state.denoised
         schedule = denoiser.schedule
-        u = state.x_t / schedule(torch.tensor(state.t, dtype=torch.float64))[0].to(state.x_t.dtype)
+        step = transition(schedule, state.t, s)
+        u = state.x_t / step.alpha_t
         level, end = (schedule.ratio(t).log().expand(len(u)) for t in (state.t, s))
         first = ((u - state.denoised).flatten(1),)
         slope = _slope(denoiser, u.shape)
         (u_s,), _, _ = _stages(slope, (u.flatten(1),), level, end - level, first)
-        return (schedule(s)[0].to(u.dtype) * u_s).reshape(u.shape)
+        return (step.alpha_s * u_s).reshape(u.shape)
 
     @torch.no_grad()
     def __call__(
@@ -131,13 +145,13 @@ class ProbabilityFlow(Sampler):
         if self.clip:
             denoiser = Clipped(denoiser)
         t_min = min(denoiser.schedule.t_min, t_start / 2)
-        x_t = self.transport(denoiser, start, t_start, t_min, callback)
+        x_t = self.integrate(denoiser, start, t_start, t_min, callback)
         x_0 = denoiser(x_t, torch.tensor(t_min, dtype=torch.float64))
         if callback is not None:
             callback(State(0.0, x_0, x_0))
         return x_0
 
-    def transport(
+    def integrate(
         self,
         denoiser: Denoiser,
         x_t: Tensor,
@@ -145,17 +159,18 @@ class ProbabilityFlow(Sampler):
         s: float,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Returns the point x_s of the ODE's path through x_t, of shape (B, *).
+        """Returns the solution x_s of the ODE through x_t, of shape (B, *).
 
         Arguments:
             denoiser: E[x_0 | x_t].
             x_t: The point at time t, of shape (B, *).
             t: Its time, in (0, 1].
-            s: The other time, in (0, 1]; an image's latent is x_1 of its x_s at `t_min`.
+            s: The time of the result, in (0, 1]. The latent of an image is x_1, integrated from
+                its x_t at `t_min`.
             callback: Called after every step, with the time of the batch's first sample.
 
         Raises:
-            SamplingError: If the solver does not arrive within `steps`; names the level.
+            SamplingError: If `steps` steps do not suffice; names the level.
         """
         schedule, shape = denoiser.schedule, x_t.shape
         alpha_t, alpha_s = (
@@ -188,14 +203,14 @@ class ProbabilityFlow(Sampler):
 
         Arguments:
             denoiser: E[x_0 | x_t].
-            x_t: Where the density is asked for, of shape (B, *).
-            t: The time of x_t in (0, 1); None takes the schedule's `t_min`.
+            x_t: The points, of shape (B, *).
+            t: The time of x_t in (0, 1); None for the schedule's `t_min`.
             exact: Whether the trace is exact, at d times the cost.
-            generator: Where Hutchinson's v comes from, which is independent of the batch with
-                keyed streams.
+            generator: The source of Hutchinson's v; with keyed streams it does not depend on the
+                batch.
 
         Raises:
-            SamplingError: See `transport`.
+            SamplingError: See `integrate`.
         """
         schedule, shape = denoiser.schedule, x_t.shape
         t = schedule.t_min if t is None else t
@@ -221,7 +236,7 @@ class ProbabilityFlow(Sampler):
         end: float,
         watch: Callable[[Parts, Parts, Tensor], None] | None = None,
     ) -> Parts:
-        """The solution at ℓ = end. Every sample has a level and a step size of its own."""
+        """The solution at ℓ = end. Each sample has its own level and step size."""
         level = torch.full((len(y[0]),), start, dtype=torch.float64, device=y[0].device)
         h = torch.full_like(level, (end - start) / 100)
         rate = slope(y, level)
@@ -246,13 +261,15 @@ class ProbabilityFlow(Sampler):
                 return y
         stuck = float(level[(level != end).nonzero()[0, 0]])
         raise SamplingError(
-            f"ProbabilityFlow: σ/α = {math.exp(stuck):.4g} is as far as {self.steps} steps went; "
-            "is the denoiser finite there? Otherwise raise sampler.steps, sampler.rtol or "
+            f"ProbabilityFlow reached σ/α = {math.exp(stuck):.4g} after {self.steps} steps. Check "
+            "that the denoiser is finite there, or raise sampler.steps, sampler.rtol or "
             "sampler.atol"
         )
 
 
-def _point(schedule: Schedule, u: Tensor, level: Tensor, shape: torch.Size) -> tuple:
+def _point(
+    schedule: Schedule, u: Tensor, level: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
     """x_t, of the images' shape, and t."""
     t = schedule.t_from_ratio(level.exp(), check=False)
     x_t = u.reshape(shape)

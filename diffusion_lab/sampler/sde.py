@@ -1,8 +1,8 @@
-r"""Solvers of the reverse stochastic differential equation
+r"""Solvers of the reverse-time stochastic differential equation
 
     dx = [f(t) x - g(t)² ∇ log p(x)] dt + g(t) dw̄,    from t = 1 down to 0.
 
-The last step, to t = 0, returns x̂: it removes the noise that is left.
+The last step, to t = 0, returns x̂: it removes the remaining noise.
 
 Source:
     Song et al., "Score-based generative modeling through stochastic differential equations", 2021,
@@ -14,27 +14,23 @@ __all__ = ["EulerMaruyama", "ReverseDiffusion"]
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.sampler.base import Noise, Sampler, State
-from diffusion_lab.sampler.time_grid import Grid
+from diffusion_lab.sampler.time_grid import TimeGrid
 from diffusion_lab.transition import transition
 
 
-def _score(state: State, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    x_t = state.x_t
-    return (alpha_t.to(x_t.dtype) * state.denoised - x_t) / (sigma_t**2).to(x_t.dtype)
-
-
 class EulerMaruyama(Sampler):
-    r"""The Euler-Maruyama scheme, with the coefficients integrated over the step.
+    r"""Euler-Maruyama scheme, with the coefficients integrated over the step.
 
     With F = ∫_s^t f = log(α_t / α_s) and G = ∫_s^t g²,
 
         x_s = x_t - F x_t + G ∇ log p(x_t) + √G z,    ∇ log p(x_t) = (α_t x̂ - x_t) / σ_t².
 
-    Where f and g are constant over the step this is the textbook's scheme to the letter. Unlike
-    the small-variance ancestral step it errs to too much variance, not too little: at few steps
-    the better side for posterior samples.
+    Where f and g are constant over the step this is the textbook scheme. With few steps its
+    variance is too large, that of the small-variance ancestral step too small: prefer it for
+    posterior samples.
 
     Arguments:
         steps: The number N of steps.
@@ -42,7 +38,10 @@ class EulerMaruyama(Sampler):
         clip: Whether x̂ is clipped to [-1, 1].
     """
 
-    def __init__(self, steps: int = 64, grid: Grid | None = None, clip: bool = False) -> None:
+    @checked
+    def __init__(
+        self, steps: PositiveInt = 64, grid: TimeGrid | None = None, clip: bool = False
+    ) -> None:
         super().__init__(steps, grid, clip)
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -50,19 +49,17 @@ class EulerMaruyama(Sampler):
         z = noise(x_t)
         if s == 0:
             return state.denoised
-        alpha_s, _, alpha_t, sigma_t, _ = transition(schedule, state.t, s)
-        f = torch.log(alpha_t / alpha_s)
+        step = transition(schedule, state.t, s)
+        f = torch.log(step.alpha_t / step.alpha_s)
         g = schedule.diffusion_integral(state.t) - schedule.diffusion_integral(s)
-        score = _score(state, alpha_t, sigma_t)
-        return (
-            x_t - f.to(x_t.dtype) * x_t + g.to(x_t.dtype) * score + torch.sqrt(g).to(x_t.dtype) * z
-        )
+        score = (step.alpha_t * state.denoised - x_t) / step.sigma_t**2
+        return x_t - f * x_t + g * score + torch.sqrt(g) * z
 
 
 class ReverseDiffusion(Sampler):
-    r"""Song et al.'s reverse diffusion: the forward chain's own discretisation, backwards.
+    r"""Reverse diffusion sampler: the discretization of the forward chain, reversed.
 
-    The forward step is x_t = a x_s + √v z with a = α_t / α_s, v = σ_t² - a² σ_s²; backwards
+    The forward step is x_t = a x_s + √v z with a = α_t / α_s, v = σ_t² - a² σ_s²; the reverse one
 
         x_s = (2 - a) x_t + v ∇ log p(x_t) + √v z.
 
@@ -72,7 +69,10 @@ class ReverseDiffusion(Sampler):
         clip: Whether x̂ is clipped to [-1, 1].
     """
 
-    def __init__(self, steps: int = 1000, grid: Grid | None = None, clip: bool = False) -> None:
+    @checked
+    def __init__(
+        self, steps: PositiveInt = 1000, grid: TimeGrid | None = None, clip: bool = False
+    ) -> None:
         super().__init__(steps, grid, clip)
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
@@ -80,7 +80,7 @@ class ReverseDiffusion(Sampler):
         z = noise(x_t)
         if s == 0:
             return state.denoised
-        alpha_s, _, alpha_t, sigma_t, v = transition(denoiser.schedule, state.t, s)
-        score = _score(state, alpha_t, sigma_t)
-        x_s = (2 - alpha_t / alpha_s).to(x_t.dtype) * x_t + v.to(x_t.dtype) * score
-        return x_s + torch.sqrt(v).to(x_t.dtype) * z
+        step = transition(denoiser.schedule, state.t, s)
+        a, v = step.alpha_t / step.alpha_s, step.variance
+        score = (step.alpha_t * state.denoised - x_t) / step.sigma_t**2
+        return (2 - a) * x_t + v * score + torch.sqrt(v) * z

@@ -7,27 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedule.base import Schedule
+from diffusion_lab.constraints import Positive, checked
+from diffusion_lab.schedule.base import Schedule, check_order
 
 
 class EDM(Schedule):
-    """Karras et al.'s σ as the time: α_t = 1, σ_t = σ_max t; networks are told log σ_t.
+    """α_t = 1, σ_t = σ_max t; the network's time input is proportional to log σ_t.
 
     Arguments:
-        sigma_min: The smallest level of training and sampling, above 0.
-        sigma_max: The largest, above `sigma_min`.
+        sigma_min: The smallest σ of training and sampling.
+        sigma_max: The largest σ, above `sigma_min`.
+
+    Raises:
+        ValueError: If `sigma_min` is not below `sigma_max`.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+    @checked
+    def __init__(self, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0) -> None:
         super().__init__()
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(
-                f"sigma_min={sigma_min} and sigma_max={sigma_max} are not allowed; "
-                "0 < sigma_min < sigma_max"
-            )
+        check_order(sigma_min=sigma_min, sigma_max=sigma_max)
         self.sigma_max, self.t_min = sigma_max, sigma_min / sigma_max
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), self.sigma_max * t
 
     def _inverse(self, ratio: Tensor) -> Tensor:

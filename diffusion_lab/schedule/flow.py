@@ -5,6 +5,7 @@ __all__ = ["Flow"]
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import OpenUnit, checked
 from diffusion_lab.schedule.base import Schedule
 
 
@@ -14,16 +15,17 @@ class Flow(Schedule):
     c is not 1 so that the noise level of t = 1 is finite.
 
     Arguments:
-        t_min: The smallest time of training, in (0, 1).
+        t_min: The smallest training time.
     """
 
     C = 1 - 1e-5
 
-    def __init__(self, t_min: float = 1e-3) -> None:
+    @checked
+    def __init__(self, t_min: OpenUnit = 1e-3) -> None:
         super().__init__()
         self.t_min = t_min
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - self.C * t, t.clone()
 
     def _inverse(self, ratio: Tensor) -> Tensor:

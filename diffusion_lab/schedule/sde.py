@@ -7,25 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lab.schedule.base import Schedule
+from diffusion_lab.constraints import NonNegative, OpenUnit, Positive, checked
+from diffusion_lab.schedule.base import Schedule, check_order
 
 
 class _LinearBeta(Schedule):
     """Song et al.'s SDEs with β(t) = β_min + t (β_max - β_min), and B(t) = ∫_0^t β.
 
     Arguments:
-        beta_min: β(0), at least 0.
+        beta_min: β(0).
         beta_max: β(1), above `beta_min`.
-        t_min: The smallest time of training, in (0, 1).
+        t_min: The smallest training time.
+
+    Raises:
+        ValueError: If `beta_min` is not below `beta_max`.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
+    @checked
+    def __init__(
+        self, beta_min: NonNegative = 0.1, beta_max: Positive = 20.0, t_min: OpenUnit = 1e-3
+    ) -> None:
         super().__init__()
-        if not 0 <= beta_min < beta_max:
-            raise ValueError(
-                f"beta_min={beta_min} and beta_max={beta_max} are not allowed; "
-                "0 <= beta_min < beta_max"
-            )
+        check_order(beta_min=beta_min, beta_max=beta_max)
         self.beta_min, self.beta_max, self.t_min = beta_min, beta_max, t_min
 
     def _beta(self, t: Tensor | float) -> Tensor:
@@ -47,14 +50,14 @@ class _LinearBeta(Schedule):
 
 
 class VP(_LinearBeta):
-    """The variance-preserving SDE, f = -β/2, g = √β: α_t² = e^{-B(t)}, σ_t² = 1 - α_t².
+    """Variance-preserving SDE, f = -β/2, g = √β: α_t² = e^{-B(t)}, σ_t² = 1 - α_t².
 
-    DDPM's linear schedule in the limit of many steps (Song et al., 2021, eq. 11 and 33).
+    The limit of DDPM's linear schedule for many steps (Song et al., 2021, eq. 11 and 33).
     """
 
     variance_preserving = True
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self._integral(t)
         return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
 
@@ -72,12 +75,12 @@ class VP(_LinearBeta):
 
 
 class SubVP(_LinearBeta):
-    """The sub-VP SDE, f = -β/2, g² = β (1 - e^{-2B}): α_t = e^{-B/2}, σ_t = 1 - e^{-B}.
+    """Sub-VP SDE, f = -β/2, g² = β (1 - e^{-2B}): α_t = e^{-B/2}, σ_t = 1 - e^{-B}.
 
     Song et al., 2021, eq. 14 and 33.
     """
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self._integral(t)
         return torch.exp(-integral / 2), -torch.expm1(-integral)
 
@@ -96,27 +99,28 @@ class SubVP(_LinearBeta):
 
 
 class VE(Schedule):
-    """The variance-exploding SDE, f = 0: α_t = 1, σ_t² = σ_min² ((σ_max / σ_min)^{2t} - 1).
+    """Variance-exploding SDE, f = 0: α_t = 1, σ_t² = σ_min² ((σ_max / σ_min)^{2t} - 1).
 
-    Song et al., 2021, eq. 30 and 31. It starts from the clean image, so σ_min² is taken off what
-    the paper calls σ(t)²; σ_1 is σ_max up to a factor √(1 - (σ_min / σ_max)²).
+    Song et al., 2021, eq. 30 and 31, minus σ_min², as σ_0 = 0 here: σ_1 is σ_max up to a factor
+    √(1 - (σ_min / σ_max)²).
 
     Arguments:
-        sigma_min: σ_min, above 0, on the scale of images in [-1, 1].
-        sigma_max: σ_max, above `sigma_min`; about the largest distance between two images.
+        sigma_min: σ_min, in units of x_0.
+        sigma_max: σ_max, above `sigma_min`; about the largest distance between two training
+            examples.
+
+    Raises:
+        ValueError: If `sigma_min` is not below `sigma_max`.
     """
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 348.0) -> None:
+    @checked
+    def __init__(self, sigma_min: Positive = 0.01, sigma_max: Positive = 348.0) -> None:
         super().__init__()
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(
-                f"sigma_min={sigma_min} and sigma_max={sigma_max} are not allowed; "
-                "0 < sigma_min < sigma_max"
-            )
+        check_order(sigma_min=sigma_min, sigma_max=sigma_max)
         self.sigma_min, self.growth = sigma_min, math.log(sigma_max / sigma_min)
-        self.t_min = math.log(2) / (2 * self.growth)  # where σ_t is σ_min
+        self.t_min = math.log(2) / (2 * self.growth)  # where σ_t = σ_min
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), self.sigma_min * torch.sqrt(torch.expm1(2 * self.growth * t))
 
     def _inverse(self, ratio: Tensor) -> Tensor:
@@ -130,4 +134,4 @@ class VE(Schedule):
         return self.sigma_min * torch.exp(self.growth * t) * math.sqrt(2 * self.growth)
 
     def diffusion_integral(self, t: Tensor | float) -> Tensor:
-        return self.levels(torch.as_tensor(t, dtype=torch.float64))[1] ** 2
+        return self.alpha_sigma(torch.as_tensor(t, dtype=torch.float64))[1] ** 2

@@ -84,12 +84,12 @@ class Interpolate(Task):
         t_min = self.denoiser.schedule.t_min
         # The image stands for x_{t_min} / α, whose noise is below the 8-bit resolution.
         alpha = float(self.denoiser.schedule(torch.tensor(t_min, dtype=torch.float64))[0])
-        latent = self.solver.transport(self.denoiser, alpha * x_0, t_min, self.t_max)
+        latent = self.solver.integrate(self.denoiser, alpha * x_0, t_min, self.t_max)
         first, last = latent.chunk(2)
         row = []
         for k in range(self.points + 2):
             between = slerp(first, last, k / (self.points + 1))
-            row.append(self.solver.transport(self.denoiser, between, self.t_max, t_min) / alpha)
+            row.append(self.solver.integrate(self.denoiser, between, self.t_max, t_min) / alpha)
         rows = torch.stack(row, 1)
         ends = torch.cat([psnr(rows[:, 0], x_0.chunk(2)[0]), psnr(rows[:, -1], x_0.chunk(2)[1])])
         ends = ends.reshape(2, -1).mean(0)

@@ -151,7 +151,7 @@ def _diffusion(schedule: Schedule, x_0: Tensor, seed: int, folder: Path) -> Pict
     times = torch.linspace(0, 1, COLUMNS).tolist()
     direct, path = [], [x_0]
     for s, t in zip([0.0, *times[:-1]], times, strict=True):
-        alpha_s, _, alpha_t, sigma_t, v = (float(c) for c in transition(schedule, t, s))
+        alpha_s, _, alpha_t, sigma_t, v = map(float, transition(schedule, t, s))
         direct.append(alpha_t * x_0 + sigma_t * noise)
         step = v**0.5 * generator.normal(*shape)[0]
         path.append(alpha_t / alpha_s * path[-1] + step)

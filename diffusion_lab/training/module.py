@@ -32,7 +32,7 @@ from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
-from diffusion_lab.timesteps import Time, Uniform
+from diffusion_lab.timesteps import TimestepSampler, Uniform
 
 BINS = 10  # of the training's times, for the losses per noise level
 EDGES = torch.arange(1, BINS, dtype=torch.float64) / BINS
@@ -111,7 +111,7 @@ class DiffusionModule(LightningModule):
         loss: Loss,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         lr_schedule: Callable[[Optimizer, int], LRScheduler],
-        time: Time | None = None,
+        time: TimestepSampler | None = None,
         label_dropout: float = 0.1,
         run_config: dict[str, Any] | None = None,
     ) -> None:

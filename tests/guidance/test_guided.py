@@ -493,7 +493,7 @@ def test_corrections_bring_sda_to_the_posterior() -> None:
         return linear_moments(SDA(0.1), sampler, draws)
 
     def corrected(count: int) -> Sampler:
-        return PredictorCorrector(32, corrections=count, snr=0.25, grid=LogSNR())
+        return PredictorCorrector(32, langevin_steps=count, snr=0.25, grid=LogSNR())
 
     plain = run(EulerMaruyama(32, grid=LogSNR()), 33)
     few, many = run(corrected(4), 1 + 32 * 5), run(corrected(16), 1 + 32 * 17)
@@ -601,7 +601,7 @@ def test_dps_meets_the_observation_as_well_at_few_steps() -> None:
 
 @pytest.mark.parametrize(
     ("sampler", "calls"),
-    [(Ancestral(5), 5), (PredictorCorrector(5, corrections=2), 5 + 4 * 2), (Heun(5), 9),
+    [(Ancestral(5), 5), (PredictorCorrector(5, langevin_steps=2), 5 + 4 * 2), (Heun(5), 9),
      (ProbabilityFlow(5, adaptive=False), None)],
     ids=["ancestral", "predictor_corrector", "heun", "probability_flow"],
 )  # fmt: skip

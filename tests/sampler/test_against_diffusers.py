@@ -18,7 +18,7 @@ from diffusion_lab.denoiser import Denoiser, NetworkDenoiser
 from diffusion_lab.parameterization import EDM as EDMParameterization
 from diffusion_lab.parameterization import Epsilon
 from diffusion_lab.sampler import DDIM, Ancestral, DPMSolver, Heun, Sampler, State, UniPC
-from diffusion_lab.sampler.time_grid import Grid, Karras
+from diffusion_lab.sampler.time_grid import Karras, TimeGrid
 from diffusion_lab.schedule import EDM, VP, Linear, Schedule
 
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -26,7 +26,7 @@ ALPHA_BAR = (1 - BETA).cumprod(0)
 D = 5
 
 
-class Indices(Grid):
+class Indices(TimeGrid):
     """The times of given indices, and 0 after them."""
 
     def __init__(self, indices: Tensor) -> None:

@@ -135,9 +135,9 @@ class NotAlphaBar(DDIM):
     """ε̂ with α_s where α_t belongs."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
-        alpha_s, sigma_s, _, sigma_t, _ = transition(denoiser.schedule, state.t, s)
-        epsilon = (state.x_t - alpha_s * state.denoised) / sigma_t
-        return alpha_s * state.denoised + sigma_s * epsilon
+        step = transition(denoiser.schedule, state.t, s)
+        epsilon = (state.x_t - step.alpha_s * state.denoised) / step.sigma_t
+        return step.alpha_s * state.denoised + step.sigma_s * epsilon
 
 
 BUGS = {
@@ -220,7 +220,7 @@ def test_samples_under_another_schedule() -> None:
 
 def test_a_level_that_the_prior_was_not_trained_at_is_refused() -> None:
     denoiser = Rescheduled(MIXTURE.denoiser(SCHEDULES["linear"]), VE())
-    with pytest.raises(ValueError, match="= 348 is outside the schedule Linear, which reaches fr"):
+    with pytest.raises(ValueError, match="= 348 is outside the schedule Linear, whose range"):
         DDIM(10)(denoiser, start(VE(), 2)[0])
 
 
@@ -233,9 +233,9 @@ def test_steps_forward_compose_to_the_closed_kernel(name: str) -> None:
     schedule = SCHEDULES[name]
     mean, variance = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for s, t in zip(range(1000), range(1, 1001), strict=True):
-        alpha_s, _, alpha_t, _, v = transition(schedule, t / 1000, s / 1000)
-        factor = alpha_t / alpha_s
-        mean, variance = factor * mean, factor**2 * variance + v
+        step = transition(schedule, t / 1000, s / 1000)
+        factor = step.alpha_t / step.alpha_s
+        mean, variance = factor * mean, factor**2 * variance + step.variance
     alpha_1, sigma_1 = schedule(torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(mean, alpha_1, rtol=1e-9, atol=0)
     torch.testing.assert_close(variance.sqrt(), sigma_1, rtol=1e-9, atol=0)
@@ -250,16 +250,16 @@ def test_ancestral_sampling_of_the_sub_vp_sde_is_refused() -> None:
 
 def test_langevin_keeps_what_it_is_given() -> None:
     """At small steps a level's own distribution is left as it is: many corrections do no harm."""
-    ratio, shares = graded(PredictorCorrector(100, corrections=4, snr=0.05), SCHEDULES["vp"])
+    ratio, shares = graded(PredictorCorrector(100, langevin_steps=4, snr=0.05), SCHEDULES["vp"])
     assert ratio <= 1.8 and shares <= 0.03
 
 
 def test_annealed_langevin_nears_the_mixture_with_the_steps_at_a_level() -> None:
     """Too few of them leave some of the noise of the levels before; the shares are its own."""
     errors = []
-    for corrections in (2, 5, 20):
+    for count in (2, 5, 20):
         x, generator = start(SCHEDULES["ve"], 512)
-        sampler = AnnealedLangevin(100, corrections, 0.2)
+        sampler = AnnealedLangevin(100, count, 0.2)
         samples = sampler(MIXTURE.denoiser(SCHEDULES["ve"]), x, generator=generator)
         z, k = MIXTURE.whitened(samples)
         errors.append(float(z.std()) - 1)
@@ -275,7 +275,7 @@ def test_a_state_that_is_no_number_stops_the_sampler() -> None:
     start = torch.ones(2, D, dtype=torch.float64)
     with pytest.raises(SamplingError, match=r"DDIM: .* after step 6 of 10 \(from t=0.5 to 0.4\)"):
         DDIM(10)(Broken(Linear()), start)
-    with pytest.raises(SamplingError, match=r"ProbabilityFlow: σ/α = .* is as far as 50 steps"):
+    with pytest.raises(SamplingError, match=r"ProbabilityFlow reached σ/α = .* after 50 steps"):
         ProbabilityFlow(50)(Broken(Linear()), start)
 
 

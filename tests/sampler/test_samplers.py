@@ -1,6 +1,7 @@
 """Samplers on a Gaussian prior, exactly: moments of their output, formulas, diffusers' steps."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import diffusers
@@ -13,8 +14,20 @@ from torch import Tensor
 from diffusion_lab.denoiser import Clipped, Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.rng import KeyedGenerator, make_key
-from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, Sampler, State
-from diffusion_lab.sampler.time_grid import Quadratic
+from diffusion_lab.sampler import (
+    DDIM,
+    Ancestral,
+    AnnealedLangevin,
+    DPMSolver,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ProbabilityFlow,
+    Sampler,
+    State,
+    UniPC,
+)
+from diffusion_lab.sampler.time_grid import Karras, Quadratic
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
 from diffusion_lab.tensor import broadcast
 from diffusion_lab.transition import transition
@@ -343,7 +356,7 @@ def test_states_before_every_step_and_at_the_end(name: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_a_state_knows_as_many_before_it_as_its_sampler_wants(length: int) -> None:
     class Remembering(DDIM):
-        memory = length
+        history = length
 
     states = list[State]()
     Remembering(5)(GaussianDenoiser(Cosine()), normal(3, 4), callback=states.append)
@@ -488,9 +501,9 @@ def test_a_state_that_is_no_number_stops_the_sampler(name: str, values: tuple) -
             callback=states.append,
         )  # fmt: skip
     assert str(caught.value) == (
-        f"{type(sampler).__name__}: x_t is not finite after step 4 of 10 (from t=0.35 to 0.3); "
-        "is the denoiser trained at this level? Otherwise take more steps, another grid, or "
-        "clip=true"
+        f"{type(sampler).__name__}: x_t is not finite after step 4 of 10 (from t=0.35 to 0.3). "
+        "Check that the denoiser is trained at this noise level, or use more steps, another grid "
+        "or clip=true"
     )
     assert [s.t for s in states] == pytest.approx([0.5, 0.45, 0.4, 0.35])
 
@@ -510,7 +523,7 @@ def test_an_adjusted_state_must_be_finite_too_and_so_must_the_start() -> None:
     def adjust(state: State, x_s: Tensor) -> Tensor:
         return x_s / 0 if state.t < 0.3 else x_s
 
-    with pytest.raises(SamplingError, match=r"^DDIM: .* step 4 of 4 \(from t=0\.25 to 0\);"):
+    with pytest.raises(SamplingError, match=r"^DDIM: .* step 4 of 4 \(from t=0\.25 to 0\)\."):
         DDIM(4)(denoiser, start, adjust=adjust)
     with pytest.raises(SamplingError, match=r"^Ancestral: .* step 1 of 4"):
         Ancestral(4)(denoiser, start / 0)
@@ -526,22 +539,50 @@ def test_large_numbers_are_numbers() -> None:
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ancestral_sampling_is_refused_under_sub_vp(variance: str) -> None:
     """Before the denoiser is asked anything."""
-    with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Take euler_maru"):
+    with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Use euler_maru"):
         Ancestral(3, variance)(Silent(SubVP()), normal(2, 4))
 
 
 @pytest.mark.parametrize(
     "make, text",
     [
-        (lambda: Ancestral(0), "steps=0 .* at least 1 step"),
+        (lambda: Ancestral(0), "steps=0 .* an integer >= 1$"),
         (lambda: EulerMaruyama(-3), "steps=-3"),
         (lambda: DDIM(0), "steps=0"),
-        (lambda: Ancestral(variance="big"), "variance='big'.*small, large or learned"),
-        (lambda: DDIM(eta=1.1), r"eta=1.1 .*\[0, 1\]"),
+        (lambda: Ancestral(variance="big"), "variance=big .* one of small, large, learned$"),
+        (lambda: DDIM(eta=1.1), r"eta=1.1 .* a number in \[0, 1\]$"),
         (lambda: DDIM(eta=-0.1), "eta=-0.1"),
         (lambda: DDIM(eta=float("nan")), "eta=nan"),
+        (lambda: DPMSolver(order=3), "order=3 .* one of 1, 2$"),
+        (lambda: Heun(churn=-1.0), "churn=-1.0 .* a number >= 0$"),
+        (lambda: Heun(churn_min=2.0, churn_max=1.0), "churn_min=2.0 .* above churn_max=1.0"),
+        (lambda: PredictorCorrector(snr=0.0), "snr=0.0 .* a number > 0$"),
+        (lambda: AnnealedLangevin(langevin_steps=0), "langevin_steps=0 .* an integer >= 1$"),
+        (lambda: Karras(0.5), "rho=0.5 .* a number >= 1$"),
+        (lambda: ProbabilityFlow(rtol=0.0), "rtol=0.0 .* a number > 0$"),
     ],
 )
 def test_bad_settings_are_named(make, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("name", ["steps", "clip", "grid"])
+def test_arguments_that_a_predictor_does_not_use_are_refused(name: str) -> None:
+    value = {"steps": 5, "clip": True, "grid": Quadratic()}[name]
+    with pytest.raises(ValueError, match=f"predictor.{name} is not used; set {name} of"):
+        PredictorCorrector(10, partial(DDIM, **{name: value}))
+    assert PredictorCorrector(10, partial(DDIM, eta=0.5)).predictor.eta == 0.5
+
+
+def test_a_multistep_predictor_is_refused() -> None:
+    for make in (DPMSolver, UniPC):
+        with pytest.raises(ValueError, match="is a multistep method; choose a one-step one"):
+            PredictorCorrector(10, make)
+    assert PredictorCorrector(10, partial(DPMSolver, order=1)).predictor.order == 1
+
+
+def test_a_grid_of_an_adaptive_solver_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"grid=Karras is not used.* set adaptive=false"):
+        ProbabilityFlow(grid=Karras())
+    assert isinstance(ProbabilityFlow(adaptive=False, grid=Karras()).grid, Karras)

@@ -45,7 +45,7 @@ from diffusion_lab.sampler import (
 from diffusion_lab.schedule import VP, Cosine, Linear, Schedule
 
 SHAPE = (3, 8, 8)
-ASKED = 3  # in place of the samplers' own, for few steps
+CHECKED = 3  # in place of the samplers' own, for few steps
 META = torch.device("meta")
 aten = torch.ops.aten
 
@@ -135,8 +135,8 @@ def test_no_step_waits(
     make: Any, schedule: type[Schedule], guidance: Guidance | None, operator: Operator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("diffusion_lab.sampler.base.ASKED", ASKED)
-    few, many = (counted(make, n, schedule(), guidance, operator) for n in (ASKED, 3 * ASKED))
+    monkeypatch.setattr("diffusion_lab.sampler.base.FINITE_CHECK_INTERVAL", CHECKED)
+    few, many = (counted(make, n, schedule(), guidance, operator) for n in (CHECKED, 3 * CHECKED))
     assert many["copied"] == few["copied"], many
     # Once every so many steps it is asked whether the state is finite, and of nothing else.
     assert many["asked"] == few["asked"] + 2, many
