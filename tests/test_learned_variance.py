@@ -668,7 +668,7 @@ def test_the_module_and_the_loss_refuse_by_themselves() -> None:
         with pytest.raises(ConfigError, match=r"loss=hybrid"):
             DiffusionModule(network, *parts, loss, lambda p: None, lambda o, n: None)
     x = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"VP has none; choose schedule=linear"):
+    with pytest.raises(ValueError, match=r"VP is continuous; choose schedule=linear"):
         Hybrid()(x, x, VP(), kinds.Epsilon(), torch.tensor([0.5]).double(), x, x)
     with pytest.raises(ValueError, match=r"vlb_weight=0"):
         Hybrid(0.0)
