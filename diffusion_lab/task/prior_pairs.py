@@ -8,7 +8,7 @@ from torch import Tensor
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Ancestral, State
-from diffusion_lab.sampler.time_grid import Grid
+from diffusion_lab.sampler.time_grid import TimeGrid
 from diffusion_lab.schedule import Schedule
 
 STEPS = 200  # of the chain, above t and below
@@ -53,7 +53,7 @@ def sample_prior_pairs(
     return reached[0], lower(denoiser, reached[0], t_start=t, generator=generator)
 
 
-class _Through(Grid):
+class _Through(TimeGrid):
     """All steps but the last lead from t_start to a time t; the last leads from t to 0."""
 
     def __init__(self, t: float) -> None:
