@@ -1,30 +1,37 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writes."""
 
-__all__ = ["write_atomic"]
+__all__ = ["atomic_file", "write_atomic", "write_csv"]
 
 import contextlib
+import csv
+import io
 import os
 import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
-def write_atomic(path: Path, data: bytes) -> Path:
-    """Writes a file by way of a temporary one beside it, so that no reader sees half of it.
+@contextlib.contextmanager
+def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for writing that replaces `path` at the end of the block, if there is no error.
+
+    The data go to a temporary file in the same folder, are flushed to the disk, and the file is
+    renamed. Readers see the old file or the new one, never a part of it.
 
     Arguments:
-        path: The file, whose folder is made if it is missing; an old one is replaced.
-        data: What it shall hold.
-
-    Returns:
-        The path.
+        path: The file. Its folder is created if it is missing.
+        temporary: The temporary file. By default it has a random name, so that several processes
+            can write the same file; a fixed name does not leave files behind if processes are
+            killed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by hand and not by `tempfile`, whose files nobody but their owner may read.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    # `tempfile` is not used: its files are readable by their owner alone.
+    temporary = temporary or path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -32,4 +39,30 @@ def write_atomic(path: Path, data: bytes) -> Path:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    return path
+
+
+def write_atomic(path: Path, data: bytes) -> Path:
+    """Writes a file atomically and returns its path.
+
+    Arguments:
+        path: The file. Its folder is created if it is missing; an old file is replaced.
+        data: The content.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Writes a CSV file atomically and returns its path.
+
+    Arguments:
+        path: The file; an old one is replaced.
+        columns: The header.
+        rows: The rows. None is written as an empty cell.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return write_atomic(path, text.getvalue().encode())

@@ -59,6 +59,7 @@ def _run(cue: str, directory: Path, overrides: list[str], command: str) -> None:
 def _arm(cue: str) -> None:
     place, count, kind, *_ = [*cue.split(":"), "SIGKILL"] if cue else ("", 0, "SIGKILL")
     count, number = int(count), signal.Signals[kind]
+    from diffusion_lab import atomic_io
     from diffusion_lab.callback import checkpoint
     from diffusion_lab.data import cache
     from diffusion_lab.runs import checkpoint as checkpoint_file
@@ -114,15 +115,18 @@ def _arm(cue: str) -> None:
     around(Restoration, "test_step", after="kept")
     around(Restoration, "finish", after="finished")
 
-    class Os:  # of the module that writes checkpoints
+    class Os:
+        """The module `os` of atomic_io, with a crash point before a checkpoint is renamed."""
+
         def __getattr__(self, name: str):
             return getattr(os, name)
 
-        def replace(self, *args):
-            here("replace")
-            os.replace(*args)
+        def replace(self, source, target):
+            if Path(target).suffix == ".ckpt":
+                here("replace")
+            os.replace(source, target)
 
-    checkpoint_file.os = Os()
+    atomic_io.os = Os()
     save = checkpoint_file.torch.save
 
     class Torch:

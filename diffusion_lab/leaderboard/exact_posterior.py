@@ -6,8 +6,6 @@ each, which is also what makes the figures those of any machine's number of core
 
 __all__ = ["ExactPosterior", "markdown"]
 
-import csv
-import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.atomic_io import write_atomic, write_csv
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import Observation
 from diffusion_lab.leaderboard.grade import COLUMNS, diverged, grade
@@ -96,20 +94,14 @@ class ExactPosterior:
             found = each(graded, *zip(*work, strict=True))
             for row in tqdm(found, "leaderboard", len(work), dynamic_ncols=True, disable=None):
                 rows.append(row)
-                self._write_csv(rows)
+                values = [[row[name] for name in COLUMNS] for row in rows]
+                write_csv(self.directory / "leaderboard.csv", COLUMNS, values)
         text = markdown(rows)
         write_atomic(self.directory / "leaderboard.md", text.encode())
         self._report(rows)
         print(f"\n{text}\nleaderboard: {self.directory / 'leaderboard.csv'}")
         print(f"report: {self.directory / 'report.html'}")
         return rows
-
-    def _write_csv(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(self.directory / "leaderboard.csv", text.getvalue().encode())
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         sections: list[Any] = []

@@ -3,7 +3,6 @@
 __all__ = ["MetricsCSV"]
 
 import csv
-import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.atomic_io import write_csv
 
 
 class MetricsCSV(Logger):
@@ -105,9 +104,6 @@ class MetricsCSV(Logger):
             self.save()
 
     def _rewrite(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomic(self.path, text.getvalue().encode())
+        rows = [[row.get(name) for name in self.columns] for row in self.rows]
+        write_csv(self.path, self.columns, rows)
         self.written = len(self.rows)

@@ -9,7 +9,6 @@ estimate/metric).
 __all__ = ["Job", "read_jobs", "summarize"]
 
 import csv
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from diffusion_lab import runs
-from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.atomic_io import write_csv
 from diffusion_lab.report.page import (
     Cell,
     KeyValueSection,
@@ -118,17 +117,21 @@ def summarize(directory: Path) -> int:
     jobs = read_jobs(directory)
     if not jobs:
         return 0
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    columns = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     figures = list(dict.fromkeys(name for job in jobs for name in job.figures))
-    writer.writerow(["job", *columns, "status", "step", *figures, "error"])
-    for job in jobs:
-        asked = [job.overrides.get(key, "") for key in columns]
-        values = [job.figures.get(name, "") for name in figures]
-        step = "" if job.step is None else job.step
-        writer.writerow([job.directory.name, *asked, job.status, step, *values, job.error])
-    path = write_atomic(directory / "summary.csv", text.getvalue().encode())
+    rows = [
+        [
+            job.directory.name,
+            *(job.overrides.get(key) for key in keys),
+            job.status,
+            job.step,
+            *(job.figures.get(name) for name in figures),
+            job.error,
+        ]
+        for job in jobs
+    ]
+    columns = ["job", *keys, "status", "step", *figures, "error"]
+    path = write_csv(directory / "summary.csv", columns, rows)
     counts = {kind: sum(job.status == kind for job in jobs) for kind in ("finished", "failed")}
     counts["unfinished"] = len(jobs) - sum(counts.values())
     ends = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
@@ -137,10 +140,9 @@ def summarize(directory: Path) -> int:
         directory / "report.html", title, f"{len(jobs)} jobs: {ends}.", _sections(jobs, figures)
     )
     log.info("sweep: %d jobs, %s: %s and %s", len(jobs), ends, path, report)
-    keys = _swept(jobs)
     for job in jobs:
         if job.status != "finished":
-            name = f"job {job.directory.name} ({_name(job, keys)})"
+            name = f"job {job.directory.name} ({_name(job, _swept(jobs))})"
             log.error("%s: %s: %s", job.status, name, job.error.partition("\n")[0])
     return counts["failed"]
 

@@ -2,7 +2,6 @@
 
 __all__ = ["AtomicCheckpointIO", "load_checkpoint"]
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from diffusion_lab.atomic_io import atomic_file
 from diffusion_lab.errors import RunError
 
 
@@ -37,27 +37,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, forces it to the disk and renames.
+    """Writes checkpoints atomically.
 
-    Whatever interrupts it, the previous checkpoint is still there. Lightning's own writer leaves
-    an unreadable file if it is killed in the middle.
+    The previous checkpoint survives an interruption. Lightning's own writer leaves an unreadable
+    file if it is killed while writing.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            with atomic_file(path, path.with_name(path.name + ".partial")) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError about its own archive format
-            partial.unlink(missing_ok=True)
             kept = "the previous one is intact" if path.exists() else "there is no earlier one"
             raise RunError(
                 f"cannot write the checkpoint {path} ({error}); is the disk full? {kept}. "

@@ -2,14 +2,12 @@
 
 __all__ = ["Row", "average", "write_results"]
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.atomic_io import write_csv
 
 
 class Row(NamedTuple):
@@ -39,8 +37,4 @@ def average(estimate: str, metric: str, values: Sequence[float]) -> Row:
 
 def write_results(directory: Path, rows: Sequence[Row]) -> None:
     """Writes the rows to results.csv in a directory."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(Row._fields)
-    writer.writerows(rows)
-    write_atomic(directory / "results.csv", text.getvalue().encode())
+    write_csv(directory / "results.csv", Row._fields, rows)
