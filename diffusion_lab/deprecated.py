@@ -163,4 +163,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 def install() -> None:
     """Makes modules importable by the names of the previous release."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        # First: the path finder would load a file of a renamed package a second time.
+        sys.meta_path.insert(0, _Finder())

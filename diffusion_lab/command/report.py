@@ -1,14 +1,17 @@
-"""The report of what is in a directory: one HTML page that stands alone.
+"""Command that writes the HTML report of a training, an evaluation or a sweep.
 
-    python -m diffusion_lab.tracking outputs/train/ddpm_faces/2026-11-24_10-00-00
+    python -m diffusion_lab.command.report outputs/train/ddpm_faces/2026-11-24_10-00-00
 
-Of a training, finished or not, the page is made anew; so it is of a sweep, from all of its jobs.
-An evaluation has written its own. Without a directory it is that of the newest finished training.
+The report of a training (finished or not) or of a sweep is written again from its directory. An
+evaluation and a leaderboard write their own reports, whose path is printed. Without a directory
+the newest finished training is taken.
 """
 
 __all__ = ["main", "report"]
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_lab import runs
@@ -21,33 +24,41 @@ def report(directory: Path) -> Path:
     """Returns the report of a training, an evaluation or a sweep.
 
     Raises:
-        RunError: If the directory is none of them, or an evaluation that is not finished.
+        RunError: If the directory is none of them, or the evaluation is not finished.
     """
     page = directory / "report.html"
     if not directory.is_dir():
-        raise RunError(f"{directory} is not a directory; give that of a run")
+        raise RunError(f"{directory} is not a directory; give the directory of a run")
     if (directory / "multirun.yaml").exists():
         summarize(directory)
     elif (directory / runs.EVALUATION).exists():
         if (directory / runs.PARTIAL).exists() or not page.exists():
             raise RunError(
-                f"{directory} holds an evaluation that is not finished; go on with it: "
+                f"{directory} holds an evaluation that is not finished; continue it with: "
                 f"python eval.py resume={directory}"
             )
-    elif not (directory / "leaderboard.csv").exists():  # which has a page of its own
+    elif not (directory / "leaderboard.csv").exists():
         write_training_report(directory)
     if not page.exists():
-        raise RunError(f"{directory} is a sweep of which no job has begun")
+        raise RunError(f"{directory} holds a sweep of which no job has started")
     return page
 
 
-def main(arguments: list[str]) -> int:
-    """Makes the report and prints where it is; returns the exit code."""
-    if len(arguments) > 1 or any(text.startswith("-") for text in arguments):
-        print(__doc__, file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the report and prints its path; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_lab.command.report",
+        description="Write the HTML report of a training, an evaluation or a sweep.",
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        type=Path,
+        help="directory of the run; default: the newest finished training",
+    )
+    directory = parser.parse_args(arguments).directory
     try:
-        print(report(Path(arguments[0]).expanduser() if arguments else runs.newest_run()))
+        print(report(directory.expanduser() if directory else runs.newest_run()))
     except LabError as error:
         print(error, file=sys.stderr)
         return 1
@@ -55,4 +66,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

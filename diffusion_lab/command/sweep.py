@@ -7,8 +7,9 @@ the summary is made of their directories alone, and can be made again:
     python -m diffusion_lab.command.sweep outputs/train/ddpm_faces/2026-11-24_10-00-00
 """
 
-__all__ = ["Sweep", "concluded", "job"]
+__all__ = ["Sweep", "concluded", "job", "main"]
 
+import argparse
 import gc
 import logging
 import os
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -155,8 +156,19 @@ def job(directory: Path) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m diffusion_lab.command.sweep <directory of a sweep>")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the summary of a sweep; returns 1 if a job has failed, otherwise 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_lab.command.sweep",
+        description="Write the summary and the report of a sweep from its jobs' directories.",
+    )
+    parser.add_argument("directory", type=Path, help="directory of the sweep")
+    directory = parser.parse_args(arguments).directory
+    if not directory.is_dir():
+        parser.error(f"{directory} is not a directory")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.exit(min(1, summarize(Path(sys.argv[1]))))
+    return min(1, summarize(directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The loggers by command: what reaches W&B (offline, read from its own files) and TensorBoard."""
+"""Loggers in the commands: records of W&B (offline, read from its files) and of TensorBoard."""
 
 import csv
 import functools
@@ -15,7 +15,13 @@ from PIL import Image
 from wandb_file import Offline, read
 
 from diffusion_lab.logger import wandb_logger as logger
-from diffusion_lab.logger.wandb_workspace import SECTIONS, Choices, Lines, Pictures, Values
+from diffusion_lab.logger.wandb_workspace import (
+    SECTIONS,
+    BarPanel,
+    ImagePanel,
+    LinePanel,
+    ParallelCoordinatesPanel,
+)
 from diffusion_lab.training.module import DiffusionModule
 
 ROOT = Path(__file__).parents[2]
@@ -100,23 +106,24 @@ def test_the_dashboard_names_only_what_is_logged(tiny: Command, lab: Command) ->
     found = training.keys | evaluation.keys | quality.keys
     panels = [panel for section in SECTIONS.values() for panel in section]
     for panel in panels:
-        if isinstance(panel, Lines) and panel.pattern:
+        if isinstance(panel, LinePanel) and panel.pattern:
             assert any(re.fullmatch(panel.pattern, key) for key in found), panel
-        elif isinstance(panel, Lines | Values | Pictures):
+        elif isinstance(panel, LinePanel | BarPanel | ImagePanel):
             assert set(panel.keys) <= found, set(panel.keys) - found
-        if isinstance(panel, Pictures):
+        if isinstance(panel, ImagePanel):
             for key in panel.keys:
                 run = training if key in training.keys else evaluation
                 for path in pictures(run, key):
                     with Image.open(path) as image:
                         image.load()
                         assert image.format == "PNG" and min(image.size) >= 16
-        if isinstance(panel, Choices):
-            assert panel.figure in found
-            for choice in panel.choices:
-                assert any(has(run.config, choice) for run in (training, evaluation)), choice
+        if isinstance(panel, ParallelCoordinatesPanel):
+            assert panel.metric in found
+            for key in panel.keys:
+                assert any(has(run.config, key) for run in (training, evaluation)), key
     # And it forgets nothing: what is logged once in a row is on it, or said by another key.
-    shown = {key for panel in panels for key in getattr(panel, "keys", [])}
+    charts = [p for p in panels if not isinstance(p, ParallelCoordinatesPanel)]
+    shown = {key for panel in charts for key in panel.keys}
     logged = {key for key in training.keys if "/" in key} - shown
     assert {k for k in logged if not k.startswith(("val/frechet", "val/fid"))} == {
         "trainer/global_step"

@@ -1,11 +1,11 @@
-"""The dashboard as code: what it says to the server, without one."""
+"""W&B workspace: the model sent to the server, and the errors of the command."""
 
 import json
 import sys
 
 import pytest
 
-from diffusion_lab.logger.wandb_workspace import SECTIONS, Lines, Pictures, build, main
+from diffusion_lab.logger.wandb_workspace import SECTIONS, ImagePanel, LinePanel, build, main
 
 
 def test_the_view_has_all_sections_and_keys() -> None:
@@ -19,33 +19,42 @@ def test_the_view_has_all_sections_and_keys() -> None:
         made = {panel["config"].get("chart_title"): panel for panel in section["panels"]}
         for panel in panels:
             config = made[panel.title]["config"]
-            if isinstance(panel, Lines):
+            if isinstance(panel, LinePanel):
                 assert config["x_axis"] == "trainer/global_step"
                 assert config["metrics"] == list(panel.keys) or panel.pattern
                 assert config["metric_regex"] == panel.pattern
                 assert bool(config["y_log_scale"]) == panel.log
-            elif isinstance(panel, Pictures):
+            elif isinstance(panel, ImagePanel):
                 assert config["media_keys"] == list(panel.keys)
     sweep = json.dumps(sections[titles.index("Sweep")])
     assert "config:schedule.value._target_" in sweep and "summary:val/loss_ema" in sweep
 
 
-def test_what_is_missing_is_named(
+def test_missing_and_unknown_options_are_named(capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        (["--project=faces"], "required: --entity"),
+        (["--entity=team", "--project=faces", "--projct=faces"], "--projct"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0 and "--entity" in capsys.readouterr().out
+
+
+def test_a_missing_package_or_server_is_named(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def said(*arguments: str) -> str:
-        assert main(list(arguments)) == 1
-        return capsys.readouterr().err
-
-    assert "entity=... is missing" in said("project=faces")
-    assert "projct is no key; choose from entity, name, project" in said("projct=faces")
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert "pip install 'diffusion-lab[workspace]'" in said("entity=team", "project=faces")
+    assert main(["--entity=team", "--project=faces"]) == 1
+    assert "pip install 'diffusion-lab[workspace]'" in capsys.readouterr().err
     monkeypatch.undo()
     pytest.importorskip("wandb_workspaces")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nowhere")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody is there
-    assert "the view is not made" in said("entity=team", "project=faces")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
+    assert main(["entity=team", "project=faces"]) == 1  # the form of the previous release
+    assert "the view is not created" in capsys.readouterr().err

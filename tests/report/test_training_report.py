@@ -104,13 +104,15 @@ def test_a_directory_that_is_no_run_is_named_with_the_way_out(
     (training / "multirun.yaml").write_text("")
     for path, said in (
         (training.parent, "is no"), (training / "nowhere", "is not a directory"),
-        (training, "no job has begun"),
+        (training, "no job has started"),
     ):  # fmt: skip
         (training / "report.html").unlink(missing_ok=True)
         assert main([str(path)]) == 1
         error = capsys.readouterr().err
         assert str(path) in error and ("give the directory" in error or said in error)
-    assert main(["--help"]) == 2
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0 and "newest finished training" in capsys.readouterr().out
 
 
 def test_every_command_leaves_a_report(tiny: Command, lab: Command, run: Path) -> None:
