@@ -1,4 +1,4 @@
-r"""Checkpoints that survive: written whole or not at all, loaded without running code."""
+"""Last checkpoint, interruption by signals, exact resume and final validation."""
 
 __all__ = ["ElasticResume", "FinalValidation", "LastCheckpoint", "TrainingInterrupted"]
 
@@ -7,19 +7,23 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
+from diffusion_lab.callback.trainer_state import is_debug_run
+from diffusion_lab.constraints import NonEmptyStr, PositiveInt, checked
+from diffusion_lab.training.module import DiffusionModule
+
 
 class TrainingInterrupted(BaseException):
-    """The system asked the process to end, and the state is saved.
+    """A signal ended the training, and the state is saved.
 
-    Not an `Exception`: nothing on the way out may take it for a failure, and a sweep ends with it.
+    A `BaseException`, so that `except Exception` does not treat it as a failure and a sweep ends.
 
     Attributes:
-        signal: The signal's name.
-        step: Optimizer steps taken.
+        signal: Name of the signal.
+        step: Number of optimizer steps taken.
     """
 
     def __init__(self, signal: str, step: int) -> None:
@@ -28,16 +32,16 @@ class TrainingInterrupted(BaseException):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the newest state as `last.ckpt`: every N steps, at the end, and on a signal.
+    """Saves the newest state as `last.ckpt`: every N steps, at the end and on a signal.
 
-    SIGTERM and SIGUSR1 are what a cluster sends before it takes a machine away: the step is
-    finished, the state saved, and training ends. Several devices agree on that at the next step
-    that is logged, when they talk to each other anyway. An exception saves nothing: a state in
-    the middle of a step cannot be resumed exactly.
+    On SIGTERM and SIGUSR1, which clusters send before they stop a job, the current step is
+    completed, the state is saved and training ends. Several devices agree on it at the next logged
+    step, where they communicate already. Exceptions save nothing, because a state in the middle of
+    a step cannot be resumed exactly.
 
     Arguments:
-        directory: Where checkpoints are kept.
-        every_n_steps: The number of optimizer steps from one to the next.
+        directory: Directory of the checkpoint.
+        every_n_steps: Number N of optimizer steps between two checkpoints.
 
     Raises:
         TrainingInterrupted: After a signal, when the state is saved.
@@ -45,59 +49,62 @@ class LastCheckpoint(Checkpoint):
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, directory: str, every_n_steps: int) -> None:
+    @checked
+    def __init__(self, directory: NonEmptyStr, every_n_steps: PositiveInt) -> None:
         self.path = Path(directory) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self.saved_step = -1
-        self.received: str | None = None  # the signal that this process got
-        self.stopping = False  # what all devices agreed on
+        self.received: str | None = None  # name of the signal that this process received
+        self.stopping = False  # whether all devices agreed to stop
         self.handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            # In place of Lightning's own, which lose what came after the last checkpoint, or
-            # talk to other processes in the middle of whatever is going on.
+            # Lightning's handlers lose the steps after the last checkpoint, or communicate with
+            # other processes in the middle of a step.
             self.handlers = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        # With several devices Lightning asks before every batch whether one got its signal: a
-        # collective whose answer the host waits for, with nothing under way on the device.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        # With several devices Lightning broadcasts a signal flag before every batch, and the host
+        # waits for it while the device is idle. There is no public option to turn it off.
+        loop: Any = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number).name
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step == self.saved_step:
             return
-        self.stopping = self._agreed(trainer)
-        # The last step is saved here and not after it: then Lightning counts the epoch as over,
-        # and a run that goes on from there would skip the rest of the epoch.
-        # Nor in a step that was left out: it may be the first of those after which none is taken.
+        self.stopping = self._all_agree(trainer)
+        # The last step is saved here and not in on_train_end, where Lightning counts the epoch as
+        # finished: a resumed run would skip the rest of it. A skipped step is not saved; it may be
+        # the first of those that end the run.
         due = step % self.every_n_steps == 0 and not module.skipped
         if due or step == trainer.max_steps or self.stopping:
             self._save(trainer)
 
-    def _agreed(self, trainer: Trainer) -> bool:
+    def _all_agree(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
             return self.received is not None
-        if trainer.global_step % trainer.log_every_n_steps:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer
+        if trainer.global_step % every:
             return False
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: DiffusionModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not where it is saved: what was logged in that step is written only after it.
+        # Not right after saving, because the loggers write the step later.
         self._stop_if_saved(trainer)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: LightningModule, *batch: Any
+        self, trainer: Trainer, module: DiffusionModule, *batch: Any
     ) -> None:
         if trainer.world_size == 1 and self.received and self.saved_step == trainer.global_step:
-            self.stopping = True  # a resumed run begins with this validation
+            self.stopping = True  # a resumed run starts with this validation
         self._stop_if_saved(trainer)
 
     def _stop_if_saved(self, trainer: Trainer) -> None:
@@ -106,13 +113,13 @@ class LastCheckpoint(Checkpoint):
                 self.received or "a signal to another process", trainer.global_step
             )
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         if trainer.global_step != self.saved_step:
             self._save(trainer)
         self._restore_handlers()
 
     def on_exception(
-        self, trainer: Trainer, module: LightningModule, exception: BaseException
+        self, trainer: Trainer, module: DiffusionModule, exception: BaseException
     ) -> None:
         self._restore_handlers()
 
@@ -122,30 +129,31 @@ class LastCheckpoint(Checkpoint):
         self.handlers = {}
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
+        if is_debug_run(trainer):
             return
-        trainer.save_checkpoint(self.path, weights_only=False)  # on every rank: it is a collective
+        trainer.save_checkpoint(self.path, weights_only=False)  # on every rank, as a collective
         self.saved_step = trainer.global_step
 
 
 class ElasticResume(Callback):
-    """Lets a resumed run go on exactly where Lightning's own counters would not let it.
+    """Corrects Lightning's counters, so that a resumed run continues exactly.
 
-    With another global batch than before, a batch's number says nothing about how far the epoch
-    is; what is left of it is the loader's to say. And a validation that falls on the step of the
-    checkpoint is made, or made again: whether it had come to its end is not known.
+    With another global batch size, the number of a batch does not determine the position in the
+    epoch, which is taken from the loader instead. A validation at the step of the checkpoint is
+    repeated, because it is unknown whether it was complete.
     """
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         loop = trainer.fit_loop.epoch_loop
         if not loop.restarting:
             return
         if loop.restarted_on_train_batch_end and isinstance(trainer.val_check_batch, int):
             if loop.batch_progress.total.ready % trainer.val_check_batch == 0:
                 loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-                loop.val_loop.restarting = False  # from its first batch
-                loop._batches_that_stepped -= 1  # which Lightning adds before and after it
-        progress, loader = loop.batch_progress, trainer.train_dataloader
+                loop.val_loop.restarting = False  # from the first batch
+                loop._batches_that_stepped -= 1  # Lightning counts it twice
+        loader: Any = trainer.train_dataloader
+        progress = loop.batch_progress
         done = len(loader) - (0 if progress.is_last_batch else loader.remaining)
         shift = done - progress.current.ready
         for name in ("ready", "started", "processed", "completed"):
@@ -153,10 +161,10 @@ class ElasticResume(Callback):
 
 
 class FinalValidation(Callback):
-    """Makes the last step be followed by a validation, wherever it falls between two of them."""
+    """Validates after the last step of a training."""
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True

@@ -1,14 +1,14 @@
 r"""Averages of the weights over training, which sampling and evaluation use.
 
-The exponential moving average, held in the module,
+The exponential moving average, stored in the module,
 
     θ' <- d_n θ' + (1 - d_n) θ,    d_n = min(d, (1 + n) / (10 + n)),    after the n-th step.
 
-The ramp forgets the initial weights quickly; without it a decay of 0.9999 gives noise at 10,000
-steps. n is the trainer's own step, so there is no state to save beyond the weights. A step that
-the module left out moves no average.
+The ramp forgets the initial weights quickly; without it, samples with a decay of 0.9999 are noise
+at 10,000 steps. n is the step of the trainer, so that the weights are the only state. Skipped
+steps change no average.
 
-The power-function averages, any number beside it, of which snapshots are written,
+The power-function averages, of which snapshots are written,
 
     θ̂ <- β_n θ̂ + (1 - β_n) θ,    β_n = (1 - 1/n)^(γ+1);
 
@@ -30,26 +30,28 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from diffusion_lab.callback.trainer_state import is_debug_run
+from diffusion_lab.constraints import Decay, checked
 from diffusion_lab.errors import RunError
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.post_hoc_ema import exponent, save_snapshot, snapshots
 
 
-def _move(averages: list[Tensor], values: list[Tensor], share: float, skipped: Tensor) -> None:
-    """Moves averages by a share of the way to the values, unless the step was left out."""
+def _move(averages: list[Tensor], values: list[Tensor], fraction: float, skipped: Tensor) -> None:
+    """Moves averages towards the values by a fraction, unless the step was skipped."""
     if skipped.device.type == "cpu":
         if not skipped:
-            torch._foreach_lerp_(averages, values, share)
+            torch._foreach_lerp_(averages, values, fraction)
     else:
-        _move_by_flag(averages, values, share, skipped)
+        _move_by_flag(averages, values, fraction, skipped)
 
 
 def _move_by_flag(
-    averages: list[Tensor], values: list[Tensor], share: float, skipped: Tensor
+    averages: list[Tensor], values: list[Tensor], fraction: float, skipped: Tensor
 ) -> None:
-    """The same where the device alone knows whether it was: nothing waits for it."""
+    """The same with a flag on the device, without synchronization."""
     change = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(change, share * ~skipped)
+    torch._foreach_mul_(change, fraction * ~skipped)
     torch._foreach_add_(averages, change)
 
 
@@ -57,15 +59,11 @@ class EMA(Callback):
     """Updates `module.network_ema` after each step of the optimizer. Buffers are not averaged.
 
     Arguments:
-        decay: The decay d in [0, 1).
-
-    Raises:
-        ValueError: If d is outside [0, 1).
+        decay: The decay d.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay} is not allowed; it lies in [0, 1)")
+    @checked
+    def __init__(self, decay: Decay = 0.9999) -> None:
         self.decay = decay
         self.step = 0
         self.averages: list[Tensor] = []
@@ -73,7 +71,7 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.step = trainer.global_step
-        # Listed once: to look for them in all modules takes longer than to average them.
+        # Listed once, because the search through all modules takes longer than the update.
         self.averages = list(module.network_ema.parameters())
         self.parameters = list(module.network.parameters())
 
@@ -91,10 +89,10 @@ class EMA(Callback):
 class PowerEMA(Callback):
     """Keeps one power-function average of the parameters for each width, and writes snapshots.
 
-    The averages are float32, on the parameters' device, part of every checkpoint, and written to
-    <directory>/<step>.safetensors every N steps and at the end. A run that is resumed takes the
-    later snapshots again, and removes those that are there: with other settings they are of
-    another training. Buffers are not averaged.
+    The averages are float32, on the device of the parameters, part of every checkpoint, and
+    written to <directory>/<step>.safetensors every N steps and at the end. A resumed run removes
+    later snapshots, which can be of a training with other settings, and writes them again. Buffers
+    are not averaged.
 
     Arguments:
         directory: Where the snapshots go.
@@ -122,10 +120,10 @@ class PowerEMA(Callback):
         self.parameters: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the averages and the step they are of; empty if none are kept."""
+        """Returns the averages and their step; empty without averages."""
         if not self.averages:
             return {}
-        # A list: a key of a dictionary should be a text, and a width is a number.
+        # A list, because widths are numbers and the keys of a dictionary should be strings.
         return {
             "step": self.step,
             "widths": list(self.averages),
@@ -141,13 +139,13 @@ class PowerEMA(Callback):
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         n = trainer.global_step
-        # A compiled network, or a part of one, has the prefix in its names.
+        # The names in a compiled network have the prefix.
         parameters = {
             name.replace("_orig_mod.", ""): parameter.detach()
             for name, parameter in module.network.named_parameters()
         }
         if not self.widths:
-            self.averages = {}  # of a checkpoint that has some
+            self.averages = {}  # those of the checkpoint
             return
         if n == 0:
             self.averages = {
@@ -162,7 +160,7 @@ class PowerEMA(Callback):
             }
         self.step = self.written_step = n
         self.parameters = list(parameters.values())
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_debug_run(trainer):
             for step, path in snapshots(self.directory).items():
                 if step > n:
                     path.unlink()
@@ -207,5 +205,5 @@ class PowerEMA(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         self.written_step = self.step
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_debug_run(trainer):
             save_snapshot(self.directory, self.step, self.averages)

@@ -1,13 +1,13 @@
-r"""The Fréchet distance of drawn images from the training images, while training goes on.
+r"""Fréchet distance between samples and training images, measured during training.
 
-    d² of the features of n images drawn by the averaged weights, and of those of all training
-    images: see `metric.frechet`.
+The distance d² is that of the features of n images drawn with the averaged weights and of all
+training images, see `diffusion_lab.metric.frechet`.
 
-Image i is a function of the weights and (seed, i), and batch k holds the images k B, ...,
-(k + 1) B - 1, whichever device draws it: the distance is the same on any number of devices. With
-few images and few steps it is too large; it shows the course of a training, and is named by n and
-by the features (`val/fid_5k`, `val/frechet_efficientnet_256`). Figures to report are those of
-`eval.py task=fid`.
+Image i is a function of the weights and (seed, i), and batch k has the images k B, ...,
+(k + 1) B - 1 on any device, so that the distance does not depend on the number of devices. It is
+biased upwards for few images and few steps; it monitors a training, and its name has n and the
+features (`val/fid_5k`, `val/frechet_efficientnet_256`). Use `eval.py task=fid` for values to
+report.
 """
 
 __all__ = ["FID"]
@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion_lab.callback.trainer_state import data_module, image_shape, is_debug_run
+from diffusion_lab.constraints import AtLeastTwo, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.metric.feature_statistics import Moments, reference
 from diffusion_lab.metric.features import extract, title
@@ -32,7 +35,7 @@ from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import Sampler
 from diffusion_lab.training.module import DiffusionModule
 
-FEW = 2  # images, and steps, of a debug run
+DEBUG_COUNT = 2  # images and sampling steps of a debug run
 
 log = logging.getLogger(__name__)
 
@@ -40,37 +43,35 @@ log = logging.getLogger(__name__)
 class FID(Callback):
     """Measures the averaged weights after a validation, every N steps and at the end of a run.
 
-    The extractor is made at once, so that weights which are missing end the run before it begins.
-    It belongs to the callback and not to the module: no checkpoint holds it.
+    The extractor is built in the constructor, so that missing weights stop the run early. It is
+    part of the callback and not of the module, so that no checkpoint contains it.
 
     Arguments:
-        sampler: Draws the images, in few steps.
-        extractor: Makes the extractor.
-        num_samples: The number n of images, >= 2.
-        every_n_steps: The least number of steps between two measurements; a run of at least as
-            many steps is measured at its end, too. None measures never.
-        batch_size: Images that one device draws at once.
+        sampler: Sampler of the images, with few steps.
+        extractor: Returns the feature extractor.
+        num_samples: Number n of images.
+        every_n_steps: Smallest number N of steps between two measurements; a run of at least N
+            steps is also measured at its end. None never measures.
+        batch_size: Number of images that one device draws at once.
         seed: Seed of the noise.
 
     Raises:
-        ValueError: If n is below 2.
-        ConfigError: If the extractor's weights are missing.
+        ConfigError: If the weights of the extractor are missing.
     """
 
+    @checked
     def __init__(
         self,
         sampler: Sampler,
         extractor: Callable[[], nn.Module],
-        num_samples: int = 5000,
-        every_n_steps: int | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
+        num_samples: AtLeastTwo = 5000,
+        every_n_steps: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        seed: NonNegativeInt = 0,
     ) -> None:
-        if num_samples < 2:
-            raise ValueError(f"num_samples={num_samples} is not allowed; it is at least 2")
         self.sampler, self.num_samples = sampler, num_samples
         self.every_n_steps, self.batch_size, self.seed = every_n_steps, batch_size, seed
-        self.extractor: nn.Module | None = None
+        self.extractor: Any = None  # a module with `name` and `dim`
         if every_n_steps is not None:
             try:
                 self.extractor = extractor()
@@ -81,17 +82,18 @@ class FID(Callback):
         self.measured_step = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Returns when it was measured last, so that a resumed run measures at the same steps."""
+        """Returns the step of the last measurement, for a resumed run."""
         return {} if self.extractor is None else {"measured_step": self.measured_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.measured_step = state["measured_step"]
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
-        """Holds the sampler against the schedule.
+        """Checks the sampler under the schedule.
 
         Raises:
-            ConfigError: If it is not defined under it, or takes more steps than it has.
+            ConfigError: If it is not defined under the schedule, or takes more steps than the
+                schedule has.
         """
         if self.extractor is None:
             return
@@ -107,16 +109,16 @@ class FID(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Finds the statistics of the training images, and computes them if they are not kept."""
+        """Loads the statistics of the training images, or computes and stores them."""
         if self.extractor is None:
             return
         self.extractor.to(module.device)
-        data = trainer.datamodule
+        data = data_module(trainer)
         images = data.images["train"]
-        if trainer.fast_dev_run:
+        if is_debug_run(trainer):
             self.sampler = copy(self.sampler)
-            self.sampler.steps = min(FEW, self.sampler.steps)
-            few = torch.from_numpy(images[:FEW]).to(module.device)
+            self.sampler.steps = min(DEBUG_COUNT, self.sampler.steps)
+            few = torch.from_numpy(images[:DEBUG_COUNT]).to(module.device)
             self.reference = Moments.of(extract(self.extractor, few))
             return
         self.reference, _ = reference(
@@ -130,43 +132,43 @@ class FID(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         step = trainer.global_step
-        if self.extractor is None or self.reference is None or trainer.sanity_checking:
+        if self.every_n_steps is None or self.reference is None or trainer.sanity_checking:
             return
-        # A run that is shorter is there to try something: not for thousands of images at its end.
+        # Shorter runs are tests, which should not draw thousands of images at their end.
         last = step == trainer.max_steps and step >= self.every_n_steps
         due = step - self.measured_step >= self.every_n_steps or last
-        if not (due or trainer.fast_dev_run):
+        if not (due or is_debug_run(trainer)):
             return
         self.measured_step = step
         start = time.perf_counter()
-        count = min(FEW, self.num_samples) if trainer.fast_dev_run else self.num_samples
-        drawn = self._drawn(trainer, module, count)
+        count = min(DEBUG_COUNT, self.num_samples) if is_debug_run(trainer) else self.num_samples
+        drawn = self._moments(trainer, module, count)
         distance = float("nan") if drawn is None else frechet_distance(drawn, self.reference)
         name = f"val/{title('frechet', self.extractor.name, count)}"
-        # Every device has the same value; asking for it keeps Lightning from warning.
-        self.log(name, distance, sync_dist=True)
+        # Every device has the same value; without sync_dist Lightning would warn.
+        module.log(name, distance, sync_dist=True)
         seconds = time.perf_counter() - start
         log.info("step %d: %s = %.4g, in %.0f s", step, name, distance, seconds)
 
-    def _drawn(self, trainer: Trainer, module: DiffusionModule, count: int) -> Moments | None:
-        """The moments of drawn images over all devices; None if the sampler diverged."""
+    def _moments(self, trainer: Trainer, module: DiffusionModule, count: int) -> Moments | None:
+        """The moments of the drawn images over all devices; None if the sampler diverged."""
         own, diverged = Moments(self.extractor.dim), False
-        batches = torch.arange(count, device=module.device).split(self.batch_size)
+        batches = torch.split(torch.arange(count, device=module.device), self.batch_size)
         for index in batches[trainer.global_rank :: trainer.world_size]:
             try:
                 with trainer.precision_plugin.forward_context():
                     images = self._sample(trainer, module, index)
-            except SamplingError as error:  # of an early network; training goes on
+            except SamplingError as error:  # an untrained network can diverge; training continues
                 log.warning("no Fréchet distance at step %d: %s", trainer.global_step, error)
                 diverged = True
                 break
             own.update(extract(self.extractor, images.permute(0, 2, 3, 1)))
         if trainer.world_size == 1:
             return None if diverged else own
-        facts = torch.tensor([own.n, diverged], dtype=torch.float64)
-        packed = torch.cat([facts, own.mean, own.scatter.flatten()]).to(module.device)
+        header = torch.tensor([own.n, diverged], dtype=torch.float64)
+        packed = torch.cat([header, own.mean, own.scatter.flatten()]).to(module.device)
         total = Moments(self.extractor.dim)
-        for part in trainer.strategy.all_gather(packed).cpu():  # one of each device, in order
+        for part in trainer.strategy.all_gather(packed).cpu():  # one part per device, in order
             if part[1]:
                 return None
             one = Moments(self.extractor.dim)
@@ -176,7 +178,7 @@ class FID(Callback):
         return total
 
     def _sample(self, trainer: Trainer, module: DiffusionModule, index: Tensor) -> Tensor:
-        size = trainer.datamodule.size
+        shape = image_shape(trainer, module)
         generator = KeyedGenerator(make_key(self.seed, "fid", index))
-        start = module.schedule.prior((len(index), 3, size, size), generator)
+        start = module.schedule.prior((len(index), *shape), generator)
         return to_uint8(self.sampler(module.denoiser(), start, generator=generator))

@@ -1,7 +1,7 @@
-"""Ends a training that has stopped being one: too many steps in a row without a finite gradient.
+"""Stops training after N consecutive non-finite gradients.
 
-The module leaves such a step out by itself. Weights, moments and averages stay as they were, so
-that one bad batch costs one step; a row of them means that no step will ever be taken again.
+The module skips such a step: weights, optimizer state and averages stay unchanged. Many skipped
+steps in a row mean that the training does not recover.
 """
 
 __all__ = ["NaNGuard"]
@@ -12,33 +12,32 @@ import torch
 from lightning import Callback, Trainer
 
 from diffusion_lab.callback.checkpoint import LastCheckpoint
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.errors import RunError
 from diffusion_lab.training.module import DiffusionModule, is_logged
 
 
 class NaNGuard(Callback):
-    """Counts the steps that were left out, as `train/skipped`, and ends the run after a row.
+    """Logs the number of skipped steps as `train/skipped`, and stops the run after N in a row.
 
-    Where the count is on the device it is looked at in steps that are logged only.
+    A count on a GPU is read in logged steps only.
 
     Arguments:
-        patience: The number of steps left out in a row that ends the run, >= 1.
+        patience: Number N of consecutive skipped steps that stops the run.
 
     Raises:
-        ValueError: If the number is below 1.
-        RunError: After so many; names the last checkpoint, which is good.
+        RunError: After N skipped steps; names the last checkpoint, which is intact.
     """
 
-    def __init__(self, patience: int = 10) -> None:
-        if patience < 1:
-            raise ValueError(f"patience={patience} is not allowed; it is at least 1")
+    @checked
+    def __init__(self, patience: PositiveInt = 10) -> None:
         self.patience = patience
         self.total = torch.zeros((), dtype=torch.int64)  # of the whole run
         self.row = self.longest = torch.zeros((), dtype=torch.int64)  # since its start or resume
         self.step = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the count, with which a resumed run goes on."""
+        """Returns the number of skipped steps of the whole run."""
         return {"total": int(self.total)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -59,12 +58,13 @@ class NaNGuard(Callback):
         self.longest = torch.maximum(self.longest.to(skipped.device), self.row)
         logged = is_logged(trainer, self.step)
         if logged:
-            self.log("train/skipped", self.total.float(), batch_size=1)
+            module.log("train/skipped", self.total.float(), batch_size=1)
         if (logged or skipped.device.type == "cpu") and self.longest >= self.patience:
             raise RunError(self._message(trainer))
 
     def _message(self, trainer: Trainer) -> str:
-        last = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Trainer.__init__
+        last = next((c for c in callbacks if isinstance(c, LastCheckpoint)), None)
         kept = "there is no checkpoint yet"
         if last is not None and last.path.exists():
             kept = (
@@ -73,7 +73,7 @@ class NaNGuard(Callback):
             )
         return (
             f"training stopped at step {self.step}: loss or gradient was not finite in "
-            f"{int(self.longest)} steps in a row, which were left out (nan_guard.patience="
+            f"{int(self.longest)} steps in a row, which were skipped (nan_guard.patience="
             f"{self.patience}). {kept[0].upper()}{kept[1:]}; lower optimizer.lr, or look for "
-            "images or weights that are not finite"
+            "non-finite images or weights"
         )

@@ -4,6 +4,7 @@ __all__ = ["OverfitSubset"]
 
 from lightning import Callback, Trainer
 
+from diffusion_lab.callback.trainer_state import data_module
 from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import ConfigError
@@ -25,7 +26,7 @@ class OverfitSubset(Callback):
         self.count = count
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
-        data = trainer.datamodule
+        data = data_module(trainer)
         if self.count < data.batch_size * trainer.world_size:
             raise ConfigError(
                 f"callbacks.overfit_subset.count={self.count} is less than one batch, which is "

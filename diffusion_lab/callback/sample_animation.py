@@ -1,4 +1,4 @@
-r"""The pictures that a training shows: what each of them is of, and where they go."""
+"""Pictures of a training: trajectories, denoised images by noise level, nearest neighbours."""
 
 __all__ = ["levels", "log_picture", "nearest", "progressive"]
 
@@ -11,6 +11,7 @@ from lightning import Trainer
 from PIL.Image import Image
 from torch import Tensor
 
+from diffusion_lab.callback.trainer_state import is_debug_run
 from diffusion_lab.data.images import Split
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import labelled_grid, save_png
@@ -23,8 +24,8 @@ CHUNK = 256  # training images that are compared at once
 
 
 def log_picture(trainer: Trainer, name: str, picture: Image, path: Path) -> None:
-    """Writes a picture as a PNG file, and shows it on every logger that takes pictures."""
-    if trainer.fast_dev_run:
+    """Writes a picture as a PNG file, and passes it to every logger with `log_image`."""
+    if is_debug_run(trainer):
         return
     save_png(picture, path)
     for logger in trainer.loggers:
@@ -52,8 +53,8 @@ def levels(module: DiffusionModule, x_0: Tensor, epsilon: Tensor) -> Image:
     """Draws E[x_0 | x_t] of one image, at the middle of each bin of the losses per noise level.
 
     Arguments:
-        module: The module, whose averaged weights are asked.
-        x_0: The image, of shape (1, 3, H, W).
+        module: The module, of which the averaged weights are used.
+        x_0: The image, of shape (1, C, H, W).
         epsilon: The noise, the same at every level, of the same shape.
     """
     u = (torch.arange(BINS, dtype=torch.float64, device=x_0.device) + 0.5) / BINS
@@ -71,14 +72,14 @@ def levels(module: DiffusionModule, x_0: Tensor, epsilon: Tensor) -> Image:
 def nearest(
     samples: Tensor, images: Split, count: int, mirrored: bool, neighbours: int = 3
 ) -> Image:
-    """Draws samples beside the training images nearest to them: has the network copied any?
+    """Draws samples next to the nearest training images, which shows whether they are copies.
 
     Arguments:
-        samples: The samples, of shape (B, 3, H, W).
+        samples: The samples, of shape (B, C, H, W).
         images: The training images.
-        count: How many of them are compared at most, the first of the split.
-        mirrored: Whether their mirror images are training images, too.
-        neighbours: How many are shown.
+        count: Largest number of training images that are compared, from the start of the split.
+        mirrored: Whether the training images are also used mirrored.
+        neighbours: Number of nearest images that are shown.
     """
     count = min(count, len(images))
     neighbours = min(neighbours, count)

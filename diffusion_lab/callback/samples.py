@@ -1,4 +1,4 @@
-r"""Pictures of what the prior has learned: samples and what it makes of noisy images."""
+"""Sample grids and denoised validation images during training."""
 
 __all__ = ["SampleGrid"]
 
@@ -16,6 +16,8 @@ from diffusion_lab.callback.sample_animation import (
     nearest,
     progressive,
 )
+from diffusion_lab.callback.trainer_state import data_module, image_shape, is_debug_run
+from diffusion_lab.constraints import NonEmptyStr, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.data.images import SourceImages
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import MMSE, Observation, Truncated
@@ -30,38 +32,39 @@ log = logging.getLogger(__name__)
 
 
 class SampleGrid(Callback):
-    """Draws from the averaged weights after validation, as PNG files and to the loggers.
+    """Draws images with the averaged weights after validation, as PNG files and for the loggers.
 
-    Each picture is made of the same noise, so that a series shows what training changes:
+    The noise is the same every time, so that a series shows the progress of the training:
 
         samples/grid         samples of the prior
-        samples/progressive  how the first of them come out of noise: x_t and E[x_0 | x_t]
-        samples/nearest      the first of them, and the training images nearest to them; not where
-                             every image has to be read from its source
+        samples/progressive  x_t and E[x_0 | x_t] of the first samples along the reverse process
+        samples/nearest      the first samples and the training images nearest to them; omitted if
+                             images are streamed from their source
         samples/denoise      validation images at σ_t = 0.5: clean, noisy, the estimate E[x_0 | y],
                              and samples of the posterior
         samples/levels       a validation image at ten noise levels, and E[x_0 | x_t]
 
     Arguments:
-        directory: Where the PNG files go.
-        sampler: Draws the samples of the prior.
-        num_samples: How many.
-        every_n_steps: The least number of steps between two drawings; the end always draws.
+        directory: Directory of the PNG files.
+        sampler: Sampler of the prior.
+        num_samples: Number of samples.
+        every_n_steps: Smallest number of steps between two grids; the last step always draws one.
         seed: Seed of the noise.
     """
 
-    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # at most
-    PROGRESSIVE_ROWS, PROGRESSIVE_COLUMNS = 3, 8  # at most, and about
-    COMPARED = 2048  # training images among which the nearest are looked for
+    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # largest numbers
+    PROGRESSIVE_ROWS, PROGRESSIVE_COLUMNS = 3, 8  # largest, and approximate number
+    COMPARED = 2048  # training images that are compared with the samples
     SIGMA_T = 0.5
 
+    @checked
     def __init__(
         self,
-        directory: str,
+        directory: NonEmptyStr,
         sampler: Sampler,
-        num_samples: int = 16,
-        every_n_steps: int = 1000,
-        seed: int = 0,
+        num_samples: PositiveInt = 16,
+        every_n_steps: PositiveInt = 1000,
+        seed: NonNegativeInt = 0,
     ) -> None:
         self.directory = Path(directory)
         self.sampler, self.num_samples = sampler, num_samples
@@ -69,7 +72,7 @@ class SampleGrid(Callback):
         self.drawn_step = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Returns when it was drawn last, so that a resumed run draws at the same steps."""
+        """Returns the step of the last grid, so that a resumed run draws at the same steps."""
         return {"drawn_step": self.drawn_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -78,7 +81,7 @@ class SampleGrid(Callback):
     def on_validation_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         step = trainer.global_step
         due = step - self.drawn_step >= self.every_n_steps or step == trainer.max_steps
-        if trainer.sanity_checking or not (due or trainer.fast_dev_run):
+        if trainer.sanity_checking or not (due or is_debug_run(trainer)):
             return
         self.drawn_step = step
         if trainer.is_global_zero:
@@ -89,8 +92,8 @@ class SampleGrid(Callback):
                         "samples/denoise": self._posterior(trainer, module),
                         "samples/levels": self._levels(trainer, module),
                     }
-            except SamplingError as error:  # of an early network; training goes on
-                log.warning("no pictures at step %d: %s", step, error)
+            except SamplingError as error:  # an untrained network can diverge; training continues
+                log.warning("no sample grid at step %d: %s", step, error)
                 pictures = {}
             for name, picture in pictures.items():
                 path = self.directory / f"{name.split('/')[1]}-{step:07d}.png"
@@ -103,9 +106,9 @@ class SampleGrid(Callback):
 
     def _prior(self, trainer: Trainer, module: DiffusionModule) -> dict[str, Image]:
         generator = self._generator(module, "sample grid", self.num_samples)
-        size = trainer.datamodule.size
-        start = module.schedule.prior((self.num_samples, 3, size, size), generator)
-        # One class after the other, if the network knows any.
+        shape = image_shape(trainer, module)
+        start = module.schedule.prior((self.num_samples, *shape), generator)
+        # The classes in turn, if the network is conditional.
         classes = getattr(module.network, "classes", 0)
         label = torch.arange(self.num_samples, device=module.device) % classes if classes else None
         denoiser = module.denoiser(label=label)
@@ -117,7 +120,7 @@ class SampleGrid(Callback):
             "samples/grid": to_pil_image(image_grid(images, columns)),
             "samples/progressive": progressive(recorder.result(), module.schedule),
         }
-        data = trainer.datamodule
+        data = data_module(trainer)
         if not isinstance(data.images["train"].images, SourceImages):
             pictures["samples/nearest"] = nearest(
                 images[: self.ROWS], data.images["train"], self.COMPARED, data.flip
@@ -125,12 +128,12 @@ class SampleGrid(Callback):
         return pictures
 
     def _levels(self, trainer: Trainer, module: DiffusionModule) -> Image:
-        images = trainer.datamodule.images["val"][:1]
+        images = data_module(trainer).images["val"][:1]
         x_0 = to_model(torch.tensor(images, device=module.device))
         return levels(module, x_0, self._generator(module, "levels", 1).normal(*x_0.shape[1:]))
 
     def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
-        images = trainer.datamodule.images["val"][: min(self.ROWS, self.num_samples)]
+        images = data_module(trainer).images["val"][: min(self.ROWS, self.num_samples)]
         x_0 = to_model(torch.tensor(images, device=module.device))
         sigma_y = self.SIGMA_T / (1 - self.SIGMA_T**2) ** 0.5
         noise = self._generator(module, "denoising row", len(x_0)).normal(*x_0.shape[1:])
@@ -142,7 +145,8 @@ class SampleGrid(Callback):
         generator = self._generator(module, "posterior row", len(repeated))
         samples = Truncated()(
             denoiser, sampler, Observation(repeated, sigma_y), generator=generator
-        ).unflatten(0, (len(x_0), self.POSTERIOR_SAMPLES))
+        )
+        samples = torch.unflatten(samples, 0, (len(x_0), self.POSTERIOR_SAMPLES))
         rows = [
             torch.cat([x_0[k : k + 1], y[k : k + 1], mmse[k : k + 1], samples[k]]).cpu()
             for k in range(len(x_0))

@@ -1,11 +1,12 @@
-r"""A picture of the schedule, and of what the training makes of it, at the start of a run.
+r"""Charts of the noise schedule and of the loss weighting, drawn at the start of a run.
 
 Three charts over t: α_t and σ_t; log SNR = -2 log σ_t/α_t, with the ends of the bins of
 `train/loss_bin` and `val/loss_bin`; the density p(t) of the training's times, and the weight
 
     p(t) f(t) w(t)
 
-of the squared error of the network's output in the mean over t, f the factor that comes with t.
+of the squared error of the network's output in the mean over t, where f is the importance weight
+of t.
 """
 
 __all__ = ["SchedulePlot", "schedule_charts"]
@@ -17,15 +18,16 @@ import torch
 from lightning import Callback, Trainer
 
 from diffusion_lab.callback.sample_animation import log_picture
+from diffusion_lab.constraints import NonEmptyStr, checked
 from diffusion_lab.report.chart import LineChart
 from diffusion_lab.report.chart_png import chart_png
 from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
 
 log = logging.getLogger(__name__)
 
-POINTS = 200  # of each curve
-DRAWS = 40_000  # times from which the density is counted
-COLUMNS = 50  # of its histogram
+POINTS = 200  # number of points of each curve
+DRAWS = 40_000  # number of times in the histogram
+COLUMNS = 50  # bins of the histogram
 
 
 def schedule_charts(module: DiffusionModule) -> list[LineChart]:
@@ -75,13 +77,14 @@ def schedule_charts(module: DiffusionModule) -> list[LineChart]:
 
 
 class SchedulePlot(Callback):
-    """Draws them as a PNG file, and as `schedule/plot` on the dashboard.
+    """Draws the charts as a PNG file, and as `schedule/plot` for the loggers.
 
     Arguments:
-        directory: Where the PNG file goes.
+        directory: Directory of the PNG file.
     """
 
-    def __init__(self, directory: str) -> None:
+    @checked
+    def __init__(self, directory: NonEmptyStr) -> None:
         self.path = Path(directory) / "schedule-0000000.png"  # of step 0
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:

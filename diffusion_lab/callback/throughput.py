@@ -1,16 +1,16 @@
-r"""How fast a training is, and how much of what the device could do.
+r"""Training speed, model FLOP utilization and memory.
 
-    perf/images_per_second   images of all devices over the time of training alone: validations and
-                             the pictures after them are not counted
-    perf/tflops              3 F images_per_second / 10¹², F the operations of one forward pass
-                             for an image (2 for each multiplication with its addition): a backward
-                             pass takes twice as many
-    perf/mfu                 its share of the devices' peak
+    perf/images_per_second   images of all devices per second of training, without validations and
+                             sample grids
+    perf/tflops              3 F images_per_second / 10¹², where F is the number of operations of
+                             one forward pass per image (2 per multiply-add); a backward pass takes
+                             twice as many
+    perf/mfu                 perf/tflops over the peak of all devices
     perf/memory_gb           largest memory so far on any device, in 10⁹ bytes: allocated on a GPU,
                              resident in the process on a CPU
-    train/images             images seen
+    train/images             number of images seen
 
-F is counted, not estimated; recomputation (checkpointing) would not count.
+F is counted from the shapes of the tensors; recomputation (activation checkpointing) is excluded.
 
 Source:
     Chowdhery et al., "PaLM: scaling language modeling with pathways", 2022, section 4.1 (MFU).
@@ -30,15 +30,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_lab.constraints import Positive, checked
 from diffusion_lab.training.module import DiffusionModule, is_logged
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the products; or float32
+DTYPES = {
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}  # or float32
 
 
 def count_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Returns the operations of one forward pass, by its tensors' shapes: nothing is computed.
+    """Returns the number of operations of one forward pass, counted on the meta device.
 
     Arguments:
         network: Maps (x_t, i) to a prediction.
@@ -50,15 +54,15 @@ def count_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         with torch.compiler.set_stance("force_eager"):
             functional_call(network, tensors, inputs)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the operations a second of a product of large square matrices, the best of five."""
+    """Returns the operations per second of a large matrix product, the best of five."""
     size, precision = 512, torch.get_float32_matmul_precision()
     if device.type == "cuda":
         size = 8192
-        torch.set_float32_matmul_precision("high")  # as convolutions are computed there
+        torch.set_float32_matmul_precision("high")  # the precision of convolutions
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(6):  # one to warm up
@@ -70,7 +74,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """The time in seconds, when the device has done what it was told."""
+    """The time in seconds, after the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -81,28 +85,29 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size  # kilobytes, but on macOS
+    return size if sys.platform == "darwin" else 1024 * size  # kilobytes except on macOS
 
 
 class Throughput(Callback):
-    """Logs the figures above in every row of the log, over the steps since the row before.
+    """Logs the metrics above in every row of the log, over the steps since the previous row.
 
     Arguments:
-        peak_tflops: The peak of one device, in 10¹² operations a second; None measures that of a
-            matrix product, once.
+        peak_tflops: Peak of one device, in 10¹² operations per second; None measures it by a
+            matrix product.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
+    @checked
+    def __init__(self, peak_tflops: Positive | None = None) -> None:
         self.peak_tflops = peak_tflops
         self.flops: int | None = None  # F
         self.images = 0  # of the whole run
-        self.counted = 0  # of them, those of the rows before
+        self.counted = 0  # images up to the previous row
         self.step = 0
-        self.start: float | None = None  # of the clock; None while it stands
-        self.seconds = 0.0  # since the row before, up to the clock's start
+        self.start: float | None = None  # start of the timer; None while it is stopped
+        self.seconds = 0.0  # since the previous row, before the timer was started
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the images seen, with which a resumed run goes on."""
+        """Returns the number of images seen, for a resumed run."""
         return {"images": self.images}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -121,11 +126,13 @@ class Throughput(Callback):
                 torch.cuda.reset_peak_memory_stats(module.device)
         try:
             self.flops = count_flops(module.network, (1, *shape))
-        except (NotImplementedError, RuntimeError) as error:  # of a network of the user's own
-            log.warning("the network's operations cannot be counted (%s): perf/mfu is 0", error)
+        except (NotImplementedError, RuntimeError) as error:  # for custom networks
+            log.warning(
+                "the operations of the network cannot be counted (%s): perf/mfu is 0", error
+            )
             self.flops = 0
         log.info(
-            "a training step takes %.4g TFLOP an image; one device does %.4g TFLOP/s",
+            "a training step takes %.4g TFLOP per image; the peak of one device is %.4g TFLOP/s",
             3 * self.flops / 1e12, self.peak_tflops,
         )  # fmt: skip
 
@@ -145,23 +152,25 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Of all devices: this one's share of a batch is in its weight.
+        # Over all devices: the weight is the share of this device in the global batch.
         self.images += round(len(batch["x_0"]) * trainer.world_size / batch["weight"])
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
         if not is_logged(trainer, self.step):
             return
+        if self.start is None or self.flops is None or self.peak_tflops is None:
+            return  # set in on_train_batch_start
         now = _now(module.device)
         rate = (self.images - self.counted) / (self.seconds + now - self.start)
         self.start, self.seconds, self.counted = now, 0.0, self.images
         tflops = 3 * self.flops * rate / 1e12
         memory = torch.tensor(_memory(module.device) / 1e9, device=module.device)
-        figures = {
+        metrics = {
             "train/images": torch.tensor(self.images, dtype=torch.float64),
             "perf/images_per_second": rate,
             "perf/tflops": tflops,
             "perf/mfu": tflops / (self.peak_tflops * trainer.world_size),
             "perf/memory_gb": trainer.strategy.reduce(memory, reduce_op="max"),
         }
-        self.log_dict(figures, batch_size=1)
+        module.log_dict(metrics, batch_size=1)

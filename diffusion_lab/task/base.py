@@ -142,7 +142,7 @@ class Task(LightningModule, ABC):
                 ) from error
         return [results[k] for k in sorted(results) if k < self.count]
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Tensor]:
         """Returns the numbers of this rank's images without results, in groups."""
         done = {result["index"] for result in self._saved_results()}
         if done:
@@ -153,11 +153,11 @@ class Task(LightningModule, ABC):
         missing = [[k for k in group if k not in done] for group in groups]
         return self._loader([torch.tensor(group) for group in missing if group])
 
-    def _loader(self, groups: list[Tensor]) -> DataLoader:
+    def _loader(self, groups: list[Tensor]) -> DataLoader[Tensor]:
         """The loader of groups; at least one batch per rank, which Lightning requires."""
         if not groups and self.trainer.world_size > 1:
             groups = [torch.empty(0, dtype=torch.int64)]
-        return DataLoader(groups, batch_size=None)
+        return DataLoader(groups, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     def test_step(self, index: Tensor, batch_idx: int) -> None:
         """Computes one group of images and keeps the results."""

@@ -78,14 +78,14 @@ class FID(Task):
                 f"reference={reference} has {count} images; at least {MIN_IMAGES} are needed. "
                 "Choose another split"
             )
-        self.extractor = extractor()
+        self.extractor: Any = extractor()  # a module with `name` and `dim`
         self._reference: tuple[Moments, Tensor] | None = None
 
     @property
     def count(self) -> int:
         return self.num_samples * self.num_seeds
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Tensor]:
         """Returns the numbers of this rank's images without results, in groups.
 
         A group has consecutive images and does not depend on the number of devices, so that the
@@ -94,7 +94,7 @@ class FID(Task):
         done = {result["index"] for result in self._saved_results()}
         if done:
             log.info("%d of %d images are done already", len(done), self.count)
-        groups = torch.arange(self.count).split(self.group_size)
+        groups = torch.split(torch.arange(self.count), self.group_size)
         mine = groups[self.trainer.global_rank :: self.trainer.world_size]
         missing = [group[[k not in done for k in group.tolist()]] for group in mine]
         return self._loader([group for group in missing if len(group)])
@@ -152,7 +152,8 @@ class FID(Task):
             if metric in DISTANCES:
                 rows.append(Row("min", name, min(values), NAN, len(values)))
             for s, each in enumerate(by_block):
-                rows.append(Row(f"block {s}", name, *each[metric], self.num_samples))
+                value, stderr = each[metric]
+                rows.append(Row(f"block {s}", name, value, stderr, self.num_samples))
         # The metrics of real images, as the scale of the others.
         few, others = real[::2][: self.num_samples], real[1::2]
         for metric, (value, error) in self._metrics(few, Moments.of(others), others).items():
@@ -161,7 +162,8 @@ class FID(Task):
         return rows
 
     def finish(self, results: list[dict[str, Any]]) -> None:
-        blocks = torch.stack([result["features"] for result in results]).split(self.num_samples)
+        features = torch.stack([result["features"] for result in results])
+        blocks = torch.split(features, self.num_samples)
         rows = self._rows(blocks)
         write_results(self.directory, rows)
         shown = torch.stack([result["image"] for result in results[:SHOWN]])

@@ -142,12 +142,12 @@ class Restoration(Task):
         repeated = y.repeat_interleave(self.num_samples, 0)
         # Samples that share particles stay together.
         size = len(keys) if self.guidance.shares else self.batch_size
-        parts = zip(repeated.split(size), keys.split(size), strict=True)
+        parts = zip(torch.split(repeated, size), torch.split(keys, size), strict=True)
         samples = [
             self._sample_rows(y_part, key, callback if k == 0 else None)
             for k, (y_part, key) in enumerate(parts)
         ]
-        return torch.cat(samples).unflatten(0, (len(y), self.num_samples))
+        return torch.unflatten(torch.cat(samples), 0, (len(y), self.num_samples))
 
     def _sample_rows(
         self, y: Tensor, key: Tensor, callback: Callable[[State], None] | None
@@ -163,7 +163,7 @@ class Restoration(Task):
             if len(y) == group:
                 log.warning("an image is skipped: %s", error)
                 return y.new_full((len(y), *self.shape), float("nan"))
-            rows = zip(y.split(group), key.split(group), strict=True)
+            rows = zip(torch.split(y, group), torch.split(key, group), strict=True)
             return torch.cat([self._sample_rows(*row, None) for row in rows])
 
     def _shown(

@@ -52,10 +52,10 @@ def tables(rows: Sequence[Row], exact: str) -> list[Table]:
         caption = f"Mean over {n} image(s) and its standard error. PSNR in dB; nothing is clipped."
         found.append(Table("Results", f"{caption} {described}.", ["estimate", *shared], body))
     columns = ["metric", "of", "value", "n"]
-    body = [[metric, e, values[e, metric], counts[e, metric]] for e, metric in single]
+    other = [(metric, e, values[e, metric], counts[e, metric]) for e, metric in single]
     described = "; ".join(f"{e}: {ESTIMATES[e]}" for e in dict.fromkeys(e for e, _ in single))
     caption = f"Metrics of one estimate each. {described}. {exact}".strip()
-    found.append(Table("Uncertainty and failures", caption, columns, body))
+    found.append(Table("Uncertainty and failures", caption, columns, other))
     return found
 
 

@@ -114,11 +114,11 @@ class Scorer:
         covered = coverage(pixels, self.num_samples, COVERAGE_LEVEL)
         by_kind = {"pixels": pixels.flatten(1)}
         for kind in ("patches", "random"):
-            projected = (
+            of_samples, of_truth = (
                 projections(x, kind, PROJECTED, self.seed, patch=x_0.shape[-1] // 4, batch_dims=n)
                 for n, x in ((2, samples), (1, x_0))
             )
-            by_kind[kind] = ranks(*projected, generator)
+            by_kind[kind] = ranks(of_samples, of_truth, generator)
         balls = tarp_ranks(samples, x_0, self.seed, index=index, box=(-1.0, 1.0))
         return [
             {

@@ -77,7 +77,8 @@ def read_observation(
     if len(observed) == 3 and observed[0] == 3:
         return read_image("observation", path, observed, resize)
     if isinstance(operator, Inpainting):
-        return operator(read_image("observation", path, shape, resize))
+        y: Tensor = operator(read_image("observation", path, shape, resize))
+        return y
     raise ConfigError(
         f"observation={path}: the observations of {type(operator).__name__} are not RGB images; "
         "give the clean image instead (image=...), or choose another operator"

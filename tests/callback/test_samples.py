@@ -218,7 +218,7 @@ def test_a_network_that_samples_no_images_is_trained_on(
     monkeypatch.setattr(Sampler, "__call__", diverged)
     result = tiny("trainer.max_steps=3", "hydra.run.dir=a")
     assert result.code == 0, result.text
-    assert "no pictures at step 3: x_t is not finite after step 1 of 2" in result.text
+    assert "no sample grid at step 3: x_t is not finite after step 1 of 2" in result.text
     assert [p.name for p in Path("a/samples").iterdir()] == ["schedule-0000000.png"]
     assert Path("a/finished.json").exists()
 

@@ -1,0 +1,25 @@
+"""Typed access to attributes that Lightning sets on the trainer at run time."""
+
+__all__ = ["data_module", "image_shape", "is_debug_run"]
+
+from lightning import Trainer
+
+from diffusion_lab.data.module import ImageDataModule
+from diffusion_lab.training.module import DiffusionModule
+
+
+def data_module(trainer: Trainer) -> ImageDataModule:
+    """Returns the data module of the training."""
+    data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+    return data
+
+
+def is_debug_run(trainer: Trainer) -> bool:
+    """Returns whether the run is a smoke test of a few batches, which saves nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Trainer.__init__
+
+
+def image_shape(trainer: Trainer, module: DiffusionModule) -> tuple[int, int, int]:
+    """Returns the shape (C, H, W) of the images; networks without `image_channels` are of RGB."""
+    size = data_module(trainer).size
+    return getattr(module.network, "image_channels", 3), size, size
