@@ -39,7 +39,7 @@ docs: .venv/.done reference  ## Build the pages in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 reference: .venv/.done  ## Regenerate docs/configuration.md from conf/ and the constructors
-	$(BIN)/python docs/reference.py
+	PYTHONPATH=docs $(BIN)/python -m reference
 
 results: .venv/.done  ## Regenerate the README's denoising table and images from the newest run
 	$(BIN)/python -m benchmarks.denoising

@@ -1,13 +1,15 @@
-"""The configuration reference, made of the comments in conf/ and the rules in diffusion_lab.
+"""Configuration reference, generated from the comments in conf/ and the constructors' annotations.
 
-Every file becomes a table: key, default, what it means, what is allowed. `make docs` writes
-docs/configuration.md, which is kept in the repository for those who read it there.
+Every file becomes a table with key, default, meaning and allowed values. `make reference` writes
+docs/configuration.md, which is part of the repository.
 """
 
-__all__ = ["Entry", "api", "configuration", "entries", "files"]
+__all__ = ["Entry", "allowed", "api", "configuration", "entries", "files"]
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,29 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import diffusion_lab
-from diffusion_lab.command.rules import EVAL, TRAIN, find_rule
+from diffusion_lab.command import validation
+from diffusion_lab.constraints import Node, describe
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs.compose import CONFIG_PATH
+from diffusion_lab.runs.instantiate import constraints_of, find_target
 
 CONF = Path(CONFIG_PATH)
-ONLY_EVAL = {"benchmark", "guidance", "model", "task"}
+ONLY_EVAL = {"benchmark", "guidance", "model", "operator", "task"}
+SAME = {"model.data.": "data.", "fid.sampler.": "sampler."}  # groups that are used twice
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LINE = re.compile(r"^(?P<indent> *)(?P<name>\w+):(?P<value>[^#]*?)(?: +# (?P<comment>.*))?$")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of a file of conf/.
+    """A key of a file in conf/.
 
     Attributes:
-        group: Where the key is in the composed configuration, for example "task".
-        target: The `_target_` there; empty if there is none.
-        name: The key's own name.
-        value: Its value in the file.
-        comment: Its comment.
+        group: The node of the composed configuration that has the key, for example "task".
+        target: The `_target_` of this node; empty if it has none.
+        name: The last part of the key.
+        value: The value in the file.
+        comment: The comment in the file.
     """
 
     group: str
@@ -47,13 +54,13 @@ class Entry:
 
 
 def files() -> list[Path]:
-    """Returns the files of conf/, the two of the commands first."""
+    """Returns the files in conf/, starting with train.yaml and eval.yaml."""
     options = sorted(p for p in CONF.rglob("*.yaml") if "local" not in p.parts)
     return sorted(options, key=lambda path: path.parent != CONF)
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """Yields the keys of a file that hold a value, but those of Hydra itself."""
+    """Yields the keys of a file that have a value, except those of Hydra."""
     text = path.read_text()
     config = OmegaConf.load(path)
     package = ".".join(path.parent.relative_to(CONF).parts)
@@ -87,7 +94,7 @@ def _shown(value: Any) -> str:
 
 
 def _about(path: Path) -> str:
-    """The comment on top of a file."""
+    """Returns the comment at the top of a file."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -97,12 +104,93 @@ def _about(path: Path) -> str:
     return _cell(" ".join(lines))
 
 
+def _annotation(entry: Entry) -> Any:
+    """Returns the annotation of the argument that a key sets; None if there is none."""
+    if not entry.target:
+        return None
+    try:
+        hints = constraints_of(find_target({"_target_": entry.target}, entry.group))
+    except ConfigError:  # an optional package that is not installed
+        return None
+    return hints.get(entry.name)
+
+
+def _is_checked(entry: Entry) -> bool:
+    """Whether the constructor that a key belongs to checks its arguments."""
+    target = find_target({"_target_": entry.target}, entry.group)
+    function = target.__init__ if inspect.isclass(target) else target
+    own = target.__module__.startswith("diffusion_lab")
+    return not own or getattr(function, "__checked__", False)
+
+
+def _words(annotation: Any) -> str:
+    kind = annotation if inspect.isclass(annotation) else None
+    builtin = kind in (None, bool, int, float, str)
+    return describe(annotation if builtin else Node)
+
+
+@functools.cache
+def _reached() -> Mapping[str, str]:
+    """The allowed values of keys, by the constructors that they or references to them reach."""
+    found: dict[str, dict[str, None]] = {}
+    for path in files():
+        for entry in entries(path):
+            annotation = _annotation(entry)
+            if annotation is None or not (text := _words(annotation)) or not _is_checked(entry):
+                continue
+            found.setdefault(entry.key, {})[text] = None
+            reference = REFERENCE.fullmatch(str(entry.value))
+            if reference:
+                found.setdefault(reference[1], {})[text] = None
+    return {key: " or ".join(texts) for key, texts in found.items()}
+
+
+def allowed(entry: Entry, only_eval: bool) -> str:
+    """Returns the allowed values of a key in words.
+
+    They come from the constructor that the key belongs to. Keys that belong to none have an
+    annotation in `validation.TRAIN_KEYS` or `EVAL_KEYS`, or are references' targets.
+
+    Arguments:
+        entry: The key.
+        only_eval: Whether it is a key of evaluations.
+    """
+    if entry.name == "_partial_":
+        return "true"
+    annotation = _annotation(entry)
+    text = "" if annotation is None else _words(annotation)
+    if text and (_is_checked(entry) or not _rule(entry, only_eval)):
+        return text
+    keys = getattr(validation, "EVAL_KEYS" if only_eval else "TRAIN_KEYS", {})
+    if not entry.target and entry.key in keys:
+        return describe(keys[entry.key])
+    text = _rule(entry, only_eval)
+    if text:
+        return text
+    key = entry.key
+    for prefix, same in SAME.items():
+        key = same + key.removeprefix(prefix) if key.startswith(prefix) else key
+    return _reached().get(entry.key) or _reached().get(key, "")
+
+
+def _rule(entry: Entry, only_eval: bool) -> str:
+    """The text of a rule, for keys whose constructors have no annotations yet."""
+    try:
+        from diffusion_lab.command import rules
+    except ImportError:
+        return ""
+    both = (rules.EVAL, rules.TRAIN) if only_eval else (rules.TRAIN, rules.EVAL)
+    found = rules.find_rule(both[0], entry.group, entry.target, entry.name)
+    return found.allowed if found else ""
+
+
 def configuration() -> str:
     """Returns the page of all groups, options and keys."""
     parts = [
         "# Configuration", "",
-        "Every key of every file in `conf/`, from the comments there. A value that is not allowed "
-        "is refused before images or weights are touched.",
+        "Every key of every file in `conf/`: the meaning is its comment there, the allowed values "
+        "are those of the constructor that it belongs to. Values that are not allowed are refused "
+        "before data or weights are loaded. Written by `make reference`.",
     ]  # fmt: skip
     group = ""
     seen: dict[str, tuple[str, str]] = {}
@@ -116,16 +204,14 @@ def configuration() -> str:
         parts += ["", f"### {title}" if name else f"## {title}", "", _about(path), ""]
         rows, same = [], []
         only_eval = path.stem == "eval" or place.parts[:1] in {(g,) for g in ONLY_EVAL}
-        rules = EVAL if only_eval else TRAIN
         for entry in entries(path):
-            value, said = _shown(entry.value), (str(entry.value), entry.comment)
-            if seen.get(entry.key) == said:
+            value, row = _shown(entry.value), (str(entry.value), entry.comment)
+            if seen.get(entry.key) == row:
                 same.append(f"`{entry.key}`")
                 continue
-            seen[entry.key] = said
-            rule = find_rule(rules, entry.group, entry.target, entry.name)
+            seen[entry.key] = row
             cells = [f"`{entry.key}`", f"`{value}`", _cell(entry.comment)]
-            rows.append("| " + " | ".join([*cells, _cell(rule.allowed) if rule else ""]) + " |")
+            rows.append("| " + " | ".join([*cells, _cell(allowed(entry, only_eval))]) + " |")
         if rows:
             parts += ["| key | default | meaning | allowed |", "|---|---|---|---|", *rows]
         if same:
@@ -134,7 +220,7 @@ def configuration() -> str:
 
 
 def api() -> str:
-    """Returns the page of all modules, for autodoc."""
+    """Returns the page of all modules for autodoc."""
     package = Path(diffusion_lab.__file__).parent
     names = []
     for path in sorted(package.rglob("*.py")):
@@ -143,4 +229,8 @@ def api() -> str:
             continue
         names.append(".".join(place))
     blocks = [f"## {n}\n\n```{{eval-rst}}\n.. automodule:: {n}\n```" for n in names]
-    return "\n\n".join(["# Python", "From the docstrings.", *blocks]) + "\n"
+    return "\n\n".join(["# Python", "Generated from the docstrings.", *blocks]) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "configuration.md").write_text(configuration())
