@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.machine import RESULTS, cpu_name, versions
 from diffusion_lab.data import ImageDataModule, decode
 from diffusion_lab.data.cache import PackedCache, ingest
-from diffusion_lab.data.source import open_source
+from diffusion_lab.data.registry import open_source
 
 SIZE, IMAGES, PNGS, BATCH, ROWS, ROUNDS = 256, 1500, 300, 64, 100, 5
 MEMORY, TIMES = 0.25, 10  # data.memory in GiB; how many times larger the streamed set is
@@ -143,7 +143,11 @@ def ways(root: Path) -> dict[tuple[str, str], Callable[[], Callable[[], int]]]:
         ("cache=bytes, JPEG of quality 75", jpeg75, {}),
         ("cache=bytes, PNG", png, {}),
         ("cache=none, folder of JPEG", root / "jpeg", streamed),
-        ("cache=none, parquet of JPEG, lanes", root / "parquet", {**streamed, "order": "lanes"}),
+        (
+            "cache=none, parquet of JPEG, interleaved",
+            root / "parquet",
+            {**streamed, "order": "interleave"},
+        ),
     ):
         result[name, "0"] = partial(ours, source, 0, **changes)
         result[name, "2 threads"] = partial(ours, source, 2, **changes)
@@ -191,8 +195,8 @@ def resident() -> int:
 def stream(folder: Path) -> None:
     """Streams an epoch, alone in its process; prints what its memory did, as JSON."""
     shares = {"train": 0.98, "val": 0.01, "test": 0.01}
-    data = data_module(folder, 2, cache="none", order="lanes", memory=MEMORY, splits=shares)
-    data.setup("fit")  # also refuses lanes that need more than data.memory
+    data = data_module(folder, 2, cache="none", order="interleave", memory=MEMORY, splits=shares)
+    data.setup("fit")  # also refuses orders that need more than data.memory
     before, samples, done = resident(), [], threading.Event()
 
     def watch() -> None:
@@ -223,8 +227,8 @@ def memory(root: Path, encoded: list[bytes]) -> str:
     size, before, growth = (x / 2**20 for x in (size, before, peak - before))
     return (
         f"Memory: while an epoch of {count:,} images, {size:,.0f} MiB of JPEG in parquet, was "
-        f"streamed (lanes, 2 threads) with data.memory={MEMORY}, {MEMORY * 1024:.0f} MiB, the "
-        f"resident memory grew by at most {growth:.0f} MiB, from {before:.0f} MiB. The "
+        f"streamed (interleaved, 2 threads) with data.memory={MEMORY}, {MEMORY * 1024:.0f} MiB, "
+        f"the resident memory grew by at most {growth:.0f} MiB, from {before:.0f} MiB. The "
         f"bound holds row groups, reads, and batches of {BATCH * SIZE**2 * 3 / 2**20:.0f} MiB. "
         f"{groups} row groups were read {reads} times in all."
     )
@@ -240,8 +244,8 @@ def main() -> None:
     text = "\n".join(lines) + (
         f"\n\nMedian of {ROUNDS} rounds; {IMAGES:,} JPEG images of {SIZE}x{SIZE}, quality 95 "
         f"where nothing else is said, {kilobytes:.0f} kB each ({PNGS} as PNG), batch {BATCH}, "
-        f"shuffled unless in lanes, files in the page cache, batches left uint8. 0 workers: the "
-        f"main thread alone.\n\n"
+        f"shuffled unless interleaved, files in the page cache, batches left uint8. 0 workers: "
+        f"the main thread alone.\n\n"
         f"{streamed}\n\n{cpu_name()}, {CORES} cores; torch {torch.__version__}, {packages}; "
         f"{date.today()}.\n"
     )

@@ -4,7 +4,7 @@ The tables below are the only place that knows them. Each use of an old name is 
 the new name. They will be removed in the release after 0.2.
 """
 
-__all__ = ["current_overrides", "current_target", "install"]
+__all__ = ["current_config", "current_overrides", "current_target", "install"]
 
 import importlib
 import importlib.abc
@@ -12,9 +12,10 @@ import importlib.machinery
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,22 @@ KEYS: dict[str, str] = {
     "callbacks.few_images.count": "callbacks.overfit_subset.count",
     "fid.sampler.corrections": "fid.sampler.langevin_steps",
     "sampler.corrections": "sampler.langevin_steps",
+    "data.column": "data.image_column",
+    "data.lanes": "data.interleave",
+    "data.tail": "data.drop_last",
+    "data.window": "data.shuffle_buffer",
+    "model.data.column": "model.data.image_column",
+    "model.data.lanes": "model.data.interleave",
+    "model.data.tail": "model.data.drop_last",
+    "model.data.window": "model.data.shuffle_buffer",
+}
+
+# New key -> old value -> new value.
+VALUES: dict[str, dict[str, Any]] = {
+    "data.drop_last": {"drop": True, "spread": False},
+    "data.order": {"lanes": "interleave"},
+    "model.data.drop_last": {"drop": True, "spread": False},
+    "model.data.order": {"lanes": "interleave"},
 }
 
 
@@ -118,11 +135,39 @@ def _current_override(text: str, choices: dict[str, str]) -> str:
         return text
     prefix, key, value = match[1], match[2], match[3] or ""
     group, _, rest = key.partition(".")
-    new = KEYS.get(f"{group}[{choices.get(group)}].{rest}") or KEYS.get(key)
-    if new is None:
-        return text
-    _report(key, new)
-    return f"{prefix}{new}{value}"
+    new = KEYS.get(f"{group}[{choices.get(group)}].{rest}") or KEYS.get(key) or key
+    changed = VALUES.get(new, {}).get(value.removeprefix("="))
+    if changed is not None:
+        value = f"={str(changed).lower() if isinstance(changed, bool) else changed}"
+    result = f"{prefix}{new}{value}"
+    if result != text:
+        _report(text, result)
+    return result
+
+
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved configuration with the present names of its keys and values.
+
+    Keys that moved to another group, or were renamed under one choice of a group only, stay.
+
+    Arguments:
+        config: A configuration as plain containers, maybe of the previous release.
+    """
+    return _current_node(config, "")
+
+
+def _current_node(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if KEYS.get(key, "").startswith(prefix):
+            key = KEYS.get(key, key)
+        if isinstance(value, Mapping):
+            value = _current_node(value, f"{key}.")
+        elif isinstance(value, str):
+            value = VALUES.get(key, {}).get(value, value)
+        result[key.removeprefix(prefix)] = value
+    return result
 
 
 class _Loader(importlib.abc.Loader):

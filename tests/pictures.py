@@ -18,7 +18,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from diffusion_lab.data.cache import PackedCache, ingest
-from diffusion_lab.data.source import Item, Source, cut
+from diffusion_lab.data.source import Item, Source, chunk_ranges
 from diffusion_lab.errors import DataError
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -223,8 +223,8 @@ class Drawn(Source):
     ) -> None:  # fmt: skip
         self.size, self.name, self.bad, self.at, self.fail = size, name, set(bad), at, fail
         self.names = [f"image {k}" for k in range(count)]
-        self.own = ["train"] * (count - count // 3) + ["val"] * (count // 3)
-        self.groups = cut(count, self.CHUNK)
+        self.native_splits = ["train"] * (count - count // 3) + ["val"] * (count // 3)
+        self.groups = chunk_ranges(count, self.CHUNK)
         self.log, self.given = log, []
 
     def describe(self) -> dict[str, Any]:

@@ -230,7 +230,10 @@ def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> N
 
 def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command) -> None:
     tiny("trainer.max_steps=2", "hydra.run.dir=a")
-    for override, shown in (("seed=1", "seed: 0 -> 1"), ("data.order=lanes", "shuffle -> lanes")):
+    for override, shown in (
+        ("seed=1", "seed: 0 -> 1"),
+        ("data.order=interleave", "shuffle -> interleave"),
+    ):
         result = tiny("resume=a", override, "trainer.max_steps=4")
         assert result.code == 1
         assert shown in result.text and "Traceback" not in result.text
@@ -279,7 +282,7 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
     assert not list((tmp_path / "cache").glob("*/manifest.json")), "a half-made cache is taken"
     result = tiny(*source, "data.on_error=skip", "data.batch_size=2", "trainer.max_steps=1")
     assert result.code == 0, result.text
-    assert f"left out: {folder / '7.png'}" in result.text
+    assert f"skipped: {folder / '7.png'}" in result.text
 
 
 @pytest.mark.slow

@@ -47,20 +47,21 @@ def elastic(tmp_path: Path, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tail", "order"),
-    [("spread", "shuffle"), ("drop", "lanes")],
+    ("drop_last", "order"),
+    [(False, "shuffle"), (True, "interleave")],
 )
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str, order: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop_last: bool, order: str
 ) -> None:
     """2 -> 1 -> 3 devices of 4 images each, all within the first epoch of 62 images."""
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     tiny = [text for text in TINY if not text.startswith(OWN)]
     splits = "data.splits={train: 62, val: 16, test: 16}"
     elastic(
-        tmp_path, *tiny, splits, "trainer=ddp_sim", "data.batch_size=4", f"data.tail={tail}",
-        f"data.order={order}", "data.lanes=2", "trainer.max_steps=3", "hydra.run.dir=run",
+        tmp_path, *tiny, splits, "trainer=ddp_sim", "data.batch_size=4",
+        f"data.drop_last={drop_last}", f"data.order={order}", "data.interleave=2",
+        "trainer.max_steps=3", "hydra.run.dir=run",
         "trainer.val_check_interval=2",
     )  # fmt: skip
     elastic(tmp_path, "resume=run", "trainer.devices=1", "trainer.max_steps=6")
@@ -71,7 +72,7 @@ def test_a_run_goes_on_with_other_numbers_of_devices(
         epochs.setdefault(epoch, []).extend(ids)
     first, second = sorted(epochs[0]), sorted(epochs[1])
     assert len(set(first)) == len(first) and len(set(second)) == len(second)
-    if tail == "spread":  # 3 x 8, 3 x 4, and 26 as 12 + 7 + 7; then 62 as 4 x 12 + 7 + 7
+    if not drop_last:  # 3 x 8, 3 x 4, and 26 as 12 + 7 + 7; then 62 as 4 x 12 + 7 + 7
         assert first == second == list(range(62))
     else:  # 26 as 12 + 12, and 62 as 5 x 12
         assert (len(first), len(second)) == (60, 60)
@@ -97,7 +98,7 @@ def test_fifty_losses_of_two_processes_are_those_of_one(
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     tiny = [text for text in TINY if not text.startswith(OWN)]
     splits = "data.splits={train: 61, val: 15, test: 15}"
-    common = [*tiny, splits, "data.tail=spread", "trainer.max_steps=50", "optimizer.lr=2e-4"]
+    common = [*tiny, splits, "data.drop_last=false", "trainer.max_steps=50", "optimizer.lr=2e-4"]
     command("train.py", *common, "trainer=cpu", "data.batch_size=8", "hydra.run.dir=one")
     command("train.py", *common, "trainer=ddp_sim", "data.batch_size=4", "hydra.run.dir=two")
     one, two = (

@@ -17,7 +17,12 @@ RUN = [
 ]  # fmt: skip
 VARIANTS = {
     "plain": [],
-    "threads": ["data.num_workers=2", "data.order=lanes", "data.lanes=2", "data.tail=spread"],
+    "threads": [
+        "data.num_workers=2",
+        "data.order=interleave",
+        "data.interleave=2",
+        "data.drop_last=false",
+    ],
     "accumulation": ["trainer.accumulate_grad_batches=2", "trainer.max_steps=11"],
 }
 # Each place is a call in the life of the process; with 4 images of a validation batch there are

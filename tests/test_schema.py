@@ -20,7 +20,8 @@ from diffusion_lab.runs import compose
 
 FREE_TEXT = {  # names, paths, and what only the source of the images or a logger can judge
     "name", "resume", "pretrained", "run", "ckpt", "label", "image", "observation", "model.path",
-    "data.source", "data.split", "data.column", "data.label", "data.cache_dir", "paths.cache_dir",
+    "data.source", "data.split", "data.image_column", "data.label", "data.cache_dir",
+    "paths.cache_dir",
     "paths.output_dir", "model.data.cache_dir",
     "callbacks.power_ema.directory", "callbacks.samples.directory", "callbacks.best.dirpath",
     "callbacks.schedule_plot.directory", "extractor.weights",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffusion_lab.command.validation import check_train
 from diffusion_lab.data.cache import verify
 from diffusion_lab.data.module import ImageDataModule
-from diffusion_lab.data.source import SPLITS
+from diffusion_lab.data.splits import SPLITS
 from diffusion_lab.errors import ConfigError, DataError, LabError
 from diffusion_lab.metric.feature_statistics import PooledPixels, reference
 from diffusion_lab.runs import compose

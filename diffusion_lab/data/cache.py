@@ -1,14 +1,14 @@
-r"""The packed cache: every image of a source, decoded and checked once, in one file.
+r"""Packed image cache: every image of a source, decoded and checked once, in one file.
 
 A directory named by a fingerprint of the source holds
 
     images.npy      uint8 (N, size, size, 3), or images.bin and offsets.npy: encoded images
-    sha256.npy      uint8 (N, 32), the hash of each image's pixels
-    manifest.json   the images' names and own splits, and where they come from: source, files,
-                    size, filter, decoder, and every image that was left out and why
+    sha256.npy      uint8 (N, 32), the hash of the pixels of each image
+    manifest.json   names and native splits of the images, source, files, size, filter, decoder,
+                    and every skipped image with the reason
 
-It appears whole or not at all. Until then `<fingerprint>.partial` holds what is packed so far with
-a journal, and ingest goes on from there, whatever ended it. Nothing in it is pickled.
+It is created atomically. Until then `<fingerprint>.partial` holds the images packed so far and a
+journal, from which ingest resumes after any interruption. Nothing in it is pickled.
 """
 
 __all__ = ["FORMAT", "MANIFEST", "PackedCache", "fingerprint", "ingest", "verify"]
@@ -46,9 +46,9 @@ HEADER = 128  # bytes of an .npy header, whose shape is known only at the end
 CHUNK = 256  # images between two entries of the journal
 
 
-def fingerprint(source: Source, kind: str) -> str:
-    """Returns the name of a source's cache: a hash of what decides its pixels."""
-    text = json.dumps({**source.describe(), "format": FORMAT, "kind": kind}, sort_keys=True)
+def fingerprint(source: Source, encoding: str) -> str:
+    """Returns the name of a source's cache: a hash of everything that determines the pixels."""
+    text = json.dumps({**source.describe(), "format": FORMAT, "kind": encoding}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -57,20 +57,20 @@ class PackedCache:
     """A packed cache on disk.
 
     Attributes:
-        directory: Where it is.
+        directory: Its directory.
     """
 
     directory: Path
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What the images are and where they come from.
+        """Description of the images and of their source.
 
         Raises:
-            DataError: If it is unreadable, or the files beside it have not the size it says.
+            DataError: If it is unreadable, or another file has not the size stated in it.
         """
         try:
-            manifest = json.loads((self.directory / MANIFEST).read_text())
+            manifest: dict[str, Any] = json.loads((self.directory / MANIFEST).read_text())
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, not {FORMAT}")
             for name, size in manifest["sizes"].items():
@@ -83,25 +83,25 @@ class PackedCache:
 
     @cached_property
     def names(self) -> list[str]:
-        """The images' names."""
-        return self.manifest["names"]
+        """The names of the images."""
+        return list(self.manifest["names"])
 
     @cached_property
-    def own(self) -> list[str]:
-        """The set's own split of each image."""
+    def native_splits(self) -> list[str]:
+        """The split of each image in the dataset itself."""
         return [split for split, count in self.manifest["own"] for _ in range(count)]
 
     @cached_property
     def sha256(self) -> np.ndarray:
-        """The hash of each image's pixels, uint8, of shape (N, 32).
+        """The hash of the pixels of each image, uint8, of shape (N, 32).
 
         Raises:
-            DataError: If they are not those that the manifest was written with.
+            DataError: If they do not agree with the manifest.
         """
         digests = self._load("sha256.npy", (len(self.names), 32))
         content = hashlib.sha256(digests.tobytes()).hexdigest()
         if content != self.manifest["content"]:
-            raise self._damaged(ValueError("sha256.npy is not what was packed"))
+            raise self._damaged(ValueError("sha256.npy was changed"))
         return digests
 
     @cached_property
@@ -122,7 +122,7 @@ class PackedCache:
 
     def _load(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
-            array = np.load(self.directory / name, allow_pickle=False)
+            array: np.ndarray = np.load(self.directory / name, allow_pickle=False)
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, not {shape}")
         except (OSError, ValueError, EOFError) as error:
@@ -131,14 +131,14 @@ class PackedCache:
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(
-            f"the cache {self.directory} is damaged ({error}); remove that directory to make it "
-            "again"
+            f"the cache {self.directory} is damaged ({error}); remove that directory to create "
+            "it again"
         )
 
 
 def verify(cache: PackedCache, progress: bool = True) -> list[str]:
-    """Returns the names of the images whose pixels are not those that were packed."""
-    bad, sha256 = [], cache.sha256
+    """Returns the names of the images whose pixels have changed since they were packed."""
+    bad, sha256 = list[str](), cache.sha256
     places = range(len(cache.names))
     for k in tqdm(places, desc="verifying", disable=not progress, leave=False):
         try:
@@ -153,68 +153,69 @@ def verify(cache: PackedCache, progress: bool = True) -> list[str]:
 def ingest(
     source: Source,
     root: Path,
-    kind: str = "uint8",
+    encoding: str = "uint8",
     *,
     on_error: str = "raise",
     max_bad: int = 100,
     progress: bool = True,
 ) -> PackedCache:
-    """Opens the cache of a source under `root`, and makes it first, or goes on making it.
+    """Opens the cache of a source under `root`; creates or completes it first if necessary.
 
-    Of several processes one works and the others wait.
+    If several processes call it, one packs the images and the others wait.
 
     Arguments:
         source: The images.
         root: The directory of all caches.
-        kind: "uint8" keeps pixels, "bytes" the encoded files (as lossless PNG if resized).
-        on_error: "raise" ends at the first bad image; "skip" leaves bad images out.
-        max_bad: How many may be left out.
+        encoding: "uint8" keeps pixels, "bytes" the encoded files (as lossless PNG if resized).
+        on_error: "raise" stops at the first bad image; "skip" skips bad images.
+        max_bad: The largest number of skipped images.
         progress: Whether to show a progress bar.
 
     Raises:
         DataError: If an image is bad (names it), too many are, or the disk is full.
     """
-    cache = PackedCache(root / fingerprint(source, kind))
+    cache = PackedCache(root / fingerprint(source, encoding))
     if (cache.directory / MANIFEST).exists():
-        return _accepted(cache, on_error)
+        return _check_skipped(cache, on_error)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{cache.directory.name}.lock"):
             if not (cache.directory / MANIFEST).exists():
-                _Packer(source, cache.directory, kind, on_error, max_bad).run(progress)
+                _Packer(source, cache.directory, encoding, on_error, max_bad).run(progress)
     except OSError as error:
         raise DataError(
-            f"data.cache_dir={root} cannot be written: {error.strerror or error}. What is packed "
-            "so far is kept; free space there and start again, or set data.cache_dir to another "
-            "disk"
+            f"data.cache_dir={root} cannot be written: {error.strerror or error}. The images "
+            "packed so far are kept; free space there and run the command again, or set "
+            "data.cache_dir to another disk"
         ) from error
-    return _accepted(cache, on_error)
+    return _check_skipped(cache, on_error)
 
 
-def _accepted(cache: PackedCache, on_error: str) -> PackedCache:
-    """Holds what was once left out against what may be left out now."""
+def _check_skipped(cache: PackedCache, on_error: str) -> PackedCache:
+    """Checks whether the images skipped by an earlier ingest may be skipped now."""
     skipped = cache.manifest["skipped"]
     if skipped and on_error == "raise":
         raise DataError(
             f"the cache {cache.directory} was packed without {len(skipped)} bad image(s): "
-            f"{skipped[0]['reason']}. Set data.on_error=skip to go on without, or repair the "
-            "images"
+            f"{skipped[0]['reason']}. Set data.on_error=skip to continue without them, or repair "
+            "the images"
         )
     return cache
 
 
 class _Packer:
-    """One ingest: reads, decodes in threads, writes, and keeps a journal."""
+    """An ingest: reads, decodes in threads, writes, and keeps a journal."""
 
     def __init__(
-        self, source: Source, directory: Path, kind: str, on_error: str, max_bad: int
+        self, source: Source, directory: Path, encoding: str, on_error: str, max_bad: int
     ) -> None:
-        self.source, self.directory, self.kind = source, directory, kind
+        self.source, self.directory, self.encoding = source, directory, encoding
         self.on_error, self.max_bad = on_error, max_bad
         self.description = source.describe()
-        self.what = [self.description["source"], self.description["size"], kind]
+        # Identifies the ingests of a source, also after its files have changed.
+        self.identity = [self.description["source"], self.description["size"], encoding]
         self.partial = directory.with_name(directory.name + ".partial")
-        self.done = 0  # images of the source that are dealt with
+        self.done = 0  # images of the source that are packed or skipped
         self.sha256: list[str] = []
         self.lengths: list[int] = []  # bytes of each packed image
         self.skipped: list[list[Any]] = []  # name, reason
@@ -222,7 +223,7 @@ class _Packer:
     def run(self, progress: bool) -> None:
         self._remove_outdated()
         self.partial.mkdir(exist_ok=True)
-        path = self.partial / DATA[self.kind]
+        path = self.partial / DATA[self.encoding]
         with (
             open(path, "r+b" if path.exists() else "w+b") as file,
             open(self.partial / "journal.jsonl", "a+", encoding="latin-1") as journal,
@@ -240,29 +241,29 @@ class _Packer:
                 self._write(file, journal, list(pool.map(self._pack, places, chunk)))
                 bar.update(len(chunk))
             self._finish(file)
-        shutil.rmtree(self.directory, ignore_errors=True)  # one without a manifest
+        shutil.rmtree(self.directory, ignore_errors=True)  # without a manifest
         os.replace(self.partial, self.directory)
         (self.directory / "journal.jsonl").unlink()
 
     def _remove_outdated(self) -> None:
-        """Removes what is left of an ingest of this source that can never go on: it changed."""
+        """Removes the remains of ingests of this source before it changed."""
         for other in self.partial.parent.glob("*.partial"):
             try:
                 left = json.loads((other / "source.json").read_text())
             except (OSError, ValueError):
                 left = {}
-            if other != self.partial and left.get("what") == self.what:
+            if other != self.partial and left.get("what") == self.identity:
                 try:
                     with FileLock(other.with_suffix(".lock"), timeout=0):
                         shutil.rmtree(other, ignore_errors=True)
-                except Timeout:  # somebody is at work on it
+                except Timeout:  # another process is packing it
                     continue
 
     def _recover(self, file: BinaryIO, journal: Any) -> None:
-        """Takes over what the journal vouches for; what was written after it is dropped."""
-        (self.partial / "source.json").write_text(json.dumps({"what": self.what}))
+        """Restores the state of the journal, and drops what was written after its last entry."""
+        (self.partial / "source.json").write_text(json.dumps({"what": self.identity}))
         size = file.seek(0, os.SEEK_END)
-        end = HEADER if self.kind == "uint8" else 0
+        end = HEADER if self.encoding == "uint8" else 0
         good = 0
         journal.seek(0)
         for line in journal:
@@ -270,7 +271,7 @@ class _Packer:
                 entry = json.loads(line)
                 length = sum(entry["lengths"])
             except (ValueError, TypeError, KeyError):
-                break  # it was being written
+                break  # incomplete
             if not line.endswith("\n") or end + length > size:
                 break
             end += length
@@ -284,41 +285,43 @@ class _Packer:
         file.truncate(end)  # also makes room for the header
         file.seek(0, os.SEEK_END)
         if self.done:
-            log.info("packing goes on at image %d of %d", self.done, len(self.source.names))
+            log.info("packing resumes at image %d of %d", self.done, len(self.source.names))
 
     def _items(self) -> Iterator[Item]:
-        """The images of the source from the first that is not dealt with."""
+        """The images of the source from the first that is neither packed nor skipped."""
         for number, group in enumerate(self.source.groups):
             if group.stop > self.done:
                 yield from islice(self.source.read(number), max(0, self.done - group.start), None)
 
     def _pack(self, place: int, item: Item) -> tuple[bytes, str] | DataError:
-        """What to write for an image, and the hash of its pixels."""
+        """The bytes to write for an image, and the hash of its pixels."""
         if isinstance(item, DataError):
             return item
         try:
-            size, name = self.source.size, self.source.where(place)
+            size, name = self.source.size, self.source.location(place)
             image = decode(item, size, name) if isinstance(item, bytes) else item
         except DataError as error:
             return error
         pixels = np.ascontiguousarray(image).tobytes()
         sha256 = hashlib.sha256(pixels).hexdigest()
-        if self.kind == "uint8":
+        if self.encoding == "uint8":
             return pixels, sha256
         if isinstance(item, bytes) and _width(item) == size:
-            return item, sha256  # a larger one would be resized again in every epoch
+            return item, sha256  # a larger one would be resized in every epoch
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="PNG", compress_level=3)
         return buffer.getvalue(), sha256
 
-    def _write(self, file: BinaryIO, journal: Any, packed: list) -> None:
+    def _write(
+        self, file: BinaryIO, journal: Any, packed: list[tuple[bytes, str] | DataError]
+    ) -> None:
         entry: dict[str, Any] = {"items": len(packed), "sha256": [], "lengths": [], "skipped": []}
         for k, result in enumerate(packed):
             if isinstance(result, DataError):
                 if self.on_error == "raise":
-                    raise DataError(f"{result}. data.on_error=skip leaves such images out")
+                    raise DataError(f"{result}. Set data.on_error=skip to skip bad images")
                 entry["skipped"].append([self.source.names[self.done + k], str(result)])
-                log.warning("left out: %s", result)
+                log.warning("skipped: %s", result)
                 if len(self.skipped) + len(entry["skipped"]) > self.max_bad:
                     raise DataError(
                         f"more than data.max_bad={self.max_bad} images are bad; the last is "
@@ -337,7 +340,7 @@ class _Packer:
 
     def _finish(self, file: BinaryIO) -> None:
         size, count = self.source.size, len(self.sha256)
-        if self.kind == "uint8":
+        if self.encoding == "uint8":
             file.seek(0)
             file.write(_header((count, size, size, 3)))
             _sync(file)
@@ -345,24 +348,24 @@ class _Packer:
             _save(self.partial / "offsets.npy", np.cumsum([0, *self.lengths], dtype=np.int64))
         digests = np.frombuffer(bytes.fromhex("".join(self.sha256)), dtype=np.uint8)
         _save(self.partial / "sha256.npy", digests.reshape(count, 32))
-        left_out = {name for name, _ in self.skipped}
-        kept = [k for k, name in enumerate(self.source.names) if name not in left_out]
-        own: list[list[Any]] = []
+        skipped = {name for name, _ in self.skipped}
+        kept = [k for k, name in enumerate(self.source.names) if name not in skipped]
+        splits: list[list[Any]] = []  # runs of one split: name, length
         for k in kept:
-            if not own or own[-1][0] != self.source.own[k]:
-                own.append([self.source.own[k], 0])
-            own[-1][1] += 1
+            if not splits or splits[-1][0] != self.source.native_splits[k]:
+                splits.append([self.source.native_splits[k], 0])
+            splits[-1][1] += 1
         files = [p for p in sorted(self.partial.iterdir()) if p.suffix in (".npy", ".bin")]
         manifest = {
             "format": FORMAT,
-            "kind": self.kind,
+            "kind": self.encoding,
             "count": count,
             "content": hashlib.sha256(digests.tobytes()).hexdigest(),
             "decoder": DECODER,
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "sizes": {path.name: path.stat().st_size for path in files},
             "description": self.description,
-            "own": own,
+            "own": splits,
             "names": [self.source.names[k] for k in kept],
         }
         (self.partial / "source.json").unlink()
@@ -392,7 +395,7 @@ def _save(path: Path, array: np.ndarray) -> None:
         _sync(file)
 
 
-def _sync(file: IO) -> None:
-    """Forces what is written to the disk."""
+def _sync(file: IO[Any]) -> None:
+    """Writes all buffers to the disk."""
     file.flush()
     os.fsync(file.fileno())

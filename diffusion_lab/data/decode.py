@@ -1,10 +1,10 @@
-r"""From the bytes of a JPEG or PNG file to pixels.
+r"""Decoding of JPEG and PNG files to uint8 RGB.
 
-Pillow decodes. It does not check the sums of a PNG file's pixels; that is done here, so that no
-changed byte goes unseen. A JPEG file has no such sums, and one with damage in the middle of its
-scan is a picture to Pillow. With simplejpeg (an extra) JPEG files are decoded to the same pixels,
-a little faster, and much of such damage is an error. torchvision's decoder is not used: one
-changed byte of a PNG ends it, and the process, with a segmentation fault.
+Pillow decodes. It does not verify the checksums of PNG pixel data; this module does, so that every
+changed byte is detected. JPEG files have no checksums, and Pillow accepts most damage in their
+scans. With simplejpeg (an extra) JPEG files are decoded to the same pixels, a little faster, and
+much of such damage is an error. torchvision's decoder is not used: one changed byte of a PNG file
+makes it crash the process with a segmentation fault.
 """
 
 __all__ = ["DECODER", "decode"]
@@ -31,24 +31,23 @@ if simplejpeg:
     DECODER += f", simplejpeg {version('simplejpeg')}"
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")  # 8 bits or fewer: RGB without loss of range
-PNG_DEPTH = 24  # offset of the bit depth in a PNG file; Pillow cuts 16 bits to 8 without a word
+PNG_DEPTH = 24  # offset of the bit depth in a PNG file; Pillow truncates 16 bits to 8 silently
 MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of memory for one image
 ORIENTATION = 0x0112  # the EXIF tag
-JPEG, EXIF, SEVERAL = b"\xff\xd8\xff", b"Exif\0", b"MPF\0"  # several: an animation in one file
+JPEG, EXIF, SEVERAL = b"\xff\xd8\xff", b"Exif\0", b"MPF\0"  # several: multi-picture files
 
 
 def decode(data: bytes, size: int, name: str, out: np.ndarray | None = None) -> np.ndarray:
     """Decodes a JPEG or PNG to uint8 RGB, of shape (size, size, 3).
 
-    A larger square image is resized with Pillow's Lanczos filter; anything else that does not fit
-    is refused: what an image looked like before it was cropped is not ours to guess. A camera's
-    orientation tag is obeyed.
+    A larger square image is resized with Pillow's Lanczos filter. Images of another shape are
+    rejected, not cropped. The EXIF orientation is applied.
 
     Arguments:
         data: The file.
         size: Height and width in pixels.
-        name: What to call it in errors.
-        out: An array to fill, C-contiguous; None makes a new one.
+        name: Its name in errors.
+        out: C-contiguous array for the result; None allocates one.
 
     Raises:
         DataError: If the image is corrupt, not square, too small or too large, animated,
@@ -59,41 +58,42 @@ def decode(data: bytes, size: int, name: str, out: np.ndarray | None = None) -> 
             return pixels
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             _check(image, data, size, name)
-            image = _pixels(image, data, name)
+            rgb = _to_rgb(image, data, name)
     except DataError:
         raise
-    except Exception as error:  # Pillow raises many kinds; all mean that the file is no good
-        # It names an unidentified file by the address of a buffer.
+    except Exception as error:  # Pillow raises many types; all mean that the file is damaged
+        # The message for an unidentified file contains only the address of a buffer.
         reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
         raise DataError(
             f"{name}: not a readable JPEG or PNG{reason}; repair or remove the file"
         ) from error
-    if image.width != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    if rgb.width != size:
+        rgb = rgb.resize((size, size), Image.Resampling.LANCZOS)
     if out is None:
-        return np.asarray(image)
-    out[:] = image
+        return np.asarray(rgb)
+    out[:] = np.asarray(rgb)
     return out
 
 
 def _plain_jpeg(data: bytes, size: int, out: np.ndarray | None) -> np.ndarray | None:
-    """The pixels of a JPEG file that needs nothing but decoding: a third of the time is saved."""
+    """The pixels of a JPEG file that needs only decoding, in two thirds of the time; else None."""
     if not simplejpeg or not data.startswith(JPEG) or EXIF in data or SEVERAL in data:
         return None
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     if (height, width) != (size, size) or space not in ("YCbCr", "Gray"):
         return None
-    return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
+    return pixels
 
 
 def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
-    """Refuses what the header shows to be no good, before any memory is taken for pixels."""
+    """Rejects images by their header, before memory for pixels is allocated."""
     deep = image.format == "PNG" and data[PNG_DEPTH] == 16
     if image.mode not in MODES or deep:
         mode = f"{image.mode} with 16 bits" if deep and image.mode in MODES else image.mode
         raise DataError(f"{name}: mode {mode} is not supported; convert it to 8-bit RGB")
-    if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"{name}: {image.n_frames} frames; save one of them as an image")
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise DataError(f"{name}: {frames} frames; save one of them as an image")
     width, height = image.size
     if width != height or width < size:
         raise DataError(
@@ -104,8 +104,8 @@ def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
         raise DataError(f"{name}: {width}x{height} pixels are too many; shrink the image")
 
 
-def _check_sums(data: bytes) -> None:
-    """Refuses a PNG file that is cut off or has a changed byte; Pillow sees some of both."""
+def _check_crc(data: bytes) -> None:
+    """Rejects a PNG file that is truncated or has a changed byte; Pillow detects some of them."""
     first, kind = 8, b""
     while kind != b"IEND":
         if first + 8 > len(data):
@@ -117,14 +117,14 @@ def _check_sums(data: bytes) -> None:
         first = last + 4
 
 
-def _pixels(image: Image.Image, data: bytes, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, data: bytes, name: str) -> Image.Image:
     if image.format == "PNG":
-        _check_sums(data)
+        _check_crc(data)
     orientation = image.getexif().get(ORIENTATION, 1)
     if simplejpeg and image.format == "JPEG" and image.mode in ("RGB", "L"):
         image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
     if image.has_transparency_data:
-        if image.convert("RGBA").getextrema()[3][0] < 255:
+        if np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
             raise DataError(f"{name}: has transparent pixels; put it on a background")
     image = image.convert("RGB")
     if orientation != 1:

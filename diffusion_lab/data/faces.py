@@ -478,7 +478,7 @@ def _draw(f: dict[str, Tensor], size: int) -> Tensor:
     _body(c, hair_back, hair_shade)
     _background(c)
     image = torch.bmm(_palette(f).transpose(1, 2), c.weight.flatten(2))
-    image = image.unflatten(2, c.left.shape[1:])
+    image = image.reshape(*image.shape[:2], *c.left.shape[1:])
     if size < 32:
         image = F.adaptive_avg_pool2d(image, size)
     image = (image * 255).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,13 +1,13 @@
-r"""Images at hand: mapped from a packed cache, decoded from one, or read from their source.
+r"""Random access to images: memory-mapped pixels, encoded images, or reads from a source.
 
-All three give the same uint8 pixels for the same positions, and may be read by several threads.
+All three give the same uint8 pixels for the same positions, and are thread-safe.
 """
 
 __all__ = ["EncodedImages", "Images", "MappedImages", "SourceImages", "Split"]
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from functools import cached_property
 from itertools import groupby
@@ -18,8 +18,10 @@ from threading import Lock
 import numpy as np
 
 from diffusion_lab.data.decode import decode
-from diffusion_lab.data.source import Item, Source, cut
+from diffusion_lab.data.source import Item, Source, chunk_ranges
 from diffusion_lab.errors import DataError
+
+Read = Item | memoryview
 
 
 class Images(ABC):
@@ -27,8 +29,8 @@ class Images(ABC):
 
     Attributes:
         size: Height and width in pixels.
-        names: What identifies each image to the user.
-        groups: The stretches of images that lie together where they are read from.
+        names: The name of each image.
+        groups: The ranges of images that are stored together.
     """
 
     size: int
@@ -40,41 +42,41 @@ class Images(ABC):
         return np.array([group.start for group in self.groups])
 
     def group_of(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the number of the group that each image is in."""
+        """Returns the index of the group of each image."""
         return np.searchsorted(self._starts, positions, side="right") - 1
 
     @abstractmethod
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the images at some positions, uint8, of shape (B, size, size, 3)."""
+        """Returns the images at the given positions, uint8, of shape (B, size, size, 3)."""
 
 
 class MappedImages(Images):
-    """Pixels in a file, mapped: shared by all processes, and the system may drop their pages.
+    """Pixels in a memory-mapped file: shared by all processes, evicted by the system if needed.
 
     Arguments:
         path: The array, uint8, of shape (N, size, size, 3).
         names: The names.
-        block: How many images make a group.
+        block: The number of images of a group.
     """
 
     def __init__(self, path: Path, names: list[str], block: int = 64) -> None:
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         self.names, self.size = names, self.array.shape[1]
-        self.groups = cut(len(names), block)
+        self.groups = chunk_ranges(len(names), block)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        return self.array[positions]
+        return np.asarray(self.array[positions])
 
 
 class EncodedImages(Images):
-    """Encoded images one after the other in a file, mapped, and decoded when asked for.
+    """Encoded images in a memory-mapped file, decoded at each access.
 
     Arguments:
         path: The bytes of all images.
-        offsets: Where each image begins, and where the last ends, int64, of shape (N + 1,).
+        offsets: Start of each image in the file, and the end of the last, int64, (N + 1,).
         names: The names.
         size: Height and width in pixels.
-        block: How many images make a group.
+        block: The number of images of a group.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class EncodedImages(Images):
     ) -> None:
         self.data = np.memmap(path, mode="r") if len(names) else np.zeros(0, dtype=np.uint8)
         self.offsets, self.names, self.size = offsets, names, size
-        self.groups = cut(len(names), block)
+        self.groups = chunk_ranges(len(names), block)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
@@ -94,14 +96,14 @@ class EncodedImages(Images):
 
 
 class SourceImages(Images):
-    """Images read from their source whenever they are asked for.
+    """Images read from their source at each access.
 
-    Of a source that can only be read by whole groups, the encoded groups read last are kept, up
-    to a bound in bytes, which the group that is being read counts towards.
+    If the source reads whole groups only, the most recently used groups are kept encoded, up to
+    a bound in bytes that includes the group being read.
 
     Arguments:
         source: The source.
-        memory: The bound, in bytes.
+        memory: The bound in bytes.
     """
 
     def __init__(self, source: Source, memory: int) -> None:
@@ -109,52 +111,53 @@ class SourceImages(Images):
         self.size, self.names, self.groups = source.size, source.names, source.groups
         self.reads = 0  # of whole groups
         self._lock = Lock()
-        self._kept: OrderedDict[int, Future] = OrderedDict()
+        self._kept: OrderedDict[int, Future[list[Read]]] = OrderedDict()
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
         number = self.group_of(positions)
-        # In the order in which they come, so that the last images of old groups are read before
-        # new groups take their places.
+        # In the order of the batch, so that the last images of old groups are read before new
+        # groups replace them.
         _, first, inverse = np.unique(number, return_index=True, return_inverse=True)
         order = np.argsort(first[inverse], kind="stable")
-        for group, members in groupby(order, key=lambda k: int(number[k])):
-            members = list(members)
+        for group, run in groupby(order.tolist(), key=lambda k: int(number[k])):
+            members = list(run)
             places = [int(positions[k] - self.groups[group].start) for k in members]
-            if self.source.whole:
-                items = self._group(group)
-                items = [items[place] for place in places]
+            items: Iterable[Read]
+            if self.source.group_access_only:
+                everything = self._group(group)
+                items = [everything[place] for place in places]
             else:
                 items = self.source.read(group, places)
             for k, item in zip(members, items, strict=True):
                 self._decode(item, int(positions[k]), images[k])
         return images
 
-    def _decode(self, item: Item | memoryview, position: int, out: np.ndarray) -> None:
+    def _decode(self, item: Read, position: int, out: np.ndarray) -> None:
         if isinstance(item, DataError):
             raise item
         if isinstance(item, bytes | memoryview):
-            decode(bytes(item), self.size, self.source.where(position), out=out)
+            decode(bytes(item), self.size, self.source.location(position), out=out)
         else:
             out[:] = item
 
-    def _group(self, group: int) -> list[Item | memoryview]:
-        """A whole group, read by the first thread that asks for it while the others wait."""
+    def _group(self, group: int) -> list[Read]:
+        """A whole group; the first thread reads it while the others wait."""
         with self._lock:
-            future = self._kept.get(group)
-            mine = future is None
+            mine = group not in self._kept
             if mine:
-                future = self._kept[group] = Future()
+                self._kept[group] = Future()
                 self.reads += 1
+            future = self._kept[group]
             self._kept.move_to_end(group)
-            held = sum(self.source.bytes[k] for k in self._kept)
+            held = sum(self.source.group_bytes[k] for k in self._kept)
             for other in [k for k, read in self._kept.items() if read.done() and k != group]:
-                if held > self.memory:  # what is about to be read counts, too
-                    held -= self.source.bytes[other]
+                if held > self.memory:  # including the group about to be read
+                    held -= self.source.group_bytes[other]
                     del self._kept[other]
         if mine:
             try:
-                future.set_result(_together(self.source.read(group)))
+                future.set_result(_collate(self.source.read(group)))
             except BaseException as error:
                 with self._lock:
                     self._kept.pop(group, None)
@@ -163,29 +166,30 @@ class SourceImages(Images):
         return future.result()
 
 
-def _together(items: Iterator[Item]) -> list[Item | memoryview]:
-    """Moves encoded images into one block, which goes back to the system with the group.
+def _collate(items: Iterator[Item]) -> list[Read]:
+    """Copies encoded images into one block, which is returned to the system with the group.
 
-    Thousands of small pieces would leave holes between what stays, and the process would grow.
+    Thousands of small allocations would fragment the heap, and the process would grow.
     """
-    images = list(items)
-    lengths = [len(item) if isinstance(item, bytes) else 0 for item in images]
-    block, first = memoryview(mmap(-1, max(1, sum(lengths)))), 0
-    for k, length in enumerate(lengths):
-        if isinstance(images[k], bytes):
-            block[first : first + length] = images[k]
-            images[k] = block[first : first + length]
-            first += length
+    images: list[Read] = list(items)
+    size = sum(len(item) for item in images if isinstance(item, bytes))
+    block, first = memoryview(mmap(-1, max(1, size))), 0
+    for k, item in enumerate(images):
+        if isinstance(item, bytes):
+            last = first + len(item)
+            block[first:last] = item
+            images[k] = block[first:last]
+            first = last
     return images
 
 
 class Split:
-    """Some of the images, in order.
+    """A subset of images.
 
     Arguments:
         images: The images.
-        positions: Which of them, int64, ascending, of shape (N,).
-        labels: The class of each of them, int64, of shape (N,); None without classes.
+        positions: Positions of the subset, int64, ascending, of shape (N,).
+        labels: The class of each image of the subset, int64, of shape (N,); None without classes.
     """
 
     def __init__(
@@ -197,16 +201,16 @@ class Split:
         return len(self.positions)
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        """Returns images by their places in the split, uint8, of shape (B, size, size, 3)."""
+        """Returns images by their positions in the split, uint8, of shape (B, size, size, 3)."""
         return self.images.gather(self.positions[index])
 
     @property
     def names(self) -> list[str]:
-        """The images' names."""
+        """The names of the images."""
         return [self.images.names[k] for k in self.positions]
 
     @property
     def groups(self) -> list[int]:
-        """How many images of each group are in the split, for groups that have any."""
+        """The number of images of each group in the split, for groups that have any."""
         number = self.images.group_of(self.positions)
-        return np.unique(number, return_counts=True)[1].tolist()
+        return [int(count) for count in np.unique(number, return_counts=True)[1]]

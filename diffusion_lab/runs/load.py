@@ -10,6 +10,7 @@ import hydra
 from torch import nn
 
 from diffusion_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
+from diffusion_lab.deprecated import current_config
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import diffusers as interop
 from diffusion_lab.parameterization import Epsilon
@@ -87,7 +88,7 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
         raise RunError(
             f"{file} has format {saved['format']}, newer than {FORMAT}; update diffusion_lab"
         )
-    config = saved["config"]
+    config = current_config(saved["config"])
     network = _build(config, "network", file)
     prefix = "network." if ema is False else "network_ema."
     weights = {

@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.deprecated import current_config
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.runs.layout import EVALUATION, PARTIAL
 from diffusion_lab.runs.load import Run
@@ -22,7 +23,7 @@ CONTINUED = "continued.yaml"  # in .hydra: overrides of the commands that have c
 FIXED = ("network", "schedule", "parameterization", "data", "seed")
 # The data's own hashes tell whether images that come from elsewhere are the same.
 FREE = (
-    "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.column",
+    "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.image_column",
     "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
     "network.checkpointing",  # the same numbers, to the last bit
 )  # fmt: skip
@@ -83,6 +84,7 @@ def check_same(directory: Path, before: dict[str, Any], config: DictConfig) -> N
         ConfigError: If what is fixed (model, schedule, data, seed) would change; shows what.
     """
     after = OmegaConf.to_container(_without_paths(config), resolve=True)
+    before = current_config(before)
     old, new = (_flat({key: each.get(key) for key in FIXED}) for each in (before, after))
     # A key that is newer than the run is off in it: false, zero or null.
     old |= {key: value for key, value in new.items() if key not in old and not value}

@@ -26,8 +26,8 @@ def resident() -> int:
 
 def open_data(path: Path, size: int, bound: int) -> ImageDataModule:
     data = ImageDataModule(
-        str(path), size, 4, {"train": 1, "val": 0, "test": 0}, cache="none", order="lanes",
-        lanes=3, window=1, memory=bound / 2**30, tail="spread", num_workers=1,
+        str(path), size, 4, {"train": 1, "val": 0, "test": 0}, cache="none", order="interleave",
+        interleave=3, shuffle_buffer=1, memory=bound / 2**30, drop_last=False, num_workers=1,
     )  # fmt: skip
     data.open()
     return data
@@ -45,7 +45,7 @@ def stream(data: ImageDataModule, batches: int | None = None) -> tuple[int, int]
 def main() -> None:
     path, size, bound = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    stream(open_data(path, size, 0), 4)  # loads what is loaded at first use
+    stream(open_data(path, size, 1), 4)  # loads what is loaded at first use
     before = resident()
     data = open_data(path, size, bound)
     bounded, total = stream(data)
@@ -54,7 +54,7 @@ def main() -> None:
     everything.gather(np.array([group.start for group in images.groups]))
     print(json.dumps({
         "before": before, "bounded": bounded, "unbounded": resident(),
-        "kept": sum(images.source.bytes[k] for k in images._kept), "reads": images.reads,
+        "kept": sum(images.source.group_bytes[k] for k in images._kept), "reads": images.reads,
         "sum": total,
     }))  # fmt: skip
 

@@ -33,9 +33,12 @@ from PIL import Image
 from diffusion_lab.command.data import main
 from diffusion_lab.data import cache as module
 from diffusion_lab.data.cache import PackedCache, fingerprint, ingest, verify
+from diffusion_lab.data.faces_source import FacesSource
+from diffusion_lab.data.folder_source import FolderSource
 from diffusion_lab.data.images import SourceImages
 from diffusion_lab.data.module import ImageDataModule
-from diffusion_lab.data.source import FacesSource, FolderSource, ParquetSource, open_source
+from diffusion_lab.data.parquet_source import ParquetSource
+from diffusion_lab.data.registry import open_source
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 
@@ -82,7 +85,7 @@ def test_a_cache_holds_the_sources_images(tmp_path: Path, kind: str) -> None:
     names = ["a.png", "b.jpg", "test/c.png", "val/d.png", "val/e.jpg"]
     expected = fill(tmp_path / "in", names)
     cache = pack(folder(tmp_path / "in"), tmp_path / "cache", kind)
-    assert cache.names == names and cache.own == ["train", "train", "test", "val", "val"]
+    assert cache.names == names and cache.native_splits == ["train", "train", "test", "val", "val"]
     for name, image, digest in zip(names, everything(cache), cache.sha256, strict=True):
         assert np.array_equal(image, expected[name]), name
         assert digest.tobytes() == module.hashlib.sha256(expected[name].tobytes()).digest()
@@ -131,7 +134,7 @@ def test_faces_are_packed_as_they_are_drawn(tmp_path: Path) -> None:
     for kind in KINDS:
         cache = pack(source, tmp_path, kind)
         assert np.array_equal(everything(cache), expected)
-        assert cache.own == ["train"] * 5 + ["val"] * 2 + ["test"] * 3
+        assert cache.native_splits == ["train"] * 5 + ["val"] * 2 + ["test"] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,7 +149,7 @@ def test_a_reopened_cache_reads_no_image(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_set_of_bad_images_leaves_an_empty_cache(tmp_path: Path, kind: str) -> None:
     cache = pack(Drawn(3, bad=range(3)), tmp_path, kind, on_error="skip")
-    assert cache.names == [] and cache.own == [] and verify(cache, progress=False) == []
+    assert cache.names == [] and cache.native_splits == [] and verify(cache, progress=False) == []
     assert everything(cache).shape == (0, 4, 4, 3)
     assert [item["name"] for item in cache.manifest["skipped"]] == [f"image {k}" for k in range(3)]
 
@@ -390,7 +393,7 @@ def test_as_many_bad_images_as_allowed_are_left_out(tmp_path: Path, kind: str) -
     assert again.given == list(range(512, COUNT))  # the first ones are remembered
     assert cache.names == [f"image {k}" for k in GOOD] and cache.manifest["count"] == 595
     assert np.array_equal(everything(cache), np.stack([pixels(k, 4) for k in GOOD]))
-    assert cache.own == ["train"] * 397 + ["val"] * 198
+    assert cache.native_splits == ["train"] * 397 + ["val"] * 198
     skipped = cache.manifest["skipped"]
     assert [item["name"] for item in skipped] == [f"image {k}" for k in BAD]
     assert all(item["reason"].startswith(f"{item['name']}: not a readable") for item in skipped)
@@ -404,7 +407,7 @@ def test_no_bad_image_may_be_left_out_if_none_is_allowed(tmp_path: Path) -> None
 
 
 def test_a_packing_ended_by_a_bad_image_goes_on_without_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^image 400: not a .*data.on_error=skip leaves such"):
+    with pytest.raises(DataError, match=r"^image 400: not a .*Set data.on_error=skip to skip"):
         pack(Drawn(COUNT, [400]), tmp_path)
     again = Drawn(COUNT, [400])
     cache = pack(again, tmp_path, on_error="skip")
@@ -594,7 +597,7 @@ def test_the_division_does_not_decide_the_fingerprint(tmp_path: Path) -> None:
     first = opened()
     assert opened(splits={"train": 8, "val": 1, "test": 1}) == first
     assert opened(split="train", split_seed=3, seed=2, flip=False, batch_size=3) == first
-    assert opened(order="lanes", tail="spread", on_error="skip") == first
+    assert opened(order="interleave", drop_last=False, on_error="skip") == first
     assert opened(size=4) != first
     faces = {"source": "faces", "splits": {"train": 5, "val": 1, "test": 1}}
     assert opened(**faces) == opened(**faces, seed=5)
@@ -731,7 +734,7 @@ def test_the_address_may_say_where_the_server_is(
     source = open_source(address, 8, SHARES)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.endpoint}")
     same = open_source(place, 8, SHARES)
-    assert source.describe() == same.describe() and source.where(3) == f"{place}/01.png"
+    assert source.describe() == same.describe() and source.location(3) == f"{place}/01.png"
     cache = pack(source, tmp_path)
     assert cache.names == NAMES and cache.directory == pack(same, tmp_path).directory
 
@@ -739,7 +742,7 @@ def test_the_address_may_say_where_the_server_is(
 def test_one_object_may_be_a_source(bucket: Bucket, local: Path, tmp_path: Path) -> None:
     bucket.put(local / "folder", "images")
     source = open_source("s3://bucket/images/03.png", 8, SHARES)
-    assert source.names == ["03.png"] and source.where(0) == "s3://bucket/images/03.png"
+    assert source.names == ["03.png"] and source.location(0) == "s3://bucket/images/03.png"
     assert list(source.read(0)) == [(local / "folder" / "03.png").read_bytes()]
 
 
@@ -752,7 +755,9 @@ def test_parquet_on_s3_can_be_read_as_it_is(bucket: Bucket, local: Path, tmp_pat
     assert images.reads == 4
     options = {"splits": SHARES, "size": 8, "batch_size": 3, "cache_dir": str(tmp_path)}
     packed = ImageDataModule(str(local / "set"), **options)
-    stream = ImageDataModule(place, **options, cache="none", order="lanes", lanes=2, num_workers=2)
+    stream = ImageDataModule(
+        place, **options, cache="none", order="interleave", interleave=2, num_workers=2
+    )
     for data in (packed, stream):
         data.setup("fit")
     assert stream.state_dict()["splits"]["train"]["content"] is None

@@ -78,7 +78,7 @@ def test_ingest_finds_what_a_training_packs(source: Path, tmp_path: Path, capsys
     splits = re.search(r"splits     train (\d+), val (\d+), test (\d+)", out)
     assert sum(map(int, splits.groups())) == 24
     cache = the_cache(tmp_path)
-    run(tmp_path, capsys, "ingest", "data.batch_size=3", "seed=5", "data.order=lanes")
+    run(tmp_path, capsys, "ingest", "data.batch_size=3", "seed=5", "data.order=interleave")
     assert the_cache(tmp_path) == cache
 
 
@@ -110,8 +110,10 @@ def test_ingest_reads_parquet(tmp_path: Path, capsys) -> None:
     write_parquet(tmp_path / "in" / "train-0.parquet", rows[:20], column="picture")
     write_parquet(tmp_path / "in" / "validation-0.parquet", rows[20:], column="picture")
     code, _, err = run(tmp_path, capsys, "ingest")
-    assert code == 1 and "has no column 'image'; it has picture, label; set data.column" in err
-    code, out, _ = run(tmp_path, capsys, "ingest", "data.column=picture")
+    assert (
+        code == 1 and "has no column 'image'; it has picture, label; set data.image_column" in err
+    )
+    code, out, _ = run(tmp_path, capsys, "ingest", "data.image_column=picture")
     splits = re.search(r"splits     train 20, val (\d+), test (\d+)\n", out)
     assert code == 0 and sum(map(int, splits.groups())) == 10
 
@@ -231,7 +233,10 @@ def test_an_unknown_command_is_refused(arguments: list[str], capsys) -> None:
         ("data.max_bad=-1", "data.max_bad=-1 is not allowed; it is "),
         ("data.on_error=ignore", "data.on_error=ignore is not allowed; it is "),
         ("data.size=17", "data.size=17 does not fit network.multipliers="),
-        ("data.split=extra", "data.split=extra: the set has no split extra; it has train, val, "),
+        (
+            "data.split=extra",
+            "data.split=extra: the dataset has no split extra; it has train, ",
+        ),
         ("data.source=/no/such", "data.source=/no/such does not exist; give a folder of images"),
         ("data=nothing", "nothing"),
     ],

@@ -1,5 +1,6 @@
 """The data module: the same batches however the images are kept, and what is held against what."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from pictures import SHARES, encoded, fill, opened, pixels, write_parquet
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.data.images import EncodedImages, MappedImages, SourceImages
 from diffusion_lab.data.module import ImageDataModule
-from diffusion_lab.data.source import SPLITS
+from diffusion_lab.data.splits import SPLITS
 from diffusion_lab.errors import ConfigError, DataError
 from diffusion_lab.pixels import to_model, to_uint8
 from diffusion_lab.rng import KeyedGenerator, make_key
+from diffusion_lab.runs.instantiate import instantiate
 
 
 def make_data(tmp_path: Path, **kwargs) -> ImageDataModule:
@@ -152,7 +154,7 @@ def test_faces_are_the_same_drawn_ahead_or_every_time(tmp_path: Path) -> None:
 def test_parquet_is_the_same_packed_or_not_in_lanes_of_groups(tmp_path: Path) -> None:
     """Groups of 64 rows, as the packed cache has them, make the same order."""
     write_parquet(tmp_path / "a.parquet", [encoded(pixels(k)) for k in range(200)], group=64)
-    options = {"order": "lanes", "lanes": 2, "window": 1, "tail": "spread"}
+    options = {"order": "interleave", "interleave": 2, "shuffle_buffer": 1, "drop_last": False}
     packed, plain = (
         ready(of_files(tmp_path, tmp_path / "a.parquet", cache=kind, **options))
         for kind in ("uint8", "none")
@@ -184,7 +186,7 @@ def test_own_splits_may_be_pooled(tmp_path: Path) -> None:
     everything = [name for split in SPLITS for name in pooled.images[split].names]
     assert sorted(everything) == sorted(n for n in names if not n.startswith("test"))
     assert any(name.startswith("val") for name in pooled.images["train"].names)
-    with pytest.raises(DataError, match=r"data.split=extra: the set has no split extra; it has"):
+    with pytest.raises(DataError, match=r"data.split=extra: the dataset has no split extra;"):
         of_files(tmp_path, tmp_path / "in", split="extra").setup("fit")
 
 
@@ -329,12 +331,66 @@ def test_another_division_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "allowed"),
-    [("cache", "uint8, bytes, none"), ("order", "shuffle, lanes"), ("tail", "drop, spread")],
+    [
+        ("cache", "uint8, bytes, none"),
+        ("order", "shuffle, interleave"),
+        ("on_error", "raise, skip"),
+    ],
 )
 def test_an_unknown_choice_is_refused(tmp_path: Path, key: str, allowed: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError) as caught:
         make_data(tmp_path, **{key: "other"})
-    assert str(caught.value) == f"data.{key}=other; it is one of {allowed}"
+    assert str(caught.value) == f"{key}=other is not allowed; it must be one of {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is not allowed; it must be an integer >= 1"),
+        ({"memory": 0}, "memory=0 is not allowed; it must be a number > 0"),
+        ({"drop_last": "drop"}, "drop_last=drop is not allowed; it must be true or false"),
+        ({"source": ""}, "source= is not allowed; it must be a non-empty string or an"),
+        ({"size": 17}, "size=17 is not allowed; it must be a power of two from 8 to 1024"),
+        ({"size": 4}, "size=4 is not allowed; it must be a power of two from 8 to 1024"),
+        ({"splits": {"train": 0.9, "val": 8, "test": 8}},
+         "splits.train=0.9 is not allowed; it must be a number of images, an integer >= 0"),
+        ({"splits": {"train": 9, "val": -8, "test": 8}},
+         "splits={'train': 9, 'val': -8, 'test': 8} is not allowed; it must be a mapping, each"),
+        ({"splits": {"train": 9, "test": 8}}, "splits has the keys train, test; they must be"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_not_allowed_is_refused(options: dict, message: str) -> None:
+    defaults = {"source": "faces", "size": 8, "batch_size": 4}
+    splits = {"train": 64, "val": 16, "test": 16}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        ImageDataModule(**{**defaults, "splits": splits, **options})
+
+
+def test_the_configuration_names_the_full_key() -> None:
+    node = {
+        "_target_": "diffusion_lab.data.ImageDataModule", "source": "faces", "size": 24,
+        "batch_size": 4, "splits": {"train": 64, "val": 16, "test": 16},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^data.size=24 is not allowed; it must be a power of"):
+        instantiate(node, "data")
+    with pytest.raises(ConfigError, match=r"^data.max_bad=-1 is not allowed; it must be an integ"):
+        instantiate({**node, "max_bad": -1}, "data")
+
+
+def test_a_source_may_be_a_class_of_ones_own(tmp_path: Path) -> None:
+    """Named in the configuration; nothing else has to know of it."""
+    node = {
+        "_target_": "diffusion_lab.data.ImageDataModule",
+        "source": {"_target_": "pictures.Drawn", "count": 60, "size": 8},
+        "size": 8, "batch_size": 4, "splits": SHARES, "cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    data = ready(instantiate(node, "data"))
+    split = data.images["train"]
+    assert split.names == [f"image {k}" for k in range(40)]
+    assert np.array_equal(split[np.array([7])][0], pixels(7))
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
+    with pytest.raises(ConfigError, match=r"size=16 is not that of the source, 8"):
+        instantiate({**node, "size": 16}, "data")
 
 
 def test_too_few_images_are_named(tmp_path: Path) -> None:
@@ -343,7 +399,7 @@ def test_too_few_images_are_named(tmp_path: Path) -> None:
         data.setup("fit")
     data = make_data(tmp_path, splits={"train": 64, "val": 0, "test": 16})
     data.setup("test")
-    with pytest.raises(DataError, match=r"data.source=faces leaves no image for the val split"):
+    with pytest.raises(DataError, match=r"data.source=faces has no image for the val split"):
         data.setup("fit")
 
 
@@ -357,23 +413,23 @@ def test_shuffling_whole_row_groups_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
     assert str(caught.value) == (
-        "data.order=shuffle with data.cache=none would read a whole row group of "
-        f"data.source={tmp_path}/a.parquet for almost every image; set data.order=lanes, or "
+        "data.order=shuffle with data.cache=none would read a complete row group of "
+        f"data.source={tmp_path}/a.parquet for almost every image; set data.order=interleave, or "
         "data.cache=uint8"
     )
     data.setup("validate")  # in their own order they are read group by group
-    ready(of_files(tmp_path, tmp_path / "a.parquet", cache="none", order="lanes"))
+    ready(of_files(tmp_path, tmp_path / "a.parquet", cache="none", order="interleave"))
     ready(of_files(tmp_path, tmp_path / "a.parquet", cache="bytes"))
 
 
 def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path) -> None:
-    """2 lanes of windows of 3 groups, and one to come each: 8 groups at once.
+    """2 streams with buffers of 3 groups, and the next group of each: 8 groups at once.
 
     A group that is read takes three times its size besides, and there are two batches.
     """
     path = parquet(tmp_path)
-    options = {"cache": "none", "order": "lanes", "lanes": 2, "window": 3}
-    largest = max(of_files(tmp_path, path, **options).open_source().bytes)
+    options = {"cache": "none", "order": "interleave", "interleave": 2, "shuffle_buffer": 3}
+    largest = max(of_files(tmp_path, path, **options).open_source().group_bytes)
     other = (3 * largest + 2 * 4 * 8 * 8 * 3) / 2**30
     kept = 8 * largest / 2**30
     needed = (kept + other) / 0.85 * (1 + 1e-4)
@@ -382,13 +438,13 @@ def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
     assert str(caught.value) == (
-        f"data.lanes=2 and data.window=3 on 1 device(s) hold 8 row groups at once, {kept:.3g} "
-        f"GiB, and reading and batches take {other:.3g} GiB, which is above 85% of "
-        f"data.memory={0.99 * needed}; lower data.window, data.lanes or data.num_workers, raise "
-        "data.memory, or set data.cache=bytes"
+        "data.interleave=2 and data.shuffle_buffer=3 on 1 device(s) hold 8 row groups at once, "
+        f"{kept:.3g} GiB, and reads and batches take {other:.3g} GiB, which is above 85% of "
+        f"data.memory={0.99 * needed}; lower data.shuffle_buffer, data.interleave or "
+        "data.num_workers, raise data.memory, or set data.cache=bytes"
     )
     # Never more than there are: 10 groups.
-    many = {**options, "lanes": 8}
+    many = {**options, "interleave": 8}
     ready(of_files(tmp_path, path, memory=(10.01 * largest / 2**30 + other) / 0.85, **many))
     with pytest.raises(ConfigError, match="hold 32 row groups"):
         ready(of_files(tmp_path, path, memory=(9 * largest / 2**30 + other) / 0.85, **many))
@@ -399,7 +455,7 @@ def test_devices_that_do_not_divide_the_lanes_are_told(
     tmp_path: Path, caplog, world: int, times: int | None, better: int | None
 ) -> None:
     data = of_files(
-        tmp_path, parquet(tmp_path), cache="none", order="lanes", lanes=4, batch_size=1
+        tmp_path, parquet(tmp_path), cache="none", order="interleave", interleave=4, batch_size=1
     )
     device = SimpleNamespace(type="cpu")
     data.trainer = SimpleNamespace(
@@ -408,7 +464,7 @@ def test_devices_that_do_not_divide_the_lanes_are_told(
     data.setup("fit")
     assert [record.getMessage() for record in caplog.records] == (
         [] if times is None else [
-            f"data.lanes=4 is no multiple of the {world} devices: a row group is read by {times} "
-            f"of them; set data.lanes={better}"
+            f"data.interleave=4 is not a multiple of the {world} devices: {times} of them read "
+            f"each row group; set data.interleave={better}"
         ]
     )  # fmt: skip

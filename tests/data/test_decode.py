@@ -31,7 +31,7 @@ from PIL import Image, ImageFile, ImageOps
 from diffusion_lab.data import decode as module
 from diffusion_lab.data.cache import ingest
 from diffusion_lab.data.decode import DECODER, decode
-from diffusion_lab.data.source import FolderSource
+from diffusion_lab.data.folder_source import FolderSource
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 
@@ -162,7 +162,7 @@ def test_packing_ends_at_a_bad_file_and_names_it(tmp_path: Path, name: str) -> N
     with pytest.raises(DataError, match=reason) as caught:
         ingest(source, tmp_path / "cache", progress=False)
     assert str(caught.value).startswith(f"{tmp_path}/in/{name}: ")
-    assert "data.on_error=skip leaves such images out" in str(caught.value)
+    assert "Set data.on_error=skip to skip bad images" in str(caught.value)
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
 
 

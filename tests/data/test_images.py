@@ -18,17 +18,13 @@ import pytest
 from PIL import Image
 
 from diffusion_lab.data import images as module
+from diffusion_lab.data.faces_source import FacesSource
+from diffusion_lab.data.folder_source import FolderSource
 from diffusion_lab.data.images import EncodedImages, Images, MappedImages, SourceImages, Split
 from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.shuffle import lanes, live_groups
-from diffusion_lab.data.source import (
-    FacesSource,
-    FolderSource,
-    Item,
-    ParquetSource,
-    Source,
-    cut,
-)
+from diffusion_lab.data.parquet_source import ParquetSource
+from diffusion_lab.data.shuffle import interleaved, open_groups
+from diffusion_lab.data.source import Item, Source, chunk_ranges
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 
@@ -121,7 +117,7 @@ def test_a_batch_is_a_copy(everywhere: dict[str, Images], kind: str) -> None:
 
 def test_drawn_images_are_read_as_they_are_drawn() -> None:
     source = FacesSource(16, {"train": 5, "val": 2, "test": 1}, seed=3)
-    source.groups = cut(8, 3)
+    source.groups = chunk_ranges(8, 3)
     everything = np.stack([image for group in range(3) for image in source.read(group)])
     assert len(np.unique(everything.reshape(8, -1), axis=0)) == 8
     positions = np.array([7, 0, 3, 3, 2])
@@ -184,7 +180,7 @@ def test_a_split_knows_its_part_of_each_group(everywhere: dict[str, Images]) -> 
 class Fake(Source):
     """Groups of drawn sizes; image k is PIXELS[k] as a PNG of its own length. Notes every read."""
 
-    whole = True
+    group_access_only = True
 
     def __init__(self, lengths: Sequence[int]) -> None:
         edges = np.cumsum([0, *lengths]).tolist()
@@ -194,8 +190,8 @@ class Fake(Source):
         self.data = [
             encoded(PIXELS[k % COUNT] // (1 + k % 3 * 60), 9 * (k % 2)) for k in range(edges[-1])
         ]
-        self.own = ["train"] * edges[-1]
-        self.bytes = [self.bytes_of(group) for group in range(len(lengths))]
+        self.native_splits = ["train"] * edges[-1]
+        self.group_bytes = [self.bytes_of(group) for group in range(len(lengths))]
         self.order: list[int] = []
 
     def describe(self) -> dict:
@@ -369,17 +365,17 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def epoch(path: Path, count: int, window: int, world: int, workers: int = 0) -> tuple[int, list]:
+def epoch(path: Path, count: int, buffer: int, world: int, workers: int = 0) -> tuple[int, list]:
     """Reads of groups of W devices in an epoch, each with just the memory it needs; the images."""
     reads, seen = 0, []
     for rank in range(world):
         source = open_parquet(path)
-        largest = max(source.bytes)
-        images = SourceImages(source, live_groups(count, window, world) * largest)
+        largest = max(source.group_bytes)
+        images = SourceImages(source, open_groups(count, buffer, world) * largest)
         split = Split(images, np.arange(263))
-        order = partial(lanes, groups=split.groups, count=count, window=window)
+        order = partial(interleaved, groups=split.groups, streams=count, buffer=buffer)
         loader = Loader(
-            split, "train", 4, seed=0, rank=rank, world=world, order=order, tail="spread",
+            split, "train", 4, seed=0, rank=rank, world=world, order=order, drop_last=False,
             workers=workers,
         )  # fmt: skip
         for batch in loader:
@@ -394,15 +390,15 @@ def epoch(path: Path, count: int, window: int, world: int, workers: int = 0) -> 
 
 
 @pytest.mark.parametrize(
-    "count, window, world", [(1, 1, 1), (1, 3, 1), (2, 2, 1), (4, 1, 2), (4, 3, 4), (3, 2, 3)]
+    "count, buffer, world", [(1, 1, 1), (1, 3, 1), (2, 2, 1), (4, 1, 2), (4, 3, 4), (3, 2, 3)]
 )
-def test_an_epoch_of_lanes_reads_each_group_about_once(
-    parquet: Path, count: int, window: int, world: int
+def test_an_epoch_of_streams_reads_each_group_about_once(
+    parquet: Path, count: int, buffer: int, world: int
 ) -> None:
-    """Only windows that two lanes share are read by both: up to k (L - 1) groups more."""
-    reads, seen = epoch(parquet, count, window, world)
+    """Only buffers that two streams share are read by both: up to k (L - 1) groups more."""
+    reads, seen = epoch(parquet, count, buffer, world)
     assert seen == list(range(263))
-    assert 27 <= reads <= 27 + window * (count - 1)
+    assert 27 <= reads <= 27 + buffer * (count - 1)
 
 
 def test_threads_that_fetch_ahead_read_hardly_more(parquet: Path) -> None:

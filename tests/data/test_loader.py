@@ -11,8 +11,8 @@ import torch
 
 from diffusion_lab.data.images import Images, Split
 from diffusion_lab.data.loader import Loader
-from diffusion_lab.data.shuffle import lanes, shuffled
-from diffusion_lab.data.source import cut
+from diffusion_lab.data.shuffle import interleaved, shuffled
+from diffusion_lab.data.source import chunk_ranges
 from diffusion_lab.errors import DataError, RunError
 from diffusion_lab.rng import make_key
 
@@ -31,7 +31,7 @@ class Memory(Images):
     def __init__(self, array: np.ndarray, bad: int | None = None) -> None:
         self.array, self.bad, self.size = array, bad, array.shape[1]
         self.names = [f"image {k}" for k in range(len(array))]
-        self.groups = cut(len(array), 10)
+        self.groups = chunk_ranges(len(array), 10)
         self.asked: list[list[int]] = []
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_the_index_counts_the_images_of_the_split() -> None:
         assert torch.equal(batch["key"], make_key(0, "val", 0, batch["index"]))
 
 
-# --- images that make no whole batch ------------------------------------------------------------
+# --- images that do not fill a batch ------------------------------------------------------------
 
 ODD = [  # N, B, W: every remainder of some, B = 1, N = W, and fewer images than a batch
     *((count, 4, 3) for count in range(12, 25)),
@@ -158,10 +158,10 @@ def test_spread_shares_out_every_image(count: int, batch_size: int, world: int) 
     """
     value = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ranks = [
-        list(make_loader(count, batch_size, rank=r, world=world, tail="spread", epoch=Clock(3)))
+        list(make_loader(count, batch_size, rank=r, world=world, drop_last=False, epoch=Clock(3)))
         for r in range(world)
     ]
-    lengths = {len(make_loader(count, batch_size, rank=r, world=world, tail="spread"))
+    lengths = {len(make_loader(count, batch_size, rank=r, world=world, drop_last=False))
                for r in range(world)}  # fmt: skip
     assert {len(rank) for rank in ranks} == lengths and len(lengths) == 1
     largest = batch_size + (1 if batch_size == 1 else 0)
@@ -182,7 +182,7 @@ def test_spread_shares_out_every_image(count: int, batch_size: int, world: int) 
 
 def test_the_unweighted_mean_of_unequal_parts_is_another() -> None:
     """So the weights of the test above are needed: 5 images as 3 and 2 have 6/5 and 4/5."""
-    last = [list(make_loader(45, 4, rank=r, world=2, tail="spread"))[-1] for r in (0, 1)]
+    last = [list(make_loader(45, 4, rank=r, world=2, drop_last=False))[-1] for r in (0, 1)]
     assert [len(part["index"]) for part in last] == [3, 2]
     assert [part["weight"] for part in last] == pytest.approx([6 / 5, 4 / 5], rel=1e-15)
 
@@ -203,7 +203,7 @@ def test_how_spread_cuts_an_epoch(
     count: int, batch_size: int, world: int, sizes: list[int]
 ) -> None:
     ranks = [
-        indices(make_loader(count, batch_size, rank=r, world=world, tail="spread"))
+        indices(make_loader(count, batch_size, rank=r, world=world, drop_last=False))
         for r in range(world)
     ]
     assert [sum(map(len, parts)) for parts in zip(*ranks, strict=True)] == sizes
@@ -228,16 +228,16 @@ def same(one: dict, two: dict) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("tail", ["drop", "spread"])
-def test_threads_change_nothing(workers: int, tail: str) -> None:
-    alone = list(make_loader(45, 4, rank=1, world=2, tail=tail, epoch=Clock(2)))
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_threads_change_nothing(workers: int, drop_last: bool) -> None:
+    alone = list(make_loader(45, 4, rank=1, world=2, drop_last=drop_last, epoch=Clock(2)))
     images = Slow(make_images(45))
     loader = make_loader(
-        45, 4, rank=1, world=2, tail=tail, epoch=Clock(2), images=images, workers=workers
+        45, 4, rank=1, world=2, drop_last=drop_last, epoch=Clock(2), images=images, workers=workers
     )
     for _ in range(2):
         batches = list(loader)
-        assert len(batches) == (6 if tail == "spread" else 5)
+        assert len(batches) == (6 if not drop_last else 5)
         assert all(same(a, b) for a, b in zip(alone, batches, strict=True))
     assert len(images.asked) == 2 * len(alone)  # and nothing is fetched twice
 
@@ -396,12 +396,15 @@ def strata(world: int, batch_size: int, **kwargs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("world, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3)])
-@pytest.mark.parametrize("tail, sizes", [("drop", [12] * 3), ("spread", [12] * 3 + [9])])
+@pytest.mark.parametrize("drop_last, sizes", [(True, [12] * 3), (False, [12] * 3 + [9])])
 def test_each_interval_holds_one_number_of_the_global_batch(
-    world: int, batch_size: int, tail: str, sizes: list[int]
+    world: int, batch_size: int, drop_last: bool, sizes: list[int]
 ) -> None:
     """Image k's in the k-th interval, each at the same place: one offset for the batch."""
-    batches, alone = strata(world, batch_size, tail=tail), strata(1, 12, tail=tail)
+    batches, alone = (
+        strata(world, batch_size, drop_last=drop_last),
+        strata(1, 12, drop_last=drop_last),
+    )
     assert [len(u) for u in batches] == sizes
     for u, one in zip(batches, alone, strict=True):
         assert torch.equal(u, one)  # whatever the number of devices
@@ -412,7 +415,7 @@ def test_each_interval_holds_one_number_of_the_global_batch(
 
 def test_the_tail_that_is_shared_with_the_batch_before_is_stratified_too() -> None:
     """45 images on 4 devices of 11: 44 and 1 are cut as 23 and 22."""
-    batches = strata(4, 11, tail="spread")
+    batches = strata(4, 11, drop_last=False)
     assert [len(u) for u in batches] == [23, 22]
     for u in batches:
         assert (u * len(u)).floor().tolist() == list(range(len(u)))
@@ -492,7 +495,7 @@ def test_a_resumed_epoch_goes_on_on_two_devices() -> None:
 
 
 def stretch(
-    count: int, batch_size: int, world: int, tail: str, state: dict | None, steps: int | None
+    count: int, batch_size: int, world: int, drop_last: bool, state: dict | None, steps: int | None
 ) -> tuple[list[list[int]], dict]:
     """What `world` devices do of epoch 2 from a state on: global batches, and the state then.
 
@@ -500,7 +503,9 @@ def stretch(
     """
     parts, states = [], []
     for rank in range(world):
-        loader = make_loader(count, batch_size, rank=rank, world=world, tail=tail, epoch=Clock(2))
+        loader = make_loader(
+            count, batch_size, rank=rank, world=world, drop_last=drop_last, epoch=Clock(2)
+        )
         whole = indices(loader)
         assert len(loader) == loader.remaining == len(whole)
         if state:
@@ -523,9 +528,9 @@ def stretch(
     return merged, states[0]
 
 
-@pytest.mark.parametrize("tail", ["drop", "spread"])
+@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("count", [13, 24, 25, 29, 46, 61])
-def test_an_epoch_on_two_then_one_then_three_devices(count: int, tail: str) -> None:
+def test_an_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool) -> None:
     """With "drop" no image comes twice, and what is left makes no batch; with "spread" all come.
 
     The exception: fewer images left than devices are left out, for no batch of this stretch is
@@ -536,17 +541,17 @@ def test_an_epoch_on_two_then_one_then_three_devices(count: int, tail: str) -> N
         for second in (0, 1, 5):
             seen, state = [], None
             for batch_size, world, steps in ((4, 2, first), (3, 1, second), (4, 3, None)):
-                batches, state = stretch(count, batch_size, world, tail, state, steps)
+                batches, state = stretch(count, batch_size, world, drop_last, state, steps)
                 seen += flat(batches)
                 assert sorted(seen) == sorted(order[: len(seen)])  # a beginning of the order
                 assert state["consumed"] == len(seen)
             assert len(set(seen)) == len(seen)
             rest = count - len(seen)
-            assert rest < (12 if tail == "drop" else 3)
+            assert rest < (12 if drop_last else 3)
             left.add(rest)
-            again, _ = stretch(count, 4, 3, tail, state, None)
+            again, _ = stretch(count, 4, 3, drop_last, state, None)
             assert again == []
-    if tail == "spread":
+    if not drop_last:
         assert min(left) == 0
     else:
         assert max(left) > 3
@@ -554,10 +559,10 @@ def test_an_epoch_on_two_then_one_then_three_devices(count: int, tail: str) -> N
 
 def test_fewer_images_than_devices_are_left_out_of_a_resumed_epoch() -> None:
     """22 of 24 images are consumed on one device: two do for two devices, and not for three."""
-    _, state = stretch(24, 11, 1, "spread", None, 2)
+    _, state = stretch(24, 11, 1, False, None, 2)
     assert state["consumed"] == 22
-    assert stretch(24, 4, 3, "spread", state, None)[0] == []
-    (rest,), after = stretch(24, 4, 2, "spread", state, None)
+    assert stretch(24, 4, 3, False, state, None)[0] == []
+    (rest,), after = stretch(24, 4, 2, False, state, None)
     assert sorted(rest) == sorted(make_loader(24, 1).order(2)[22:].tolist())
     assert after["consumed"] == 24
 
@@ -616,12 +621,12 @@ def test_a_resumed_epoch_has_whole_batches_of_the_new_size() -> None:
     assert [len(batch["index"]) for batch in new] == [16] * 5  # 92 are left
 
 
-by_lanes = partial(lanes, groups=[9] * 5, count=2, window=2)
+by_streams = partial(interleaved, groups=[9] * 5, streams=2, buffer=2)
 
 
 @pytest.mark.parametrize(
     "change, name",
-    [({"seed": 1}, "seed"), ({"count": 44}, "size"), ({"order": by_lanes}, "order")],
+    [({"seed": 1}, "seed"), ({"count": 44}, "size"), ({"order": by_streams}, "order")],
 )
 def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
     _, state = interrupted(1)
@@ -631,7 +636,10 @@ def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
     before = loader.state_dict()
     theirs, mine = state[name], before[name]
     assert theirs != mine
-    with pytest.raises(RunError, match=f"train data have {name} {theirs}, these have {mine};"):
+    with pytest.raises(
+        RunError,
+        match=f"train split of the checkpoint has {name}={theirs}, the present one {mine};",
+    ):
         loader.load_state_dict(state)
     assert loader.state_dict() == before  # nothing was taken over
     assert loader.remaining == len(indices(loader)) == 5
@@ -640,17 +648,17 @@ def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        partial(lanes, groups=[9] * 5, count=4, window=2),
-        partial(lanes, groups=[9] * 5, count=2, window=1),
-        partial(lanes, groups=[5] * 9, count=2, window=2),
+        partial(interleaved, groups=[9] * 5, streams=4, buffer=2),
+        partial(interleaved, groups=[9] * 5, streams=2, buffer=1),
+        partial(interleaved, groups=[5] * 9, streams=2, buffer=2),
         partial(shuffled, count=45),
     ],
 )
 def test_a_state_of_other_lanes_is_refused(other: partial) -> None:
-    _, state = interrupted(1, order=by_lanes)
+    _, state = interrupted(1, order=by_streams)
     loader = make_loader(45, 8, epoch=Clock(2), order=other)
-    with pytest.raises(RunError, match=f"order {state['order']}, these have"):
+    with pytest.raises(RunError, match=f"order={state['order']}, the present one"):
         loader.load_state_dict(state)
-    same = make_loader(45, 8, epoch=Clock(2), order=partial(by_lanes))
+    same = make_loader(45, 8, epoch=Clock(2), order=partial(by_streams))
     same.load_state_dict(state)
     assert same.remaining == 4

@@ -16,15 +16,12 @@ from pictures import SHARES, encoded, fill, pixels, write_parquet
 
 from diffusion_lab.data.decode import decode
 from diffusion_lab.data.faces import draw_faces
-from diffusion_lab.data.source import (
-    SPLITS,
-    FacesSource,
-    FolderSource,
-    ParquetSource,
-    Source,
-    divide,
-    open_source,
-)
+from diffusion_lab.data.faces_source import FacesSource
+from diffusion_lab.data.folder_source import FolderSource
+from diffusion_lab.data.parquet_source import ParquetSource
+from diffusion_lab.data.registry import open_source
+from diffusion_lab.data.source import Source
+from diffusion_lab.data.splits import SPLITS, split_images
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 from diffusion_lab.rng import make_key
@@ -33,7 +30,7 @@ from diffusion_lab.rng import make_key
 def read(source: Source) -> dict[str, np.ndarray | DataError]:
     """Every image by its name."""
     items = [item for number in range(len(source.groups)) for item in source.read(number)]
-    assert len(items) == len(source.names) == len(set(source.names)) == len(source.own)
+    assert len(items) == len(source.names) == len(set(source.names)) == len(source.native_splits)
     return {
         name: decode(item, source.size, name) if isinstance(item, bytes) else item
         for name, item in zip(source.names, items, strict=True)
@@ -71,14 +68,14 @@ def test_a_folder_gives_the_files_pixels(tmp_path: Path) -> None:
     assert source.names == sorted(names)
     for name, image in read(source).items():
         assert np.array_equal(image, expected[name]), name
-        assert source.where(source.names.index(name)) == f"{tmp_path}/{name}"
+        assert source.location(source.names.index(name)) == f"{tmp_path}/{name}"
 
 
 def test_a_folder_is_read_in_groups(tmp_path: Path, monkeypatch) -> None:
     fill(tmp_path, [f"{k}.png" for k in range(10)])
     monkeypatch.setattr(FolderSource, "CHUNK", 4)
     source = opened(tmp_path)
-    assert [len(group) for group in source.groups] == [4, 4, 2] and not source.whole
+    assert [len(group) for group in source.groups] == [4, 4, 2] and not source.group_access_only
     check_groups(source, 4)
 
 
@@ -95,7 +92,7 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
     }
     fill(tmp_path, list(splits))
     source = opened(tmp_path)
-    assert dict(zip(source.names, source.own, strict=True)) == splits
+    assert dict(zip(source.names, source.native_splits, strict=True)) == splits
 
 
 def test_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -158,17 +155,24 @@ def test_parquet_rows_are_images_named_by_file_and_row(parquet: Path) -> None:
         file, row = name.split(":")
         assert k == FIRST[file.removesuffix(".parquet")] + int(row)
         assert np.array_equal(images[name], pixels(k)), name
-        assert source.where(k) == f"{parquet}/data/{file} row {row}"
+        assert source.location(k) == f"{parquet}/data/{file} row {row}"
     assert len(images) == 95
-    assert source.own == ["train"] * 75 + ["val"] * 20
+    assert source.native_splits == ["train"] * 75 + ["val"] * 20
 
 
 def test_parquet_groups_are_row_groups(parquet: Path) -> None:
     source = opened(parquet)
-    assert [len(group) for group in source.groups] == [66, 4, 5, 8, 8, 4] and source.whole
+    assert [len(group) for group in source.groups] == [
+        66,
+        4,
+        5,
+        8,
+        8,
+        4,
+    ] and source.group_access_only
     check_groups(source)
     sizes = [sum(map(len, source.read(number))) for number in range(6)]
-    for known, images in zip(source.bytes, sizes, strict=True):
+    for known, images in zip(source.group_bytes, sizes, strict=True):
         assert images < known < 1.5 * images + 1000  # and the paths and labels
 
 
@@ -197,7 +201,7 @@ def test_names_of_parquet_files_tell_the_split(tmp_path: Path, file: str, own: s
     write_parquet(tmp_path / "x" / file, rows(range(2)))
     write_parquet(tmp_path / "x" / "0.parquet", rows(range(1)))
     source = opened(tmp_path / "x")
-    assert dict(zip(source.names, source.own, strict=True)) == {
+    assert dict(zip(source.names, source.native_splits, strict=True)) == {
         "0.parquet:0": "train",
         f"{file}:0": own,
         f"{file}:1": own,
@@ -218,11 +222,11 @@ def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
 def test_plain_bytes_and_another_column(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_parquet(path, rows(range(3)), plain=True, column="picture")
-    source = opened(path, column="picture")
+    source = opened(path, image_column="picture")
     assert list(source.read(0)) == rows(range(3))
     with pytest.raises(DataError) as caught:
         opened(path)
-    text = f"{path} has no column 'image'; it has picture, label; set data.column"
+    text = f"{path} has no column 'image'; it has picture, label; set data.image_column"
     assert str(caught.value) == text
 
 
@@ -231,7 +235,7 @@ def test_a_bad_row_is_an_image_like_others(tmp_path: Path) -> None:
     write_parquet(path, [rows(range(1))[0], b"<html>", None], plain=True)
     source = opened(path)
     assert list(source.read(0)) == [rows(range(1))[0], b"<html>", b""]
-    assert source.where(2) == f"{path} row 2"
+    assert source.location(2) == f"{path} row 2"
     write_parquet(path, [None, b"<html>"])
     assert list(opened(path).read(0)) == [b"", b"<html>"]
 
@@ -251,7 +255,7 @@ def test_a_damaged_row_group_costs_only_the_rows_that_cannot_be_read(tmp_path: P
     for error in items[64:]:
         assert isinstance(error, DataError)
         start = f"{path}: row group 1 cannot be read from row 64 on ("
-        assert str(error).startswith(start) and str(error).endswith("); fetch the file again")
+        assert str(error).startswith(start) and str(error).endswith("); download the file again")
     (good, bad) = source.read(1, [63, 64])
     assert good == data[163] and isinstance(bad, DataError)
 
@@ -262,7 +266,9 @@ def test_a_parquet_file_without_its_end_is_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-10], b"PAR1 cut off", b""):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"^{path}: not a readable parquet file .*fetch it ag"):
+        with pytest.raises(
+            DataError, match=f"^{path}: not a readable parquet file .*download it ag"
+        ):
             opened(path)
     path.write_bytes(whole)
     source = opened(path)
@@ -378,10 +384,10 @@ def test_the_hubs_sets_are_read_downloaded_or_not(hub: list[tuple]) -> None:
         images = list(read(source).values())
         assert len(images) == 95
         assert all(np.array_equal(image, pixels(k)) for k, image in enumerate(images))
-        assert source.own == ["train"] * 75 + ["val"] * 20
+        assert source.native_splits == ["train"] * 75 + ["val"] * 20
     assert downloaded.names == streamed.names and downloaded.groups == streamed.groups
     file = "data/validation-00000-of-00001.parquet row 2"
-    assert streamed.where(77) == downloaded.where(77) == f"{address}/{file}"
+    assert streamed.location(77) == downloaded.location(77) == f"{address}/{file}"
 
 
 def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) -> None:
@@ -401,7 +407,7 @@ def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) ->
 
 def test_the_splits_of_the_faces_are_disjoint() -> None:
     source = open_source("faces", 8, {"train": 20, "val": 6, "test": 4}, 3)
-    assert source.own == ["train"] * 20 + ["val"] * 6 + ["test"] * 4
+    assert source.native_splits == ["train"] * 20 + ["val"] * 6 + ["test"] * 4
     assert source.names == [f"face {k}" for k in range(30)]
     everything = np.stack(list(read(source).values()))
     assert np.array_equal(everything, draw_faces(torch.arange(30), seed=3, size=8).numpy())
@@ -440,9 +446,9 @@ def by_hand(names: list[str], splits: tuple[str, ...], shares: dict, seed: int) 
 
 
 def named(own: list[str], split: str | None = None, shares: dict = SHARES, seed: int = 0) -> dict:
-    """The names in each split by `divide`; every place appears once at most, and in order."""
+    """The names in each split by `split_images`; every place appears at most once, in order."""
     names = NAMES[: len(own)]
-    places = divide(names, own, shares, seed, split)
+    places = split_images(names, own, shares, seed, split)
     assert tuple(places) == SPLITS
     for each in places.values():
         assert each.dtype == np.int64 and each.tolist() == sorted(set(each.tolist()))
@@ -501,7 +507,7 @@ def test_a_split_that_is_not_there_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         named(own, "train+validation")
     assert str(caught.value) == (
-        "data.split=train+validation: the set has no split val; it has train, test"
+        "data.split=train+validation: the dataset has no split val; it has train, test"
     )
     with pytest.raises(DataError, match=r"data.split=Train: .* no split Train; it has train, v"):
         named(OWN, "Train")
@@ -509,14 +515,14 @@ def test_a_split_that_is_not_there_is_refused() -> None:
 
 def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
     names = [str(k) for k in range(2000)]
-    one = divide(names, ["train"] * 2000, {"train": 6, "val": 2, "test": 2}, 0)
+    one = split_images(names, ["train"] * 2000, {"train": 6, "val": 2, "test": 2}, 0)
     assert sorted(np.concatenate(list(one.values())).tolist()) == list(range(2000))
     for split in SPLITS:
         deviation = (2000 * SHARES[split] * (1 - SHARES[split])) ** 0.5
         assert abs(len(one[split]) - 2000 * SHARES[split]) < 4 * deviation
-    other = divide(names, ["train"] * 2000, SHARES, 1)
+    other = split_images(names, ["train"] * 2000, SHARES, 1)
     assert 45 < len(set(one["test"].tolist()) & set(other["test"].tolist())) < 115  # 80 by chance
-    everything = divide(names, ["train"] * 2000, ALL_TRAIN, 0)
+    everything = split_images(names, ["train"] * 2000, ALL_TRAIN, 0)
     assert everything["train"].tolist() == list(range(2000))
 
 
@@ -524,7 +530,7 @@ def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
 def test_more_and_fewer_images_move_no_other(kinds: tuple[str, ...]) -> None:
     def where(names: list[str]) -> dict[str, str]:
         own = [kinds[int(re.sub(r"\D", "", name)) % len(kinds)] for name in names]
-        places = divide(names, own, SHARES, 0)
+        places = split_images(names, own, SHARES, 0)
         return {names[k]: split for split, each in places.items() for k in each}
 
     before, more = where(NAMES), where(sorted(NAMES + [f"new/{k}.png" for k in range(200)]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_lab.data.shuffle import lanes, live_groups, shuffled
+from diffusion_lab.data.shuffle import interleaved, open_groups, shuffled
 from diffusion_lab.rng import make_key
 
 SHAPES = [  # groups, L, k
@@ -14,13 +14,13 @@ SHAPES = [  # groups, L, k
     ([7, 1, 30, 2, 2, 19, 5], 3, 2),
     ([1] * 50, 4, 3),
     ([10] * 3, 8, 2),
-    ([2, 1], 8, 2),  # more lanes than images
+    ([2, 1], 8, 2),  # more streams than images
     ([1], 1, 1),
     ([1], 5, 4),
     ([53], 4, 2),  # one group
     ([53], 1, 1),
     ([10] * 7, 1, 2),
-    ([10] * 7, 2, 100),  # one window
+    ([10] * 7, 2, 100),  # one buffer
     ([0, 12, 0, 0, 7, 0], 2, 1),  # groups without an image
 ]
 
@@ -41,10 +41,10 @@ def test_shuffled_is_a_permutation(count: int) -> None:
     assert count < 17 or order.tolist() != list(range(count))
 
 
-@pytest.mark.parametrize("groups, count, window", SHAPES)
-def test_lanes_are_a_permutation(groups: list[int], count: int, window: int) -> None:
+@pytest.mark.parametrize("groups, count, buffer", SHAPES)
+def test_streams_are_a_permutation(groups: list[int], count: int, buffer: int) -> None:
     for epoch in range(3):
-        order = lanes(key(epoch), groups, count, window)
+        order = interleaved(key(epoch), groups, count, buffer)
         assert order.dtype == torch.int64
         assert sorted(order.tolist()) == list(range(sum(groups)))
 
@@ -52,45 +52,45 @@ def test_lanes_are_a_permutation(groups: list[int], count: int, window: int) -> 
 def test_orders_are_functions_of_the_key() -> None:
     """Whatever was drawn before; epochs and seeds differ nearly everywhere."""
     groups = [100, 60, 40, 100, 100]
-    for make in (lambda k: shuffled(k, 400), lambda k: lanes(k, groups, 4, 2)):
+    for make in (lambda k: shuffled(k, 400), lambda k: interleaved(k, groups, 4, 2)):
         one = make(key(0))
         torch.manual_seed(5), torch.rand(3), make(key(1))
         assert torch.equal(make(key(0)), one)
         for other in (make(key(1)), make(key(2)), make(key(0, seed=1))):
-            assert int((one == other).sum()) < 20  # about 1 by chance, with lanes about 2
+            assert int((one == other).sum()) < 20  # about 1 by chance, with streams about 2
 
 
-@pytest.mark.parametrize("groups, count, window", SHAPES[:-1])
-def test_each_lane_reads_window_after_window(groups: list[int], count: int, window: int) -> None:
-    """One lane after the other, the images come by windows of k whole groups."""
-    order = lanes(key(4), groups, count, window)
-    lane = [order[first::count] for first in range(count)]
-    lengths = [len(each) for each in lane]
+@pytest.mark.parametrize("groups, count, buffer", SHAPES[:-1])
+def test_each_stream_reads_buffer_after_buffer(groups: list[int], count: int, buffer: int) -> None:
+    """One stream after the other, the images come by buffers of k whole groups."""
+    order = interleaved(key(4), groups, count, buffer)
+    stream = [order[first::count] for first in range(count)]
+    lengths = [len(each) for each in stream]
     assert max(lengths) - min(lengths) <= 1
-    rest, windows = which(groups)[torch.cat(lane)].tolist(), 0
+    rest, buffers = which(groups)[torch.cat(stream)].tolist(), 0
     while rest:
-        inside = set(list(dict.fromkeys(rest))[:window])
+        inside = set(list(dict.fromkeys(rest))[:buffer])
         size = sum(groups[k] for k in inside)
         # All images of these groups come before any other.
         assert set(rest[:size]) == inside and not set(rest[size:]) & inside
-        rest, windows = rest[size:], windows + 1
-    assert windows == -(-len(groups) // window)
+        rest, buffers = rest[size:], buffers + 1
+    assert buffers == -(-len(groups) // buffer)
 
 
 def test_at_any_time_the_images_come_from_few_groups() -> None:
-    """From L windows of k groups, and from twice as many while one window's images are drawn."""
-    number, count, window = which([100] * 300), 8, 2
-    together = count * window * 100  # images that L windows hold
-    lane, uniform = (
+    """From L buffers of k groups, and from twice as many while one buffer's images are drawn."""
+    number, count, buffer = which([100] * 300), 8, 2
+    together = count * buffer * 100  # images that L buffers hold
+    stream, uniform = (
         [len(set(part.tolist())) for part in number[order].split(together)[:-1]]
-        for order in (lanes(key(0), [100] * 300, count, window), shuffled(key(0), 30_000))
+        for order in (interleaved(key(0), [100] * 300, count, buffer), shuffled(key(0), 30_000))
     )
-    assert count * window <= min(lane) and max(lane) <= 2 * count * window
+    assert count * buffer <= min(stream) and max(stream) <= 2 * count * buffer
     assert min(uniform) > 280
-    # A batch draws from most of the groups that are open: 8 images a lane from 2 groups.
-    batches = number[lanes(key(0), [100] * 300, count, window)].split(64)[:-1]
+    # A batch draws from most of the groups that are open: 8 images a stream from 2 groups.
+    batches = number[interleaved(key(0), [100] * 300, count, buffer)].split(64)[:-1]
     sizes = [len(set(batch.tolist())) for batch in batches]
-    assert max(sizes) <= 2 * count * window and sum(sizes) / len(sizes) > 0.9 * count * window
+    assert max(sizes) <= 2 * count * buffer and sum(sizes) / len(sizes) > 0.9 * count * buffer
 
 
 # --- reads --------------------------------------------------------------------------------------
@@ -112,37 +112,37 @@ def reads(order: Tensor, number: Tensor, kept: int, world: int) -> int:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-@pytest.mark.parametrize("window", [2, 3, 4])
-def test_lanes_read_almost_no_group_twice(window: int, world: int) -> None:
-    """Only a window that two lanes share is read by both: at most k (L - 1) = 28 groups more.
+@pytest.mark.parametrize("buffer", [2, 3, 4])
+def test_streams_read_almost_no_group_twice(buffer: int, world: int) -> None:
+    """Only a buffer that two streams share is read by both: at most k (L - 1) = 28 groups more.
 
     Measured: 312 to 359 of 300 groups; the shuffled order needs above 26 000.
     """
     groups = [100] * 300
-    number, kept = which(groups), live_groups(8, window, world)
-    assert kept == 8 // world * (window + 1)
+    number, kept = which(groups), open_groups(8, buffer, world)
+    assert kept == 8 // world * (buffer + 1)
     for epoch in range(2):
-        count = reads(lanes(key(epoch), groups, 8, window), number, kept, world)
+        count = reads(interleaved(key(epoch), groups, 8, buffer), number, kept, world)
         assert 300 <= count < 1.25 * 300
     assert reads(shuffled(key(0), 30_000), number, kept, world) > 10 * 1.25 * 300
 
 
-def test_one_lane_reads_every_group_once() -> None:
-    """With uneven groups, and with no group more than the window in memory."""
+def test_one_stream_reads_every_group_once() -> None:
+    """With uneven groups, and with no group more than the buffer in memory."""
     groups = [30, 5, 1, 17, 40, 2, 2, 60, 8]
-    for window in (1, 2, 4):
+    for buffer in (1, 2, 4):
         for epoch in range(5):
-            order = lanes(key(epoch), groups, 1, window)
-            assert reads(order, which(groups), window, 1) == 9
-            assert live_groups(1, window, 1) == window + 1
+            order = interleaved(key(epoch), groups, 1, buffer)
+            assert reads(order, which(groups), buffer, 1) == 9
+            assert open_groups(1, buffer, 1) == buffer + 1
 
 
-def test_live_groups_count_the_lanes_that_meet_on_a_device() -> None:
-    """The positions r, r + W, ... of a device fall on L / gcd(L, W) lanes."""
+def test_open_groups_count_the_streams_that_meet_on_a_device() -> None:
+    """The positions r, r + W, ... of a device fall on L / gcd(L, W) streams."""
     for count in (1, 4, 6, 8):
         for world in (1, 2, 3, 4, 8, 12):
             mine = {position % count for position in range(0, 48, world)}
-            assert live_groups(count, 3, world) == 4 * len(mine)
+            assert open_groups(count, 3, world) == 4 * len(mine)
 
 
 # --- mixing -------------------------------------------------------------------------------------
@@ -156,12 +156,12 @@ def correlation(order: Tensor) -> float:
 def test_the_epoch_goes_through_the_set_in_no_direction() -> None:
     """The correlation is that of 300 groups in a random order, 1/√300 a time and no mean.
 
-    Lanes over groups in their own order would have 1/L = 0.12 every time.
+    Streams over groups in their own order would have 1/L = 0.12 every time.
     """
     groups, epochs = [100] * 300, 20
-    lane = [correlation(lanes(key(e), groups, 8, 2)) for e in range(epochs)]
-    assert max(map(abs, lane)) < 4 / 300**0.5
-    assert abs(sum(lane) / epochs) < 3 / (300 * epochs) ** 0.5 < 0.05
+    stream = [correlation(interleaved(key(e), groups, 8, 2)) for e in range(epochs)]
+    assert max(map(abs, stream)) < 4 / 300**0.5
+    assert abs(sum(stream) / epochs) < 3 / (300 * epochs) ** 0.5 < 0.05
     uniform = [correlation(shuffled(key(e), 30_000)) for e in range(epochs)]
     assert max(map(abs, uniform)) < 4 / 30_000**0.5
 
@@ -169,20 +169,20 @@ def test_the_epoch_goes_through_the_set_in_no_direction() -> None:
 @pytest.mark.parametrize("image", [0, 57, 199])
 def test_an_image_comes_anywhere_in_the_epoch(image: int) -> None:
     """Pearson's statistic of its place in 10 bins over 500 epochs: mean 9, deviation √18."""
-    for make in (lambda k: shuffled(k, 200), lambda k: lanes(k, [20] * 10, 4, 2)):
+    for make in (lambda k: shuffled(k, 200), lambda k: interleaved(k, [20] * 10, 4, 2)):
         places = torch.tensor([int((make(key(e)) == image).nonzero()) for e in range(500)])
         counts = torch.bincount(places // 20, minlength=10).double()
         assert float(((counts - 50) ** 2 / 50).sum()) < 9 + 4 * 18**0.5
 
 
 def test_neighbours_in_the_set_part() -> None:
-    """In one window, but in any order in it: their distance in a lane is a third of a window's.
+    """In one buffer, but in any order in it: their distance in a stream is a third of a buffer's.
 
     Two uniform places in 0, ..., s - 1 differ by (s² - 1) / (3 s) on average, here s = 40.
     """
     distance = []
     for epoch in range(300):
-        place = lanes(key(epoch), [20] * 10, 1, 2).argsort()
+        place = interleaved(key(epoch), [20] * 10, 1, 2).argsort()
         distance.append(abs(int(place[7] - place[8])))
     assert max(distance) < 40
     assert abs(sum(distance) / 300 - 1599 / 120) < 4 * 9.4 / 300**0.5  # deviation 40 / √18
