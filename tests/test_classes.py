@@ -78,20 +78,22 @@ def test_the_label_of_a_row_is_its_column(tmp_path: Path) -> None:
         assert [data.classes[k] for k in split.labels] == [kinds[p] for p in split.positions]
     with pytest.raises(DataError, match="has no such column; it has image, sex, age"):
         opened(tmp_path, source=source, splits=SHARES, label="hair")
-    with pytest.raises(DataError, match=r"data.label=age: the column holds no classes"):
+    with pytest.raises(
+        DataError, match=r"data.label=age is not allowed; the column has no classes"
+    ):
         opened(tmp_path, source=source, splits=SHARES, label="age")
 
 
 def test_a_label_that_the_source_does_not_know_is_refused(tmp_path: Path) -> None:
     faces = {"source": "faces", "splits": {"train": 8, "val": 4, "test": 4}}
-    with pytest.raises(DataError, match=r"data.label=width: faces have the classes of .*glasses"):
+    with pytest.raises(DataError, match=r"data.label=width is not allowed; faces have .*glasses"):
         opened(tmp_path, **faces, label="width")
     fill(tmp_path / "in", ["a.png", "b.png"])
     with pytest.raises(DataError, match="a folder of images has the classes of folder"):
         opened(tmp_path, source=str(tmp_path / "in"), splits=SHARES, label="hair")
     opened(tmp_path, **faces)
     packed = next((tmp_path / "cache").glob("*/manifest.json")).parent
-    with pytest.raises(ConfigError, match=r"the packed cache data.source=.* knows no classes"):
+    with pytest.raises(ConfigError, match=r"the packed cache data.source=.* has no classes"):
         opened(tmp_path, source=str(packed), splits=SHARES, label="hair_style")
 
 
@@ -240,7 +242,7 @@ def test_classes_that_do_not_fit_the_network_are_refused(lab: Command) -> None:
     for options, message in (
         (["data.label=glasses"], "network.classes=0, but the images have 2 classes"),
         (["network.classes=9"], "the images have 0 classes (data.label=None); set network.cla"),
-        (["data.label=nose"], "faces have the classes of"),
+        (["data.label=nose"], "data.label=nose is not allowed; faces have"),
     ):
         result = lab("train", *TINY, "trainer.max_steps=1", *options)
         assert result.code == 1 and message in result.text and "Traceback" not in result.text
