@@ -1,4 +1,4 @@
-"""The pages: their examples run as they stand, they name everything, and they build."""
+"""Documentation pages: examples run, links resolve, choices are complete, pages build."""
 
 import re
 import shlex
@@ -99,6 +99,11 @@ def test_the_operator_of_the_examples_is_linear_with_its_decomposition(my_lab: M
     torch.testing.assert_close(operator(x), x[..., ::2])
     torch.testing.assert_close((operator(x) * y).sum(), (x * operator.adjoint(y)).sum())
     torch.testing.assert_close(operator(operator.pseudo_inverse(y)), y)
+
+
+def test_the_metric_of_the_examples_is_a_value_per_image(my_lab: ModuleType) -> None:
+    x = torch.tensor([[[1.0, 2.0]], [[0.0, -1.0]]])
+    assert my_lab.mean_absolute_error(x, torch.zeros(2, 1, 2)).tolist() == [1.5, 0.5]
 
 
 def test_the_mathematics_names_every_choice() -> None:
