@@ -1,8 +1,7 @@
-"""Pictures of batches: grids with captions, maps of the posterior deviation, PNG files.
+"""Image grids: batches with captions, maps of the posterior standard deviation, PNG files.
 
-Images come in as tensors of shape (N, 3, H, W) with values in [-1, 1], as the models use them, and
-leave as 8-bit pictures. What cannot be shown truthfully (a value that is not finite) is refused
-instead of being painted in some colour.
+Images are tensors of shape (N, 3, H, W) with values in [-1, 1], as the models use them, or uint8;
+pictures have 8 bits per channel. Values that are not finite raise a ValueError.
 """
 
 __all__ = ["image_grid", "labelled_grid", "save_png", "std_map"]
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from diffusion_lab.atomic_io import write_atomic
 from diffusion_lab.pixels import to_uint8
@@ -26,13 +26,13 @@ FONT_SIZE = 13  # pixels, of captions above images of up to 143 pixels
 GAP = 6  # pixels between two images
 MARGIN = 10  # pixels around the whole picture
 ROW_LABEL_WIDTH = 9  # in font sizes; longer labels are wrapped
-SHOWN = 128  # the shorter side, in pixels, to which small images are enlarged at least
+MIN_SIDE = 128  # pixels; smaller images are enlarged until their shorter side has as many
 
-# From dark blue by way of purple and orange to pale yellow; the luminance rises all the way, so
-# that the map can be read in grey as well.
+# From dark blue over purple and orange to pale yellow. The luminance increases monotonically, so
+# that the map is readable in grey.
 COLOURS = ["080a2e", "43166a", "8c2963", "d0483c", "f48b22", "fcf5af"]
 
-# Pillow's own font has no Greek and few signs; without this a box would be drawn in their place.
+# Pillow's built-in font has no glyphs for these signs and draws a box instead.
 ASCII_SPELLING = {
     **{"α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps", "η": "eta", "θ": "theta"},
     **{"λ": "lambda", "μ": "mu", "σ": "sigma", "τ": "tau", "φ": "phi", "√": "sqrt "},
@@ -41,31 +41,24 @@ ASCII_SPELLING = {
 
 
 def image_grid(images: Tensor, columns: int, pad: int = 2) -> Tensor:
-    """Lays images out in rows on white; image k stands in row k // columns, column k % columns.
+    """Arranges images in rows on white; image k is in row k // columns, column k % columns.
 
     Arguments:
-        images: Images in [-1, 1], of shape (N, 3, H, W).
-        columns: Images in a row; fewer images than that make a narrower grid.
-        pad: White pixels between the images and around the grid.
+        images: Images in [-1, 1] or uint8, of shape (N, 3, H, W).
+        columns: Number of images in a row; fewer images make a narrower grid.
+        pad: Number of white pixels between the images and around the grid.
 
     Returns:
         The picture, uint8, of shape (3, R (H + pad) + pad, C (W + pad) + pad), on the CPU.
 
     Raises:
-        ValueError: If the shape is another, there is no image, columns < 1 or pad < 0.
+        ValueError: If the shape is different, there is no image, columns < 1 or pad < 0.
     """
     if columns < 1 or pad < 0:
         raise ValueError(f"a grid needs columns >= 1 and pad >= 0, not {columns} and {pad}")
-    levels = _levels(images, "images").cpu()
-    count, _, height, width = levels.shape
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    shape = (3, rows * (height + pad) + pad, columns * (width + pad) + pad)
-    grid = torch.full(shape, 255, dtype=torch.uint8)
-    for k, image in enumerate(levels):
-        top = pad + (k // columns) * (height + pad)
-        left = pad + (k % columns) * (width + pad)
-        grid[:, top : top + height, left : left + width] = image
+    grid = make_grid(_levels(images, "images").cpu(), columns, pad, pad_value=255)
+    if len(images) == 1:  # make_grid returns a single image without its border
+        grid = torch.nn.functional.pad(grid, [pad] * 4, value=255)
     return grid
 
 
@@ -75,22 +68,22 @@ def labelled_grid(
     row_labels: Sequence[str] | None = None,
     scale: int | None = None,
 ) -> Image.Image:
-    """Draws rows of images under the captions of their columns.
+    """Draws rows of images below the captions of their columns.
 
     Arguments:
-        rows: One tensor a row, images in [-1, 1], of shape (C_i, 3, H, W) with the same H and W;
-            a row may be shorter than the captions, its last places stay white.
-        columns: The captions above the columns; a long one is wrapped.
+        rows: One tensor per row: images in [-1, 1] or uint8, of shape (C_i, 3, H, W) with the same
+            H and W. A row may have fewer images than there are captions.
+        columns: Captions above the columns; long captions are wrapped.
         row_labels: Labels left of the rows, or None.
-        scale: Whole factor by which pixels are repeated; None takes the smallest one that shows
-            the shorter side with 128 pixels or more.
+        scale: Integer factor by which pixels are repeated; None takes the smallest factor for
+            which the shorter side has at least 128 pixels.
 
     Returns:
-        The picture on white, RGB.
+        The picture, RGB, on white.
 
     Raises:
-        ValueError: If there is no row, a row is longer than the captions, sizes differ, or there
-            are not as many labels as rows.
+        ValueError: If there is no row, a row has more images than there are captions, sizes
+            differ, or the numbers of labels and rows differ.
     """
     if not rows:
         raise ValueError("a labelled grid needs at least one row")
@@ -105,12 +98,12 @@ def labelled_grid(
         raise ValueError(f"{len(row_labels)} labels for {len(rows)} rows")
     height, width = sizes.pop()
     if scale is None:
-        scale = max(1, math.ceil(SHOWN / min(height, width)))
+        scale = max(1, math.ceil(MIN_SIDE / min(height, width)))
     if scale < 1:
         raise ValueError(f"the scale must be at least 1, not {scale}")
     height, width = height * scale, width * scale
 
-    # Wide images make a wide picture, which a page shrinks: their captions must stay legible.
+    # Wide pictures are scaled down on a page: larger captions stay legible.
     font_size = max(FONT_SIZE, min(2 * FONT_SIZE, width // 11))
     font = ImageFont.load_default(font_size)
     captions = [_wrap(text, font, width) for text in columns]
@@ -118,7 +111,7 @@ def labelled_grid(
     line = sum(font.getmetrics())
     above = max((line * len(text) for text in captions), default=0) + GAP
     beside = max((_width(text, font) for text in labels), default=-GAP) + GAP
-    # A single word may be wider than a small image: the column then grows to hold it.
+    # A single word can be wider than a small image; the column is widened.
     step = max([width, *(_width(text, font) for text in captions)]) + GAP
     row_step = max([height, *(line * len(text) for text in labels)]) + GAP
 
@@ -141,25 +134,25 @@ def labelled_grid(
 
 
 def std_map(std: Tensor, maximum: float | None = None) -> tuple[Tensor, float]:
-    """Shows standard deviations in colour, from dark blue (0) to pale yellow (the maximum).
+    """Maps standard deviations to colours, from dark blue (0) to pale yellow (the maximum).
 
     Arguments:
-        std: Posterior standard deviations >= 0 on the scale of [-1, 1], of shape (N, 3, H, W);
-            the mean over the three channels is shown.
-        maximum: The deviation of the brightest colour, larger ones get it too; None takes the
-            largest mean of this call.
+        std: Posterior standard deviations >= 0 of images in [-1, 1], of shape (N, 3, H, W). The
+            mean over the three channels is shown.
+        maximum: Standard deviation of the brightest colour, at which larger ones are clipped; None
+            takes the largest mean.
 
     Returns:
-        The picture in [-1, 1], float32, of shape (N, 3, H, W), and the maximum used, which
-        belongs in the caption. If nothing deviates, all is dark and the maximum is 0.
+        The picture in [-1, 1], float32, of shape (N, 3, H, W), and the maximum, for the caption.
+        If all standard deviations are 0, the picture is dark and the maximum is 0.
 
     Raises:
-        ValueError: If a deviation is negative or not finite, or the given maximum is not > 0.
+        ValueError: If a standard deviation is negative or not finite, or the maximum is not > 0.
     """
     _checked(std, "std")
     bad = std.numel() - int((torch.isfinite(std) & (std >= 0)).sum())
     if bad:
-        raise ValueError(f"{bad} of {std.numel()} deviations are negative or not finite")
+        raise ValueError(f"{bad} of {std.numel()} standard deviations are negative or not finite")
     if maximum is not None and not (math.isfinite(maximum) and maximum > 0):
         raise ValueError(f"the maximum must be finite and above 0, not {maximum}")
     mean = std.detach().float().mean(dim=1)
@@ -176,27 +169,24 @@ def std_map(std: Tensor, maximum: float | None = None) -> tuple[Tensor, float]:
 
 
 def save_png(picture: Tensor | Image.Image, path: Path) -> Path:
-    """Writes a picture as PNG; the file is there as a whole or not at all.
+    """Writes a picture as a PNG file, atomically, and returns its path.
 
     Arguments:
         picture: A Pillow image, or a tensor of shape (3, H, W): uint8, or floating point in
             [-1, 1].
-        path: The file, whose folder is made if it is missing.
-
-    Returns:
-        The path.
+        path: The file. Its folder is created if it is missing.
 
     Raises:
-        ValueError: If a tensor has another shape or holds values that are not finite.
+        ValueError: If a tensor has a different shape or values that are not finite.
     """
     buffer = io.BytesIO()
     image = picture if isinstance(picture, Image.Image) else _image(picture)
-    image.save(buffer, format="PNG")  # optimize=True takes ten times as long, for a percent
+    image.save(buffer, format="PNG")  # optimize=True is ten times slower for files 1% smaller
     return write_atomic(path, buffer.getvalue())
 
 
 def _checked(images: Tensor, name: str) -> Tensor:
-    """Returns the images if their shape is (N, 3, H, W) and none of it is empty."""
+    """Returns the images if their shape is (N, 3, H, W) and not empty."""
     if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"{name} must be of shape (N, 3, H, W), not {tuple(images.shape)}")
     return images
@@ -209,7 +199,7 @@ def _levels(images: Tensor, name: str) -> Tensor:
 
 
 def _image(picture: Tensor) -> Image.Image:
-    """The Pillow image of a tensor (3, H, W), uint8 or in [-1, 1]."""
+    """Returns the Pillow image of a tensor (3, H, W), uint8 or in [-1, 1]."""
     if picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"a picture must be of shape (3, H, W), not {tuple(picture.shape)}")
     levels = picture if picture.dtype == torch.uint8 else to_uint8(picture)
@@ -217,7 +207,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks a text at spaces into lines of at most `width` pixels where its words allow it."""
+    """Breaks a text at spaces into lines of at most `width` pixels, except for longer words."""
     for sign, word in ASCII_SPELLING.items():
         text = text.replace(sign, word)
     lines: list[str] = []

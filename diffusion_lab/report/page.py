@@ -1,8 +1,7 @@
-"""The report of a run: one HTML page that stands alone and can be sent by mail.
+"""HTML report: one self-contained page, made of sections.
 
-Style, script and pictures are inside the file; it opens without a network and refuses to fetch
-anything (its content security policy allows `data:` pictures alone). Everything that callers hand
-in is text: it is escaped, so that a title may hold `<`, `&` or quotes.
+Style, script and pictures are inside the file. It needs no network, and its content security
+policy allows only `data:` pictures. All texts are escaped: a title may contain `<`, `&` or quotes.
 """
 
 __all__ = [
@@ -35,20 +34,20 @@ from diffusion_lab.report.chart import LineChart, chart_html, format_scientific
 Cell = str | float | int
 
 PNG = b"\x89PNG\r\n\x1a\n"
-MAX_PNG_BYTES = 100_000  # bytes of a frame, of which there are many
-MAX_INLINE_WIDTH = 560  # pixels, up to which a small picture is enlarged by a whole factor
+MAX_PNG_BYTES = 100_000  # of an animation frame; larger frames are stored as WebP
+MAX_INLINE_WIDTH = 560  # pixels, up to which a small picture is enlarged by an integer factor
 # 27.3, 27.3 ± 0.1, 5 %
 NUMBER = re.compile(r"([-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(?:±.*|%)?")
-MISSING = {"", "-", "–", "—", "n/a"}  # may stand in a column of numbers
+MISSING = {"", "-", "–", "—", "n/a"}  # cells without a value in a column of numbers
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, embedded byte for byte.
+    """Section with a PNG file, embedded byte for byte.
 
     Arguments:
-        title: The heading.
-        caption: What is seen.
+        title: Heading.
+        caption: Description of the picture.
         path: The PNG file.
     """
 
@@ -59,14 +58,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Animation:
-    """Pictures in one place, one after the other: with a slider, and a button that plays them.
+    """Section with a sequence of pictures, a slider and a button that plays them.
 
-    The last one is shown at first, and where no script runs.
+    The last picture is shown first, and if scripts are disabled.
 
     Arguments:
-        title: The heading.
-        caption: What is seen.
-        frames: What each is called, and the picture.
+        title: Heading.
+        caption: Description of the picture.
+        frames: Label and picture of each frame.
     """
 
     title: str
@@ -76,14 +75,14 @@ class Animation:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns sort on a click.
+    """Section with a table, which a click on a header sorts by its column.
 
     Arguments:
-        title: The heading.
-        caption: What the numbers are, with their units.
-        columns: The headers.
-        rows: The cells, a row as long as `columns`. Numbers are printed with four significant
-            digits; a string is printed as it is, and counts as a number if it looks like
+        title: Heading.
+        caption: Description of the numbers, with their units.
+        columns: Headers.
+        rows: Rows as long as `columns`. Numbers are printed with four significant digits.
+            A string is printed as it is, and sorted as a number if it looks like
             "27.3", "27.3 ± 0.1" or "5 %".
     """
 
@@ -95,11 +94,11 @@ class Table:
 
 @dataclass(frozen=True)
 class KeyValueSection:
-    """A list of names and what they stand for: settings, noise levels, versions.
+    """Section with names and their values: settings, noise levels, versions.
 
     Arguments:
-        title: The heading.
-        items: The values by name.
+        title: Heading.
+        items: Values by name.
     """
 
     title: str
@@ -108,11 +107,11 @@ class KeyValueSection:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """A long text, folded until it is asked for.
+    """Section with a long text, folded at first.
 
     Arguments:
-        title: The heading.
-        text: The text, YAML as a rule; its lines are kept.
+        title: Heading.
+        text: Text, usually YAML; line breaks are kept.
     """
 
     title: str
@@ -123,23 +122,21 @@ Section = Picture | Animation | Table | LineChart | KeyValueSection | ConfigSect
 
 
 def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> Path:
-    """Writes the page; the same content gives the same bytes.
+    """Writes a report and returns its path; equal arguments give equal bytes.
 
     Arguments:
-        path: The HTML file; an old one is replaced as a whole.
-        title: The title of the page.
-        summary: Its first paragraphs, plain text; an empty line starts a new one.
-        sections: What follows, in this order. Pictures and curves are numbered as figures.
-
-    Returns:
-        The path.
+        path: The HTML file; an old one is replaced atomically.
+        title: Title of the page.
+        summary: First paragraphs, plain text, separated by empty lines.
+        sections: Sections, in order. Pictures, animations and charts are numbered as figures.
 
     Raises:
         FileNotFoundError: If a picture does not exist.
-        TypeError: If a section is of no known kind.
-        ValueError: If a picture is no PNG file, an animation has no frame, a row of a table is
-            not as long as its header, or x and y of a curve differ in length. Nothing is written
-            then.
+        TypeError: If a section has an unknown type.
+        ValueError: If a picture is not a PNG file, an animation has no frame, a row of a table and
+            its header differ in length, or x and y of a series differ in length.
+
+    After an error the old file is unchanged.
     """
     used: set[str] = set()
     figures = tables = 0
@@ -189,11 +186,11 @@ def _body(section: Section, number: str) -> str:
             f"<details>\n<summary>{lines} lines</summary>\n"
             f'<pre tabindex="0">\n{escape(section.text)}</pre>\n</details>'
         )
-    raise TypeError(f"a report has no section of the kind {type(section).__name__}")
+    raise TypeError(f"{type(section).__name__} is not a section of a report")
 
 
 def _caption(number: str, text: str) -> str:
-    """The inside of a caption from its class on: both `figcaption` and `p` carry it."""
+    """A caption from its class attribute on, for `figcaption` and `p`."""
     return f'class="caption"><b>{number}</b>{escape(text)}'
 
 
@@ -201,7 +198,7 @@ def _picture(section: Picture, number: str) -> str:
     """A picture as a button that enlarges it."""
     data = Path(section.path).read_bytes()
     if not data.startswith(PNG):
-        raise ValueError(f"{section.path} is no PNG file")
+        raise ValueError(f"{section.path} is not a PNG file")
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     alt = f"{section.title}: {section.caption}" if section.caption else section.title
     image = _image(alt, width, height, "png", data)
@@ -212,7 +209,7 @@ def _picture(section: Picture, number: str) -> str:
 
 
 def _image(alt: str, width: int, height: int, kind: str, data: bytes, more: str = "") -> str:
-    """The element of an image; a small one is enlarged by a whole factor."""
+    """The element of an image; a small one is enlarged by an integer factor."""
     factor = max(1, min(4, MAX_INLINE_WIDTH // width))
     pixels = ' class="pixels"' if factor > 1 else ""
     code = base64.b64encode(data).decode("ascii")
@@ -223,7 +220,7 @@ def _image(alt: str, width: int, height: int, kind: str, data: bytes, more: str 
 
 
 def _animation(section: Animation, number: str) -> str:
-    """All frames above each other, of which the script shows one."""
+    """All frames of an animation; the script shows one of them."""
     last = len(section.frames) - 1
     if last < 0:
         raise ValueError(f"the animation {section.title!r} has no frame")
@@ -244,7 +241,7 @@ def _animation(section: Animation, number: str) -> str:
 
 
 def _encoded(image: Image.Image) -> tuple[str, bytes]:
-    """A frame as PNG, or what is large as WebP of a quality that shows no difference."""
+    """A frame as PNG, or as visually lossless WebP if it is large."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     if buffer.tell() <= MAX_PNG_BYTES:
@@ -255,7 +252,7 @@ def _encoded(image: Image.Image) -> tuple[str, bytes]:
 
 
 def _table(section: Table, number: str) -> str:
-    """A table; its columns of numbers are marked, and their cells carry the value to sort by."""
+    """A table; cells of numeric columns have the value to sort by as an attribute."""
     for i, row in enumerate(section.rows):
         if len(row) != len(section.columns):
             raise ValueError(
@@ -288,7 +285,7 @@ def _table(section: Table, number: str) -> str:
 
 
 def _value(cell: Cell) -> float | None:
-    """The number in a cell, or None."""
+    """The number in a cell, or None if it is not one."""
     if not isinstance(cell, str):
         return None if isinstance(cell, bool) else float(cell)
     match = NUMBER.fullmatch(cell.strip())
@@ -296,7 +293,7 @@ def _value(cell: Cell) -> float | None:
 
 
 def _texts(column: Sequence[Cell]) -> list[str]:
-    """The cells as printed: the floats of a column share their decimals, so that points align."""
+    """The printed cells; all floats of a column have the same number of decimals."""
     short = {f"{cell:.4g}" for cell in column if isinstance(cell, float) and math.isfinite(cell)}
     aligned = not any("e" in text for text in short)
     decimals = max((len(text.partition(".")[2]) for text in short), default=0)
@@ -309,7 +306,7 @@ def _texts(column: Sequence[Cell]) -> list[str]:
 
 
 def _anchor(title: str, used: set[str]) -> str:
-    """A name for the address bar, not yet used on the page."""
+    """A fragment identifier that is unique on the page."""
     stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
     anchor, n = stem, 1
     while anchor in used or anchor == "zoom":

@@ -210,7 +210,7 @@ def test_std_map_of_nothing_is_dark_and_says_so() -> None:
 def test_std_map_refuses_what_is_no_deviation(bad: float) -> None:
     std = torch.ones(1, 3, 2, 2)
     std[0, 1, 0, 0] = bad
-    with pytest.raises(ValueError, match="1 of 12"):
+    with pytest.raises(ValueError, match="1 of 12 standard"):
         std_map(std)
 
 

@@ -385,7 +385,7 @@ def test_large_numbers_are_grouped(tmp_path: Path) -> None:
     [
         (Table("T", "", ["a", "b"], [[1, 2], [1]]), ValueError, "row 1 of the table 'T' has 1"),
         (LineChart("C", "", "x", "y", {"a": ([1], [1, 2])}), ValueError, "'a' has 1 x for 2 y"),
-        (Picture("P", "", Path(__file__)), ValueError, "no PNG"),
+        (Picture("P", "", Path(__file__)), ValueError, "not a PNG"),
         (Picture("P", "", Path("missing.png")), FileNotFoundError, "missing.png"),
     ],
 )
