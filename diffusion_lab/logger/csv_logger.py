@@ -1,4 +1,4 @@
-"""metrics.csv: a row for each step at which something was logged, kept when a run is resumed."""
+"""CSV logger that keeps exact rows when a run is resumed."""
 
 __all__ = ["MetricsCSV"]
 
@@ -11,25 +11,27 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion_lab.atomic_io import write_csv
+from diffusion_lab.constraints import NonEmptyStr, checked
 
 
 class MetricsCSV(Logger):
     """Writes metrics to `metrics.csv`, with the columns `step`, `epoch` and one for each metric.
 
-    Lightning's own CSV logger deletes the file of a run that is resumed in place. This one drops
-    the rows after the checkpoint's step, which will be logged again, and goes on.
+    Lightning's CSV logger deletes the file of a run that is resumed in place. This one drops the
+    rows after the checkpoint's step, which will be logged again, and keeps the others.
 
     Arguments:
-        directory: The run's directory.
+        directory: Directory of the run.
     """
 
-    def __init__(self, directory: str) -> None:
+    @checked
+    def __init__(self, directory: NonEmptyStr) -> None:
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step", "epoch"]
-        self.written = 0  # rows that are in the file, below the present header
-        self.resumed = 0  # rows that an interrupted run left
+        self.written = 0  # number of rows in the file
+        self.resumed = 0  # number of rows from the interrupted run
 
     @property
     def name(self) -> str:
@@ -41,11 +43,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def continue_from(self, step: int) -> None:
-        """Reads what an interrupted run logged up to a step.
+        """Reads the rows that an interrupted run logged before a step.
 
         Arguments:
-            step: The number of optimizer steps in the checkpoint; metrics are logged under the
-                number of steps before theirs, so rows from `step` on are repeated.
+            step: Number of optimizer steps in the checkpoint. Metrics are logged under the number
+                of steps taken before, so rows from `step` on will be logged again.
         """
         if not self.path.exists():
             return
@@ -66,9 +68,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds a row, or to the last row if it has the same step and no such column yet.
+        """Adds a row, or extends the last row if it has the same step and none of the metrics.
 
-        A resumed run repeats the validation at its first step: what is there already stays.
+        A resumed run repeats the validation at its first step; the row in the file is kept.
         """
         row = {"step": step, **metrics}
         first = max(0, self.resumed - 2)  # the last training row, and that of the validation
@@ -87,7 +89,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings the file up to date."""
+        """Writes new rows to the file."""
         new = [key for row in self.rows[self.written :] for key in row if key not in self.columns]
         if new or not self.path.exists():
             self.columns += sorted(set(new))
@@ -99,7 +101,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Brings the file up to date at the end of a run, or after a failure."""
+        """Writes new rows to the file, at the end of a run or after a failure."""
         if self.rows:
             self.save()
 

@@ -1,7 +1,7 @@
-"""What the commands tell every logger: the configuration, and the results of an evaluation.
+"""Logging of configurations and evaluation results to all loggers.
 
-A logger takes numbers; pictures and tables too if it has `log_image` and `log_table`, as W&B's
-and TensorBoard's have. The keys are the same everywhere.
+Every logger takes numbers. Loggers with `log_image` and `log_table` (W&B, TensorBoard) also take
+pictures and tables. All loggers use the same keys.
 """
 
 __all__ = ["close_loggers", "dashboard_config", "log_config", "log_results", "make_loggers"]
@@ -17,54 +17,54 @@ from PIL import Image
 
 from diffusion_lab.runs.instantiate import instantiate
 
-HERE = {"paths", "logger", "resume"}  # keys that say where a command ran, not what it did
+LOCAL_KEYS = {"paths", "logger", "resume"}  # not part of the experiment
 
 
 def make_loggers(config: DictConfig, but: str | None = None) -> list[Logger]:
-    """Makes the loggers of the configuration, all `but` one."""
+    """Returns the loggers of the configuration, except the one named `but`."""
     nodes = (config.logger or {}).items()
     return [instantiate(node, f"logger.{key}") for key, node in nodes if key != but]
 
 
 def close_loggers(config: DictConfig, failed: bool) -> None:
-    """Ends what outlives a command, as failed or not."""
+    """Finishes the W&B run of a command."""
     if "wandb" in (config.logger or {}):
-        from diffusion_lab.logger.wandb_logger import close  # its import costs a second
+        from diffusion_lab.logger.wandb_logger import close  # its import takes a second
 
         close(failed)
 
 
 def dashboard_config(config: DictConfig) -> dict[str, Any]:
-    """Returns the resolved configuration without this machine's directories.
+    """Returns the resolved configuration without directories.
 
-    They differ between runs that are the same, and are nobody else's business.
+    Directories differ between equal runs, and can be private.
     """
 
     def kept(node: dict[str, Any]) -> dict[str, Any]:
         return {
             key: kept(value) if isinstance(value, dict) else value
             for key, value in node.items()
-            if key not in HERE and not key.endswith(("dir", "directory", "dirpath"))
+            if key not in LOCAL_KEYS and not key.endswith(("dir", "directory", "dirpath"))
         }
 
     return kept(OmegaConf.to_container(config, resolve=True))
 
 
 def log_config(loggers: Iterable[Logger], config: DictConfig) -> None:
-    """Shows the configuration of a command beside its figures."""
+    """Logs the configuration of a command."""
     for logger in loggers:
         logger.log_hyperparams(dashboard_config(config))
 
 
 def log_results(loggers: Iterable[Logger], directory: Path) -> None:
-    """Shows what an evaluation has written: its table and its pictures.
+    """Logs the table and the pictures of an evaluation.
 
-    Each row of results.csv is the number eval/<estimate>_<metric>, and all of them the table
-    eval/results; samples/<name>.png is the picture eval/<name>.
+    Each row of results.csv is logged as the number eval/<estimate>_<metric>, the whole file as
+    the table eval/results, and samples/<name>.png as the picture eval/<name>.
 
     Arguments:
-        loggers: Where to.
-        directory: The evaluation's directory.
+        loggers: The loggers.
+        directory: Directory of the evaluation.
     """
     rows: list[list[Any]] = []
     if (path := directory / "results.csv").exists():

@@ -1,4 +1,4 @@
-"""TensorBoard: the same keys as everywhere, with pictures and tables, in the run's directory."""
+"""TensorBoard logger, with pictures and tables."""
 
 __all__ = ["TensorBoard"]
 
@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from diffusion_lab.constraints import NonEmptyStr, checked
 from diffusion_lab.errors import ConfigError
 
 
@@ -19,36 +20,37 @@ class TensorBoard(TensorBoardLogger):
     """Writes event files to <directory>/tensorboard.
 
     Arguments:
-        directory: The run's directory.
+        directory: Directory of the run.
 
     Raises:
         ConfigError: If TensorBoard is not installed.
     """
 
-    def __init__(self, directory: str) -> None:
+    @checked
+    def __init__(self, directory: NonEmptyStr) -> None:
         if find_spec("tensorboard") is None:
             raise ConfigError(
-                "logger=tensorboard needs a package more: pip install 'diffusion-lab[tensorboard]'"
+                "logger=tensorboard needs TensorBoard: pip install 'diffusion-lab[tensorboard]'"
             )
         super().__init__(directory, name="", version="tensorboard", default_hp_metric=False)
 
     def continue_from(self, step: int) -> None:
-        """Hides what an interrupted run logged from a step on, which will be logged again."""
+        """Hides the events of an interrupted run from a step on; they will be logged again."""
         if step:
-            self._kwargs["purge_step"] = step + 1  # what was drawn at the step stays
+            self._kwargs["purge_step"] = step + 1  # pictures of the step itself stay
 
     @rank_zero_only
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Shows the configuration as a text."""
+        """Logs the configuration as text."""
         text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
         # A line that starts with a tab is code in Markdown.
         self.experiment.add_text("config", "\t" + text.replace("\n", "\n\t"))
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Image.Image], step: int | None = None) -> None:
-        """Shows a picture; of several the first."""
+        """Logs the first picture."""
         pixels = np.asarray(images[0].convert("RGB"))
         self.experiment.add_image(key, pixels, step, dataformats="HWC")
 
@@ -56,14 +58,14 @@ class TensorBoard(TensorBoardLogger):
     def log_table(
         self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None
     ) -> None:
-        """Shows a table as a text."""
+        """Logs a table as text."""
         rows = [columns, ["---"] * len(columns), *data]
         lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
         self.experiment.add_text(key, "\n".join(lines), step)
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings the files up to date; the configuration has a file of its own in the run."""
+        """Flushes the event files; the configuration is in `.hydra`."""
         self.experiment.flush()
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: offline where there is no account, and one run id for each run directory."""
+"""Weights & Biases logger: offline without an account, one run id per run directory."""
 
 __all__ = ["close", "make_logger"]
 
@@ -6,32 +6,39 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Literal
 
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import WandbLogger
 
+from diffusion_lab.constraints import NonEmptyStr, checked
 from diffusion_lab.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-OFFLINE = {"offline", "dryrun"}  # what WANDB_MODE may say; Lightning sets the second by itself
+OFFLINE = {"offline", "dryrun"}  # values of WANDB_MODE; Lightning sets the second one
 
 
+@checked
 def make_logger(
-    directory: str, project: str, name: str, job_type: str, log_model: bool | str = False
+    directory: NonEmptyStr,
+    project: NonEmptyStr,
+    name: NonEmptyStr,
+    job_type: NonEmptyStr,
+    log_model: Literal[False, True, "all"] = False,
 ) -> WandbLogger:
-    """Returns the logger of a run, whose group is the sweep that it is part of.
+    """Returns the W&B logger of a run, whose group is its sweep.
 
-    Without an account (no WANDB_API_KEY and no `wandb login`) it writes to the run's directory;
-    `wandb sync` uploads that later. WANDB_MODE decides if it is set.
+    Without an account (no WANDB_API_KEY and no `wandb login`) the records stay in the run's
+    directory, from where `wandb sync` uploads them. WANDB_MODE overrides this choice.
 
     Arguments:
-        directory: The run's directory; keeps the run's id in `wandb_id`, which a resume reuses.
-        project: The project on the dashboard.
-        name: The experiment or task: the run's tag, and with the directory's name its name.
-        job_type: What the run does: train or eval.
+        directory: Directory of the run; its file `wandb_id` keeps the run's id for a resume.
+        project: W&B project.
+        name: Experiment or task: the run's tag, and a part of the run's name.
+        job_type: Type of the run: train or eval.
         log_model: Whether the best checkpoint is uploaded at the end; "all" uploads each one.
 
     Raises:
@@ -61,24 +68,24 @@ def make_logger(
         tags=[name],
         log_model=log_model,
         offline=offline,
-        # Not left to WANDB_MODE, which the login above has read already.
+        # Explicit, because the login above has already read WANDB_MODE.
         mode="offline" if offline else None,
         resume=None if offline else "allow",
     )
 
 
 def _sweep(path: Path) -> str | None:
-    """The name of the sweep's directory; of a job that is resumed alone, too."""
+    """Returns the name of the sweep's directory, also for a job that is resumed alone."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         return Path(HydraConfig.get().sweep.dir).name
     return path.parent.name if (path.parent / "multirun.yaml").exists() else None
 
 
 def close(failed: bool) -> None:
-    """Ends the run on the dashboard; the next job of a sweep would else log into it.
+    """Finishes the W&B run; otherwise the next job of a sweep would log into it.
 
     Arguments:
-        failed: Whether to mark it as failed.
+        failed: Whether the run is marked as failed.
     """
     if wandb.run is not None:
         wandb.finish(exit_code=int(failed))
