@@ -66,7 +66,7 @@ def schedule_charts(module: DiffusionModule) -> list[LineChart]:
             dots=["ends of the loss bins"],
         ),
         LineChart(
-            "What training looks at", "", "t", "",
+            "Training times and weights", "", "t", "",
             {
                 "density of t": (middle, density.tolist()),
                 "weight of the output's error": (middle, share.tolist()),

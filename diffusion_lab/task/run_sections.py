@@ -1,4 +1,4 @@
-"""What every report says of the run behind it."""
+"""Report sections on the evaluated run: settings, prior and configurations."""
 
 __all__ = ["run_sections"]
 
@@ -15,8 +15,8 @@ def run_sections(
 
     Arguments:
         run: The run that was evaluated.
-        settings: What was chosen for this evaluation.
-        config: The evaluation's configuration, YAML.
+        settings: Settings of this evaluation, by name.
+        config: Configuration of the evaluation, as YAML.
     """
     parameters = sum(p.numel() for p in run.denoiser.parameters())
     return [
