@@ -170,7 +170,7 @@ def allows(annotation: Any, value: Any) -> bool:
         return isinstance(value, Mapping) and all(
             allows(get_args(kind)[1], v) for v in value.values()
         )
-    if inspect.isclass(kind):
+    if kind is not Any and inspect.isclass(kind):  # Any is a class from Python 3.11 on
         return isinstance(value, kind)
     return True
 
@@ -210,7 +210,7 @@ def describe(annotation: Any) -> str:
     if get_origin(kind) in (dict, Mapping):
         inner = describe(get_args(kind)[1])
         return f"a mapping, each value {inner}" if inner else "a mapping"
-    if inspect.isclass(kind) and kind is not object:
+    if inspect.isclass(kind) and kind is not object and kind is not Any:
         return f"an instance of {kind.__name__}"
     return ""
 

@@ -1,4 +1,4 @@
-"""The training step by hand, the moving average of the weights, the learning rates."""
+"""DiffusionModule: training loss, moving average of the weights, learning rates, log rows."""
 
 import copy
 import math
@@ -18,8 +18,9 @@ from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import VP, Linear
 from diffusion_lab.timesteps import Importance, Uniform
+from diffusion_lab.training.loss_bins import bin_index, bin_name
 from diffusion_lab.training.lr_schedule import Constant, Cosine
-from diffusion_lab.training.module import DiffusionModule, _bin, bin_name
+from diffusion_lab.training.module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
@@ -38,25 +39,18 @@ class Affine(nn.Module):
 
 
 class Devices:
-    """Stands for a trainer in the middle of a fit, and the other devices' losses.
+    """A fake trainer during a fit, with the losses of other devices.
 
     Arguments:
-        micro: Micro-batches of a step.
-        every: Steps between two that are logged.
+        every: Steps between two rows of the log.
         others: The losses of the other devices.
     """
 
-    def __init__(self, micro: int = 1, every: int = 50, others: tuple[float, ...] = ()) -> None:
-        self.micro, self.global_step, self.log_every_n_steps = micro, 0, every
-        self.max_steps = -1
-        self.others, self.batches = others, 0
+    def __init__(self, every: int = 50, others: tuple[float, ...] = ()) -> None:
+        self.global_step, self.log_every_n_steps, self.max_steps = 0, every, -1
+        self.others = others
         self.reduced: list[float] = []
-        self.fit_loop = SimpleNamespace(_should_accumulate=self.should_accumulate)
         self.strategy = SimpleNamespace(reduce=self.reduce)
-
-    def should_accumulate(self) -> bool:
-        self.batches += 1
-        return self.batches % self.micro != 0
 
     def reduce(self, loss: Tensor, reduce_op: str) -> Tensor:
         assert reduce_op == "mean"
@@ -76,7 +70,7 @@ def make_module(network: nn.Module | None = None, **kwargs) -> DiffusionModule:
 
 
 def fitting(devices: Devices | None = None, **kwargs) -> DiffusionModule:
-    """A module in the middle of a fit; what it logs is in `module.logged`."""
+    """A module during a fit; `module.logged` has the values that it logs."""
     module = make_module(**kwargs)
     module._trainer, module.logged = devices or Devices(), []
 
@@ -142,6 +136,7 @@ def test_the_training_loss_is_that_of_the_paper() -> None:
     expected = by_hand(batch["x_0"], t, epsilon, module.network).mean()
     loss = module.training_step(batch, 0)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    module._log_loss()
     assert module.logged == [("train/loss", float(loss.detach()))]
 
 
@@ -227,7 +222,7 @@ def test_the_factor_of_importance_times_enters_the_loss_of_each_image() -> None:
     torch.testing.assert_close(each_loss(module, batch), expected, rtol=5e-5, atol=0)
 
 
-def test_likelihood_with_importance_times_weighs_all_images_alike() -> None:
+def test_likelihood_with_importance_times_weights_all_images_equally() -> None:
     """g² / σ_t² times 1 / p: the same for every image, though their times are far apart."""
     module = fitting(schedule=VP(), loss=Likelihood(), time=Importance())
     batch = make_batch(40)
@@ -276,7 +271,7 @@ def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
     assert all(p.grad is None for p in module.network_ema.parameters())
 
 
-def test_two_halves_are_the_whole() -> None:
+def test_the_loss_is_the_mean_of_two_halves() -> None:
     module = fitting()
     whole = module.training_step(make_batch(8), 0)
     halves = [module.training_step(make_batch(4, first), 0) for first in (0, 4)]
@@ -315,16 +310,15 @@ def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole()
 
 
 def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> None:
-    devices = Devices(micro=3, every=1)
-    module = fitting(devices)
+    module = fitting(Devices(every=1))
     means = []
-    for number in range(7):
+    for number in range(6):
         weight = 1.0 + number % 2 / 4
         batch = make_batch(4, 4 * number, weight)
         means.append(float(losses_by_hand(batch, module.network).mean()) * weight)
         module.training_step(batch, number)
-        assert len(module.logged) == (number + 1) // 3  # only with the step
-        devices.global_step = len(module.logged)
+        if number % 3 == 2:
+            module._log_loss()
     expected = [sum(means[:3]) / 3, sum(means[3:6]) / 3]
     assert [name for name, _ in module.logged] == ["train/loss"] * 2
     assert [value for _, value in module.logged] == pytest.approx(expected, rel=1e-5)
@@ -333,9 +327,9 @@ def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> Non
 
 @pytest.mark.parametrize("every", [1, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_devices_talk_only_in_steps_that_are_logged(every: int, micro: int) -> None:
-    """Once a step, about the mean over its micro-batches; other steps log nothing."""
-    devices = Devices(micro=micro, every=every, others=(5.0, 10.0))
+def test_devices_communicate_only_in_logged_steps(every: int, micro: int) -> None:
+    """The mean over the micro-batches is reduced once per logged step."""
+    devices = Devices(every=every, others=(5.0, 10.0))
     module = fitting(devices)
     own = []
     for step in range(8):
@@ -345,6 +339,7 @@ def test_devices_talk_only_in_steps_that_are_logged(every: int, micro: int) -> N
             loss = module.training_step(make_batch(2, 2 * number), number)
             losses.append(float(loss.detach()))
         own.append(sum(losses) / micro)
+        module._log_loss()
     logged = [step for step in range(8) if (step + 1) % every == 0]
     assert devices.reduced == pytest.approx([own[step] for step in logged], rel=1e-6)
     expected = [(own[step] + 15) / 3 for step in logged]
@@ -462,7 +457,7 @@ def test_the_averaged_network_is_never_trained() -> None:
         assert torch.equal(raw, averaged) and raw.data_ptr() != averaged.data_ptr()
 
 
-def test_the_denoiser_is_of_the_averaged_weights_unless_told() -> None:
+def test_the_denoiser_uses_the_averaged_weights_by_default() -> None:
     module = make_module()
     with torch.no_grad():
         module.network_ema.w.fill_(0.1)
@@ -651,7 +646,7 @@ def test_a_row_has_the_losses_of_all_images_since_the_last_one_by_noise_level() 
 
 def test_the_bins_of_training_are_those_of_validation() -> None:
     u = torch.tensor([0.0, 0.0999, 0.1, 0.3, 0.55, 0.9, 1 - 1e-9], dtype=torch.float64)
-    assert _bin(u).tolist() == [0, 0, 1, 3, 5, 9, 9]
+    assert bin_index(u).tolist() == [0, 0, 1, 3, 5, 9, 9]
     assert [bin_name(k) for k in (0, 8, 9)] == ["0.1", "0.9", "1.0"]
 
 
@@ -701,8 +696,8 @@ def test_a_row_of_two_devices_is_that_of_one(tmp_path: Path) -> None:
         assert {k: two[step][k] for k in row} == pytest.approx(row, rel=1e-5)
 
 
-def test_a_fused_optimizer_goes_on_from_a_state_in_another_order_of_memory() -> None:
-    """That of a network that was not channels_last, of which Adam would read the wrong numbers."""
+def test_a_fused_optimizer_resumes_from_a_state_in_another_memory_format() -> None:
+    """The state is of a network that was not channels_last; Adam reads it in memory order."""
 
     def step(module: DiffusionModule, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

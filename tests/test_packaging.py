@@ -81,7 +81,7 @@ def test_the_wheel_trains_and_evaluates_outside_of_a_checkout(tmp_path: Path) ->
     shipped = {f"diffusion_lab/conf/{p.relative_to(conf)}" for p in conf.rglob("*.yaml")}
     own = {f"diffusion_lab/conf/{p.relative_to(conf)}" for p in (conf / "local").glob("*")}
     assert shipped - own <= names
-    assert {"diffusion_lab/py.typed", "diffusion_lab/nn/winograd.cpp"} <= names
+    assert {"diffusion_lab/py.typed", "diffusion_lab/nn/cpu/winograd.cpp"} <= names
     assert not any(name.startswith(("tests/", "docs/")) for name in names)
 
     bin_ = environment(tmp_path / "venv")

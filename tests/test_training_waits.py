@@ -1,8 +1,8 @@
-"""No step of a training waits for the device, but those that make a row of the log.
+"""Training steps synchronize with the device only if they write a row of the log.
 
-The device is a GPU of PyTorch's fake tensors: they have no numbers, only shapes and a device. So
-whoever asks for a number (`float`, `bool`, `.cpu()`) is seen, and so is a copy to the device; and
-what lies on another device than its neighbour is an error, as on a GPU.
+The device is a GPU of PyTorch's fake tensors, which have a shape and a device but no values. Each
+read of a value (`float`, `bool`, `.cpu()`) and each copy to the device is counted. Operations on
+tensors of different devices are errors, as on a GPU.
 """
 
 import multiprocessing
@@ -34,7 +34,7 @@ GPU = torch.device("cuda", 0)
 
 
 class Watch(TorchDispatchMode):
-    """Counts numbers that are asked for, and copies between the host and the device."""
+    """Counts reads of values, and copies between the host and the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Watch(TorchDispatchMode):
 
 
 class Fit:
-    """Stands for a trainer, in the order in which Lightning calls everything.
+    """A fake trainer that calls module and callbacks in the order of Lightning.
 
     Arguments:
         module: The module, on the device.
@@ -69,8 +69,7 @@ class Fit:
         self.fast_dev_run, self.datamodule = True, None
         self.strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
         self.precision_plugin = SimpleNamespace()
-        loop = SimpleNamespace(_should_accumulate=lambda: False, epoch_loop=SimpleNamespace())
-        self.fit_loop = loop
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace())
         module._trainer = self
         module.log = module.log_dict = lambda *args, **_: None
         self.optimizer = torch.optim.Adam(module.network.parameters(), lr=1e-3, fused=True)
@@ -86,7 +85,7 @@ class Fit:
             callback.on_train_batch_start(self, self.module, batch, 0)
         loss = self.module.training_step(batch, 0)
         assert loss.device == GPU and loss.requires_grad
-        # In place of `loss.backward()`, for which autograd wants a real device.
+        # In place of `loss.backward()`, which needs a real device.
         for parameter in self.module.network.parameters():
             parameter.grad = torch.empty_like(parameter)
         self.module.on_before_optimizer_step(self.optimizer)
@@ -99,7 +98,7 @@ class Fit:
 
 
 def make_batch(labelled: bool) -> dict[str, Any]:
-    """Four images as they are when they have reached the device."""
+    """A batch of four images on the device."""
     numbers = torch.arange(4, device=GPU)
     return {
         "image": torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device=GPU),
@@ -113,7 +112,7 @@ def make_batch(labelled: bool) -> dict[str, Any]:
 
 
 def move(module: DiffusionModule) -> None:
-    """To the device; `to` cannot, as the weights have numbers."""
+    """Moves the module to the device; `to` fails, since the weights have values."""
     for part in module.modules():
         for name, value in part._parameters.items():
             there = torch.empty_like(value, device=GPU)

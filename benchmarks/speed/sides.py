@@ -44,7 +44,7 @@ from diffusion_lab.interop.diffusers import load_unet
 from diffusion_lab.metric import EfficientNetLite0
 from diffusion_lab.metric.features import extract
 from diffusion_lab.nn import UNet
-from diffusion_lab.nn.cuda_graph import Graphed
+from diffusion_lab.nn.cuda_graph import capture
 from diffusion_lab.parameterization import Epsilon
 from diffusion_lab.pixels import to_model
 from diffusion_lab.runs.compose import CONFIG_PATH
@@ -129,7 +129,7 @@ def load(
         if side == "ours compiled":
             network.compile_blocks()
             if graphs:
-                Graphed(network)
+                capture(network)
         return network
     if side == "denoising-diffusion-pytorch":
         from denoising_diffusion_pytorch import Unet

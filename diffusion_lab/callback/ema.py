@@ -34,7 +34,7 @@ from diffusion_lab.callback.trainer_state import is_debug_run
 from diffusion_lab.constraints import Decay, checked
 from diffusion_lab.errors import RunError
 from diffusion_lab.training.module import DiffusionModule
-from diffusion_lab.training.post_hoc_ema import exponent, save_snapshot, snapshots
+from diffusion_lab.training.post_hoc_ema import gamma_of_width, save_snapshot, snapshots
 
 
 def _move(averages: list[Tensor], values: list[Tensor], fraction: float, skipped: Tensor) -> None:
@@ -109,7 +109,7 @@ class PowerEMA(Callback):
     ) -> None:
         self.directory = Path(directory)
         self.widths = [float(width) for width in widths]
-        self.gammas = [exponent(width) for width in self.widths]
+        self.gammas = [gamma_of_width(width) for width in self.widths]
         if len(set(self.widths)) < len(self.widths):
             raise ValueError(f"widths={self.widths} is not allowed; they differ from each other")
         if every_n_steps < 1:

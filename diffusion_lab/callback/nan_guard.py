@@ -14,7 +14,7 @@ from lightning import Callback, Trainer
 from diffusion_lab.callback.checkpoint import LastCheckpoint
 from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.errors import RunError
-from diffusion_lab.training.module import DiffusionModule, is_logged
+from diffusion_lab.training.module import DiffusionModule, should_log
 
 
 class NaNGuard(Callback):
@@ -56,7 +56,7 @@ class NaNGuard(Callback):
         self.total = self.total.to(skipped.device) + skipped
         self.row = (self.row.to(skipped.device) + 1) * skipped
         self.longest = torch.maximum(self.longest.to(skipped.device), self.row)
-        logged = is_logged(trainer, self.step)
+        logged = should_log(trainer, self.step)
         if logged:
             module.log("train/skipped", self.total.float(), batch_size=1)
         if (logged or skipped.device.type == "cpu") and self.longest >= self.patience:

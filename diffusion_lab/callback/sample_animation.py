@@ -18,7 +18,8 @@ from diffusion_lab.report.image_grid import labelled_grid, save_png
 from diffusion_lab.report.trajectory import to_unit_variance
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
-from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
+from diffusion_lab.training.loss_bins import BINS, bin_name
+from diffusion_lab.training.module import DiffusionModule
 
 CHUNK = 256  # training images that are compared at once
 

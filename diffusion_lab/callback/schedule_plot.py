@@ -21,7 +21,8 @@ from diffusion_lab.callback.sample_animation import log_picture
 from diffusion_lab.constraints import NonEmptyStr, checked
 from diffusion_lab.report.chart import LineChart
 from diffusion_lab.report.chart_png import chart_png
-from diffusion_lab.training.module import BINS, DiffusionModule, bin_name
+from diffusion_lab.training.loss_bins import BINS, bin_name
+from diffusion_lab.training.module import DiffusionModule
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_lab.constraints import Positive, checked
-from diffusion_lab.training.module import DiffusionModule, is_logged
+from diffusion_lab.training.module import DiffusionModule, should_log
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Throughput(Callback):
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step
-        if not is_logged(trainer, self.step):
+        if not should_log(trainer, self.step):
             return
         if self.start is None or self.flops is None or self.peak_tflops is None:
             return  # set in on_train_batch_start

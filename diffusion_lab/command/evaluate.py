@@ -18,7 +18,7 @@ from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.denoiser import Rescheduled
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.logger.log import close_loggers, log_config, make_loggers
-from diffusion_lab.nn.cuda_graph import Graphed
+from diffusion_lab.nn.cuda_graph import capture
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.runs.load import PRETRAINED
@@ -53,7 +53,7 @@ def prior_of(config: DictConfig) -> runs.Run:
     if config.compile:
         blocks_of(network, "compile=true").compile_blocks()
     if config.cuda_graphs:
-        Graphed(network)
+        capture(network)
     if config.label is not None:
         run = runs.conditioned(run, config.label, config.strength)
     if config.get("schedule") is not None:

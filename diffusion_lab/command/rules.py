@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from diffusion_lab.training.post_hoc_ema import LARGEST, LEAST
+from diffusion_lab.training.post_hoc_ema import MAX_WIDTH, MIN_WIDTH
 
 
 class Rule(NamedTuple):
@@ -90,7 +90,7 @@ PART = _number("in (0, 1)", lambda v: 0 < v < 1)
 PART_OR_ALL = _number("in (0, 1]", lambda v: 0 < v <= 1)
 BELOW_1 = _number("in [0, 1)", lambda v: 0 <= v < 1)
 BELOW_2 = _number("in (0, 2)", lambda v: 0 < v < 2)
-WIDTH = _number(f"in [{LEAST}, {LARGEST}]", lambda v: LEAST <= v <= LARGEST)
+WIDTH = _number(f"in [{MIN_WIDTH}, {MAX_WIDTH}]", lambda v: MIN_WIDTH <= v <= MAX_WIDTH)
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TRUE = Rule("true", lambda v: v is True)
 TEXT = Rule("a text", lambda v: isinstance(v, str) and v != "")

@@ -1,14 +1,17 @@
-r"""The parts of the U-Net of Ho et al. (2020): residual block, attention, resampling, embedding.
+r"""Blocks of the U-Net of Ho et al. (2020): residual block, attention, resampling, embedding.
 
-Initialisation is that of the original code: every weight is Xavier-uniform with zero bias, and the
-last layer of each residual branch is scaled down to almost nothing, so that a new network is the
-identity on each branch and its output starts at zero.
+The initialisation is that of the original code: every weight is Xavier-uniform with zero bias, and
+the last layer of each residual branch is scaled by almost zero. A new network is therefore the
+identity on each branch, and its output is zero.
 
 Source:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
 """
 
-__all__ = ["Attention", "Downsample", "ResidualBlock", "TimeEmbedding", "Upsample", "initialise"]
+__all__ = [
+    "LAST_LAYER_SCALE", "NORM_EPS", "Attention", "Downsample", "ResidualBlock", "TimeEmbedding",
+    "Upsample", "initialise",
+]  # fmt: skip
 
 import math
 from typing import TypeVar
@@ -17,20 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_lab.nn.fused import group_norm, norm_silu_conv, repeat_conv
+from diffusion_lab.nn.fused import group_norm, norm_silu_conv, upsample_conv
 
 NORM_EPS = 1e-6
-NEARLY_ZERO = 1e-10  # the original's variance scale for last layers; 0 would also do
+LAST_LAYER_SCALE = 1e-10  # variance scale of last layers in the original code
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def initialise(layer: Layer, scale: float = 1.0) -> Layer:
-    """Draws w ~ U(-a, a) with a = √(6 scale / (fan_in + fan_out)), sets b = 0, returns the layer.
+    """Initialises w ~ U(-a, a), a = √(6 scale / (fan_in + fan_out)), b = 0; returns the layer.
 
     Arguments:
         layer: A convolution or linear layer.
-        scale: The variance scale; 1 is Xavier's.
+        scale: The variance scale; 1 is that of Xavier initialisation.
     """
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
     if layer.bias is not None:
@@ -60,14 +63,15 @@ class TimeEmbedding(nn.Module):
         k = torch.arange(half, dtype=torch.float32, device=index.device)
         angle = index.float()[:, None] * torch.exp(-math.log(10000) / (half - 1) * k)
         sinusoids = torch.cat([angle.sin(), angle.cos()], dim=1)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        features: Tensor = self.linear_2(F.silu(self.linear_1(sinusoids)))
+        return features
 
 
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice; the time embedding is added in between.
 
     Arguments:
-        in_channels: Channels of the input; a 1x1 convolution carries the skip if they change.
+        in_channels: Channels of the input; the skip is a 1x1 convolution if they change.
         out_channels: Channels of the output.
         features: Width of the time embedding.
         groups: Groups of the norms; divides both channel numbers.
@@ -83,7 +87,9 @@ class ResidualBlock(nn.Module):
         self.time = initialise(nn.Linear(features, out_channels))
         self.norm_2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.conv_2 = initialise(nn.Conv2d(out_channels, out_channels, 3, padding=1), NEARLY_ZERO)
+        self.conv_2 = initialise(
+            nn.Conv2d(out_channels, out_channels, 3, padding=1), LAST_LAYER_SCALE
+        )
         self.skip = (
             nn.Identity()
             if in_channels == out_channels
@@ -91,13 +97,13 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Maps x (B, C, H, W) and SiLU of the embedding (B, features) to (B, C', H, W)."""
+        """Maps x (B, C, H, W) and SiLU(embedding) (B, features) to (B, C', H, W)."""
         h = norm_silu_conv(x, self.norm_1, self.conv_1, time=self.time(embedding))
         return norm_silu_conv(h, self.norm_2, self.conv_2, self.dropout, skip=self.skip(x))
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels with a single head, softmax(q kᵀ / √C) v, and a skip.
+    """Self-attention over the pixels with a single head, x + softmax(q kᵀ / √C) v.
 
     Arguments:
         channels: Channels C of input and output.
@@ -110,19 +116,21 @@ class Attention(nn.Module):
         self.query = initialise(nn.Linear(channels, channels))
         self.key = initialise(nn.Linear(channels, channels))
         self.value = initialise(nn.Linear(channels, channels))
-        self.out = initialise(nn.Linear(channels, channels), NEARLY_ZERO)
+        self.out = initialise(nn.Linear(channels, channels), LAST_LAYER_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to the same shape."""
-        h = group_norm(x, self.norm).flatten(2).transpose(1, 2)  # (B, HW, C)
-        h = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h))
-        return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        tokens = group_norm(x, self.norm).flatten(2).transpose(1, 2)  # (B, HW, C)
+        query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
+        h = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + out
 
 
 class Downsample(nn.Module):
     """Halves the resolution by a strided 3x3 convolution, padded on the right and bottom only.
 
-    The padding is TensorFlow's SAME for an even size, and what pretrained weights expect.
+    The padding is TensorFlow's SAME for even sizes, as pretrained weights require.
 
     Arguments:
         channels: Channels of input and output.
@@ -134,7 +142,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return h
 
 
 class Upsample(nn.Module):
@@ -150,4 +159,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (B, C, H, W) to (B, C, 2H, 2W)."""
-        return repeat_conv(x, self.conv)
+        return upsample_conv(x, self.conv)

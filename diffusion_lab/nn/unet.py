@@ -1,33 +1,34 @@
-r"""The U-Net of Ho et al. (2020), with any width, number of levels and place of attention.
+r"""U-Net of Ho et al. (2020), with any width, number of levels and levels with attention.
 
-Each level of the way down has `blocks` residual blocks, each level of the way up one more. Every
-activation of the way down (the first convolution, each block, each downsampling) is kept and
-concatenated to the input of one block of the way up. With the defaults this is the network of the
-paper's CelebA-HQ-256 experiments, of 113,673,219 parameters.
+Each level of the encoder has `blocks` residual blocks, each level of the decoder one more. Every
+activation of the encoder (of the first convolution, each block, each downsampling) is concatenated
+to the input of one block of the decoder. With the defaults this is the network of the paper's
+CelebA-HQ-256 experiments, with 113,673,219 parameters.
 
-The weights are held channels_last, the order in memory that convolutions are fastest in, and so
-is everything in between; `compile_blocks` and `cast_blocks` make it faster on a GPU. Where a
-processor has no instructions for bfloat16, the network runs in float32 whatever it is asked for:
-emulated, a step takes 8 to 20 times as long, and is less exact.
+Weights and activations are channels_last, the memory layout that convolutions are fastest in.
+`compile_blocks` and `cast_blocks` make the network faster on a GPU. On a CPU without bfloat16
+instructions, the network runs in float32 instead of bfloat16: an emulated step takes 8 to 20 times
+as long and is less exact.
 
 Source:
     Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", 2020, appendix B.
 """
 
-__all__ = ["UNet", "emulates_bfloat16"]
+__all__ = ["UNet", "check_size", "emulates_bfloat16"]
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_lab.nn import winograd
+from diffusion_lab.constraints import Decay, Length, NonNegativeInt, PositiveInt, checked
+from diffusion_lab.nn import cpu
 from diffusion_lab.nn.blocks import (
-    NEARLY_ZERO,
+    LAST_LAYER_SCALE,
     NORM_EPS,
     Attention,
     Downsample,
@@ -38,19 +39,35 @@ from diffusion_lab.nn.blocks import (
 )
 from diffusion_lab.nn.fused import norm_silu_conv
 
-EMULATED = (
-    "this processor only emulates bfloat16, which takes 8 times as long or more: the network"
-)
+EMULATED = "this processor only emulates bfloat16, at 8 or more times the time: the network"
 
 
 def emulates_bfloat16() -> bool:
-    """Whether the processor has no instructions for bfloat16 that torch makes use of."""
-    mkldnn = torch.backends.mkldnn.is_available()
+    """Returns whether torch has no bfloat16 instructions to use on this processor."""
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # by torch
     return not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _is_pointless(device: torch.device) -> bool:
-    """Whether what autocast asks for here is slower than float32, and less exact."""
+def check_size(size: Sequence[int], levels: int) -> None:
+    """Checks that every level of a U-Net has a whole number of pixels.
+
+    Arguments:
+        size: Height and width of the image.
+        levels: The number of levels, len(multipliers).
+
+    Raises:
+        ValueError: If height or width is not a multiple of 2^(levels - 1).
+    """
+    multiple = 2 ** (levels - 1)
+    if any(n % multiple for n in size):
+        raise ValueError(
+            f"an image of {'x'.join(map(str, size))} pixels does not fit a U-Net of {levels} "
+            f"levels: height and width must be multiples of {multiple}"
+        )
+
+
+def _autocasts_to_emulated(device: torch.device) -> bool:
+    """Whether autocast is enabled for a bfloat16 that is slower and less exact than float32."""
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False
     return torch.get_autocast_dtype("cpu") == torch.bfloat16 and emulates_bfloat16()
@@ -62,33 +79,35 @@ class UNet(nn.Module):
     Arguments:
         channels: Width of the first level; the time embedding is four times as wide.
         multipliers: Width of each level as a multiple of `channels`, finest level first.
-        blocks: Residual blocks per level on the way down.
+        blocks: Residual blocks per level of the encoder.
         attention_levels: Levels (0 is the finest) whose blocks are followed by attention. The
-            middle always has attention.
+            middle of the network always has attention.
         groups: Groups of the group norms; divides every width.
-        dropout: Dropout probability, in [0, 1).
+        dropout: Dropout probability in the residual blocks.
         image_channels: Channels of input and prediction.
-        classes: The number K of classes of images that it is told, 0 for none; the label K stands
-            for no class.
-        learn_variance: Whether the output has a second half of its channels, for the variance of
-            the reverse steps; see `NetworkDenoiser`.
-        checkpointing: Whether a block keeps its input alone for the backward pass and computes
-            the rest again: a third more work, for a fraction of the memory.
+        classes: The number K of classes, 0 for an unconditional network; the label K means no
+            class.
+        learn_variance: Whether the output has a second half of channels, for the variance of the
+            reverse steps; see `NetworkDenoiser`.
+        checkpointing: Whether the backward pass recomputes each residual block from its input
+            (activation checkpointing): a third more work for a fraction of the memory.
 
     Raises:
+        ArgumentError: If an argument is not allowed.
         ValueError: If a width is not a multiple of `groups`, or a level does not exist.
     """
 
+    @checked
     def __init__(
         self,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4, 4),
-        blocks: int = 2,
-        attention_levels: Sequence[int] = (4,),
-        groups: int = 32,
-        dropout: float = 0.0,
-        image_channels: int = 3,
-        classes: int = 0,
+        channels: PositiveInt = 128,
+        multipliers: Annotated[Sequence[PositiveInt], Length(1)] = (1, 1, 2, 2, 4, 4),
+        blocks: PositiveInt = 2,
+        attention_levels: Sequence[NonNegativeInt] = (4,),
+        groups: PositiveInt = 32,
+        dropout: Decay = 0.0,
+        image_channels: PositiveInt = 3,
+        classes: NonNegativeInt = 0,
         learn_variance: bool = False,
         checkpointing: bool = False,
     ) -> None:
@@ -99,10 +118,10 @@ class UNet(nn.Module):
                 f"groups={groups} does not divide the widths {widths}; "
                 f"choose a divisor of channels={channels}"
             )
-        if not all(0 <= level < len(widths) for level in attention_levels):
+        if any(level >= len(widths) for level in attention_levels):
             raise ValueError(
-                f"attention_levels={list(attention_levels)} names a level that does not exist; "
-                f"multipliers={list(multipliers)} make levels 0 to {len(widths) - 1}"
+                f"attention_levels={list(attention_levels)} contains a level that does not exist; "
+                f"multipliers={list(multipliers)} define levels 0 to {len(widths) - 1}"
             )
         features = 4 * channels
         self.image_channels, self.classes = image_channels, classes
@@ -110,7 +129,7 @@ class UNet(nn.Module):
         self._is_compiled = False
         self.downsampling = 2 ** (len(widths) - 1)  # height and width must be multiples of it
         self.time_embedding = TimeEmbedding(channels, features)
-        if classes:  # a new network does not tell the classes apart
+        if classes:  # zeros: a new network ignores the label
             self.class_embedding = nn.Embedding(classes + 1, features)
             nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = initialise(nn.Conv2d(image_channels, channels, 3, padding=1))
@@ -140,7 +159,7 @@ class UNet(nn.Module):
         self.mid.attention = Attention(width, groups)
         self.mid.block_2 = block(width, width)
 
-        self.up = nn.ModuleList()  # coarsest level first: the order of use
+        self.up = nn.ModuleList()  # coarsest level first, in the order of use
         for level, out in reversed(list(enumerate(widths))):
             stage = nn.Module()
             stage.block = nn.ModuleList()
@@ -153,49 +172,49 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
         outputs = 2 * image_channels if learn_variance else image_channels
-        self.conv_out = initialise(nn.Conv2d(width, outputs, 3, padding=1), NEARLY_ZERO)
+        self.conv_out = initialise(nn.Conv2d(width, outputs, 3, padding=1), LAST_LAYER_SCALE)
         self.to(memory_format=torch.channels_last)
 
     def _parts(self) -> list[nn.Module]:
-        """All that is between the first and the last convolution."""
+        """All modules between the first and the last convolution."""
         return [*self.down, self.mid, *self.up]
 
     def compile_blocks(self) -> None:
-        """Has torch.compile make code of each block, in place: names and values stay.
+        """Compiles each block by torch.compile, in place; names and values of weights stay.
 
-        Blocks of one shape share their code, which keeps compiling short. The first call of each
-        shape of the input takes it. On a CPU that `winograd` serves they run as they are: its
-        code is compiled already, and twice as fast.
+        Blocks of one shape share their code, which keeps the compilation short; it happens at the
+        first call with each shape of the input. On a CPU with compiled kernels (`nn.cpu`) the
+        blocks run uncompiled, because the kernels are twice as fast.
         """
         self._is_compiled = True
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 64)  # one for each shape of a block
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # one per shape of a block
         for part in self._parts():
             for module in part.modules():
                 if isinstance(module, ResidualBlock | Attention | Downsample | Upsample):
                     module.compile(dynamic=False)
 
     def cast_blocks(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Casts the weights of the blocks, once and for good: for sampling.
+        """Casts the weights of the blocks permanently, for sampling.
 
-        Where it turns out that they are to run on a processor that emulates bfloat16, they become
-        float32 again, rounded as they are.
-
-        The embedding of the time, the first convolution and the last norm and convolution stay as
-        they are, and so do input and output: what enters and leaves is not rounded. The sums of
-        the norms are float32.
+        The time embedding, the first convolution, the last norm and convolution, input and output
+        keep their dtype. The sums of the norms are float32. On a processor that emulates bfloat16,
+        the first call casts the rounded weights to float32.
 
         Arguments:
-            dtype: The type, torch.bfloat16 or torch.float16.
+            dtype: torch.bfloat16 or torch.float16.
         """
         for part in self._parts():
             part.to(dtype)
 
     def _run(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        """A residual block, of which only the input is kept with `checkpointing`."""
+        """Applies a residual block, with activation checkpointing if it is enabled."""
+        out: Tensor
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, embedding, use_reentrant=False)
-        return block(h, embedding)
+            out = checkpoint(block, h, embedding, use_reentrant=False)
+        else:
+            out = block(h, embedding)
+        return out
 
     def forward(
         self, x: Tensor, index: Tensor | float, label: Tensor | int | None = None
@@ -205,25 +224,20 @@ class UNet(nn.Module):
         Arguments:
             x: The noisy image x_t, of shape (B, C, H, W).
             index: DDPM's noise index i = tT - 1, integer or fractional, of shape () or (B,).
-            label: The class of each image, int64, of shape () or (B,); none if None.
+            label: The class of each image, int64, of shape () or (B,); None means no class.
 
         Raises:
             ValueError: If H or W is not a multiple of 2^(levels - 1).
         """
-        if _is_pointless(x.device):
+        if _autocasts_to_emulated(x.device):
             warnings.warn(
                 f"{EMULATED} is trained in float32, as by trainer.precision=32-true",
                 stacklevel=2,
             )
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.float(), index, label)
-        if x.shape[-2] % self.downsampling or x.shape[-1] % self.downsampling:
-            raise ValueError(
-                f"an image of {x.shape[-2]}x{x.shape[-1]} pixels does not fit a U-Net of "
-                f"{len(self.down)} levels: height and width must be multiples of "
-                f"{self.downsampling}"
-            )
-        if self._is_compiled and winograd.serves(self.conv_in.weight):
+        check_size(x.shape[-2:], len(self.down))
+        if self._is_compiled and cpu.is_available(self.conv_in.weight):
             with torch.compiler.set_stance("force_eager"):
                 return self._predict(x, index, label)
         return self._predict(x, index, label)
@@ -231,7 +245,7 @@ class UNet(nn.Module):
     def _predict(
         self, x: Tensor, index: Tensor | float, label: Tensor | int | None
     ) -> Tensor:  # fmt: skip
-        """The network itself."""
+        """The network without checks of its input."""
         index = torch.as_tensor(index, device=x.device).expand(x.shape[0])
         embedding = self.time_embedding(index)
         if self.classes:
@@ -244,14 +258,14 @@ class UNet(nn.Module):
         if dtype == torch.bfloat16 and x.device.type == "cpu" and emulates_bfloat16():
             warnings.warn(f"{EMULATED} runs in float32, with rounded weights", stacklevel=2)
             dtype = torch.float32
-            with torch.inference_mode(False):  # or they would be of no use outside of one
+            with torch.inference_mode(False):  # inference tensors would fail outside of it
                 for part in self._parts():
                     part.to(dtype)
-        cast = dtype != self.conv_in.weight.dtype  # the blocks were
+        cast = dtype != self.conv_in.weight.dtype  # by `cast_blocks`
         if cast:
             embedding, h = embedding.to(dtype), h.to(dtype)
         skips = [h]
-        stage: Any  # of what a module is made of, torch knows too little to check it
+        stage: Any  # torch does not type the attributes of modules
         mid: Any = self.mid
         for level, stage in enumerate(self.down):
             for block, attention in zip(stage.block, stage.attention, strict=True):

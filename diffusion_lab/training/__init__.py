@@ -1,4 +1,4 @@
-"""Training: the Lightning module, learning-rate schedules, post-hoc averages."""
+"""LightningModule, learning-rate schedules and post-hoc EMA."""
 
 __all__ = ["DiffusionModule"]
 

@@ -1,4 +1,4 @@
-r"""Learning rates over the steps of training, as factors of the optimizer's own."""
+"""Learning-rate schedules, as factors of the optimizer's learning rate."""
 
 __all__ = ["Constant", "Cosine"]
 
@@ -7,32 +7,40 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffusion_lab.constraints import NonNegativeInt, UnitInterval, checked
+
 
 class Constant(LambdaLR):
     """Linear warm-up over the first steps, then constant (Ho et al., 2020).
 
     Arguments:
         optimizer: The optimizer.
-        max_steps: Not used; the signature is the same for all.
-        warmup: The number of steps of warm-up, at least 0.
+        max_steps: Not used; part of the common signature.
+        warmup: The number of steps of warm-up.
     """
 
-    def __init__(self, optimizer: Optimizer, max_steps: int, warmup: int = 0) -> None:
+    @checked
+    def __init__(self, optimizer: Optimizer, max_steps: int, warmup: NonNegativeInt = 0) -> None:
         super().__init__(optimizer, lambda step: min((step + 1) / (warmup + 1), 1.0))
 
 
 class Cosine(LambdaLR):
-    """Linear warm-up, then half a cosine down to `final` at the last step.
+    """Linear warm-up, then half a cosine that decays to `final` at the last step.
 
     Arguments:
         optimizer: The optimizer.
-        max_steps: The number of steps of training; without a limit (-1) there is no decay.
-        warmup: The number of steps of warm-up, at least 0.
-        final: The factor at the end, in [0, 1].
+        max_steps: The number of steps of training; -1, no limit, means no decay.
+        warmup: The number of steps of warm-up.
+        final: The factor at the last step.
     """
 
+    @checked
     def __init__(
-        self, optimizer: Optimizer, max_steps: int, warmup: int = 0, final: float = 0.0
+        self,
+        optimizer: Optimizer,
+        max_steps: int,
+        warmup: NonNegativeInt = 0,
+        final: UnitInterval = 0.0,
     ) -> None:
         def factor(step: int) -> float:
             if step < warmup or max_steps <= 0:

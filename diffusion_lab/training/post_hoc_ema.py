@@ -1,4 +1,4 @@
-r"""Averages of the weights whose width is chosen after training, from snapshots of a few of them.
+r"""Post-hoc EMA: averages of the weights with a width chosen after training.
 
 The power-function average of the weights θ_1, θ_2, ... of training, with exponent γ, is
 
@@ -9,113 +9,121 @@ The products of the β telescope: θ_τ weighs (τ^(γ+1) - (τ-1)^(γ+1)) / t^(
 
     p_γ,t(τ) = (γ+1) τ^γ / t^(γ+1)    on [0, t].
 
-β(1) = 0 forgets the initial weights, and the profile grows with training. Its standard deviation
-over t is the relative width σ_rel, which is what an average is named by:
+β(1) = 0 discards the initial weights, and the profile scales with the length of training. An
+average is identified by the relative width σ_rel, the standard deviation of the profile over t:
 
     σ_rel² = (γ+1) / ((γ+2)² (γ+3)).
 
-Snapshots i of averages with (γ_i, t_i) are mixed to the average of any other width: the
-weights x minimise ∫ (p_γ,t - Σ_i x_i p_i)² dτ, so that A x = b with the inner products
+A linear combination of snapshots i of averages with (γ_i, t_i) approximates the average of any
+other width. Its weights x minimise ∫ (p_γ,t - Σ_i x_i p_i)² dτ, so that A x = b with the inner
+products
 
     A_ij = ∫ p_i p_j dτ = (γ_i+1) (γ_j+1) / ((γ_i+γ_j+1) t_j) (t_i/t_j)^γ_j    for t_i <= t_j,
 
-and b_i that of p_i and p_γ,t.
+and b_i the inner product of p_i and p_γ,t.
 
 Source:
     Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024,
-    section 3 and appendix C (the average, its width, the least squares).
+    section 3 and appendix C (the average, its width, least squares).
 """
 
-__all__ = ["exponent", "mix", "profile", "reconstruct", "save_snapshot", "snapshots"]
+__all__ = [
+    "MAX_WIDTH", "MIN_WIDTH", "Width", "gamma_of_width", "profile", "reconstruct", "save_snapshot",
+    "snapshots", "solve_mixture",
+]  # fmt: skip
 
 import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.constraints import Range, checked
 from diffusion_lab.errors import RunError
 
 FORMAT = 1
-METADATA = "ema"  # a single entry: safetensors writes several in a random order
-LEAST, LARGEST = 0.01, 0.28  # widths; 1/√12 = 0.289 is the plain mean of all steps
-NEGLIGIBLE = 1e-9  # of a snapshot's weight; far below a float32's 6e-8
+METADATA = "ema"  # a single entry, since safetensors writes several in random order
+MIN_WIDTH, MAX_WIDTH = 0.01, 0.28  # 1/√12 = 0.289 is the uniform mean of all steps
+NEGLIGIBLE = 1e-9  # absolute weight of a snapshot below which it is not read
+
+Array = npt.NDArray[np.float64]
+Width = Annotated[float, Range(MIN_WIDTH, MAX_WIDTH)]
 
 log = logging.getLogger(__name__)
 
 
-def exponent(width: float) -> float:
+@checked
+def gamma_of_width(width: Width) -> float:
     """Returns γ, the largest root of σ_rel² (γ+2)² (γ+3) = γ+1; the others are negative.
 
     Arguments:
-        width: The relative width σ_rel, in [0.01, 0.28].
+        width: The relative width σ_rel.
 
     Raises:
-        ValueError: If σ_rel is outside.
+        ArgumentError: If σ_rel is not in [0.01, 0.28].
     """
-    if not LEAST <= width <= LARGEST:
-        raise ValueError(f"width={width} is not allowed; it lies in [{LEAST}, {LARGEST}]")
     v = width**2
     return float(np.roots([v, 7 * v, 16 * v - 1, 12 * v - 1]).real.max())
 
 
 def profile(width: float, steps: int) -> Tensor:
-    """Returns what each of the steps 1, ..., t weighs in the average after step t.
+    """Returns the weights of the steps 1, ..., t in the average after step t.
 
     w_τ = (τ^(γ+1) - (τ-1)^(γ+1)) / t^(γ+1).
 
     Arguments:
-        width: The relative width σ_rel, in [0.01, 0.28].
+        width: The relative width σ_rel.
         steps: The number of steps t.
 
     Returns:
         w of shape (t,), float64; it sums to 1.
 
     Raises:
-        ValueError: If σ_rel is not allowed.
+        ArgumentError: If σ_rel is not allowed.
     """
     edges = torch.arange(steps + 1, dtype=torch.float64) / steps
-    return edges.pow(exponent(width) + 1).diff()
+    return edges.pow(gamma_of_width(width) + 1).diff()
 
 
-def _inner(
-    gamma_i: np.ndarray, t_i: np.ndarray, gamma_j: np.ndarray, t_j: np.ndarray
-) -> np.ndarray:
-    """∫ p_i p_j dτ of profiles with exponents γ and ends t, by broadcasting."""
+def _inner(gamma_i: Array, t_i: Array, gamma_j: Array, t_j: Array) -> Array:
+    """∫ p_i p_j dτ of profiles with exponents γ and ends t, broadcast."""
     first, last = np.minimum(t_i, t_j), np.maximum(t_i, t_j)
     decay = (first / last) ** np.where(t_i <= t_j, gamma_j, gamma_i)
-    return (gamma_i + 1) * (gamma_j + 1) / ((gamma_i + gamma_j + 1) * last) * decay
+    product: Array = (gamma_i + 1) * (gamma_j + 1) / ((gamma_i + gamma_j + 1) * last) * decay
+    return product
 
 
-def mix(kept: list[tuple[float, int]], width: float, step: int) -> tuple[np.ndarray, float]:
-    """Finds the mixture of kept averages that is closest to the average of another width.
+def solve_mixture(kept: list[tuple[float, int]], width: float, step: int) -> tuple[Array, float]:
+    """Solves for the combination of kept averages that is closest to that of another width.
 
     Arguments:
-        kept: The width σ_rel and the step t_i of each average that there is.
-        width: The width to reach, in [0.01, 0.28].
-        step: The step t to reach it at.
+        kept: The width σ_rel and the step t_i of each average.
+        width: The width σ_rel of the result.
+        step: The step t of the result.
 
     Returns:
         The weights x of the kept averages, float64, and the relative error of the profile,
         ‖p - Σ_i x_i p_i‖ / ‖p‖.
 
     Raises:
-        ValueError: If a width is not allowed.
+        ArgumentError: If a width is not allowed.
     """
-    gamma_i = np.array([exponent(each) for each, _ in kept])
+    gamma_i = np.array([gamma_of_width(each) for each, _ in kept])
     t_i = np.array([t for _, t in kept], dtype=np.float64)
-    gamma, t = np.array(exponent(width)), np.array(float(step))
+    gamma, t = np.array(gamma_of_width(width)), np.array(float(step))
     a = _inner(gamma_i[:, None], t_i[:, None], gamma_i, t_i)
     b, c = _inner(gamma_i, t_i, gamma, t), _inner(gamma, t, gamma, t)
-    # Profiles of norm 1 keep the system well conditioned. Not `solve`: with averages that are
-    # all but the same, lstsq takes the smallest of the weights that serve.
+    # Normalised profiles keep the system well conditioned. With nearly equal averages, lstsq
+    # returns the weights of least norm, where `solve` would fail or return large ones.
     norm = np.sqrt(np.diag(a))
     x = np.linalg.lstsq(a / np.outer(norm, norm), b / norm, rcond=None)[0] / norm
     error = np.sqrt(max(0.0, 1 - (2 * x @ b - x @ a @ x) / c))
@@ -123,7 +131,7 @@ def mix(kept: list[tuple[float, int]], width: float, step: int) -> tuple[np.ndar
 
 
 def snapshots(directory: str | Path) -> dict[int, Path]:
-    """Returns the snapshots of a folder by their step, the earliest first."""
+    """Returns the snapshots in a folder by step, in ascending order."""
     found = sorted(Path(directory).expanduser().glob("*.safetensors"))
     return {int(path.stem): path for path in found if re.fullmatch(r"\d{9}", path.stem)}
 
@@ -131,58 +139,58 @@ def snapshots(directory: str | Path) -> dict[int, Path]:
 def save_snapshot(
     directory: str | Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]
 ) -> Path:
-    """Writes averages as <directory>/<step, 9 digits>.safetensors, as a whole or not at all.
+    """Writes averages atomically to <directory>/<step, 9 digits>.safetensors.
 
     A tensor's key is "<width>/<name>". The same averages give the same bytes.
 
     Arguments:
-        directory: The folder; made if it is missing.
-        step: Optimizer steps taken.
+        directory: The folder; created if it is missing.
+        step: The number of optimizer steps.
         averages: The averaged parameters by name, for each width σ_rel.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        OSError: If it cannot be written; an earlier file of that step is intact.
+        OSError: If it cannot be written; an earlier file of that step stays intact.
     """
     tensors = {
         f"{width}/{name}": tensor.cpu().contiguous()
         for width, average in averages.items()
         for name, tensor in average.items()
     }
-    facts = {
+    metadata = {
         "format": FORMAT,
         "step": step,
         "widths": list(averages),
-        "gammas": [exponent(width) for width in averages],
+        "gammas": [gamma_of_width(width) for width in averages],
     }
-    data = safetensors.torch.save(tensors, {METADATA: json.dumps(facts)})
+    data = safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)})
     return write_atomic(Path(directory).expanduser() / f"{step:09d}.safetensors", data)
 
 
 def _widths(path: Path) -> list[float]:
-    """The widths of a snapshot."""
+    """The widths that a snapshot contains."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if METADATA not in metadata:
+        entries = file.metadata() or {}
+    if METADATA not in entries:
         raise ValueError(f"its metadata has no entry {METADATA!r}")
-    facts = json.loads(metadata[METADATA])
-    if facts["format"] > FORMAT:
+    metadata = json.loads(entries[METADATA])
+    if metadata["format"] > FORMAT:
         raise RunError(
-            f"{path} has format {facts['format']}, newer than {FORMAT}; update diffusion_lab"
+            f"{path} has format {metadata['format']}, newer than {FORMAT}; update diffusion_lab"
         )
-    return [float(width) for width in facts["widths"]]
+    return [float(width) for width in metadata["widths"]]
 
 
 def _add(total: dict[str, Tensor], path: Path, weights: Mapping[float, float]) -> None:
-    """Adds the averages of a snapshot, each times its weight, a tensor at a time."""
+    """Adds the averages of a snapshot times their weights, one tensor at a time."""
     with safetensors.safe_open(path, "pt") as file:
         for width, weight in weights.items():
             keys = [key for key in file.keys() if key.startswith(f"{width}/")]
             names = [key.partition("/")[2] for key in keys]
             if not names or (total and total.keys() != set(names)):
-                raise ValueError(f"width {width} has other parameters than the snapshots before")
+                raise ValueError(f"width {width} has other parameters than the earlier snapshots")
             for key, name in zip(keys, names, strict=True):
                 tensor = file.get_tensor(key).double()
                 if name not in total:
@@ -194,7 +202,7 @@ def _damaged(path: Path, error: Exception) -> RunError:
     reason = str(error).split("\n")[0]
     return RunError(
         f"{path} cannot be read as a snapshot of averaged weights ({reason}); it is damaged or "
-        "of another run. Move it away: the others serve without it"
+        "from another run. Move it away; the other snapshots can be used without it"
     )
 
 
@@ -204,37 +212,37 @@ UNREADABLE = (
 
 
 def reconstruct(directory: str | Path, width: float, step: int | None = None) -> dict[str, Tensor]:
-    """Returns the average of the parameters that training with another width would have kept.
+    """Returns the parameters averaged with a width that training did not keep.
 
-    θ̂ = Σ_i x_i θ̂_i over all snapshots up to that step; see `mix` for x. The files are read one
-    after the other, a tensor at a time, and summed in float64. A width that was kept is returned
-    as it is.
+    θ̂ = Σ_i x_i θ̂_i over all snapshots up to the step; see `solve_mixture` for x. The files are
+    read one tensor at a time and summed in float64. The average of a kept width is returned
+    unchanged.
 
     Arguments:
         directory: The folder of the snapshots, <run dir>/ema.
-        width: The relative width σ_rel, in [0.01, 0.28].
-        step: The step, of which there must be a snapshot; None takes the newest.
+        width: The relative width σ_rel.
+        step: The step, which must have a snapshot; None means the newest.
 
     Returns:
         The averaged parameters by name, float32; without buffers.
 
     Raises:
-        ValueError: If σ_rel is not allowed.
-        RunError: If there is no snapshot, none of that step, or one is damaged.
+        ArgumentError: If σ_rel is not allowed.
+        RunError: If there is no snapshot, none of that step, or a damaged one.
     """
-    exponent(width)  # a bad width is told before any file is read
+    gamma_of_width(width)  # raises before any file is read
     files = snapshots(directory)
     if not files:
         raise RunError(
-            f"{directory} holds no snapshots of averaged weights; a training writes them with "
-            "ema.widths=[0.05,0.1]"
+            f"{directory} has no snapshots of averaged weights; train with ema.widths=[0.05,0.1] "
+            "to write them"
         )
     step = max(files) if step is None else step
     if step not in files:
         nearest = min(files, key=lambda each: abs(each - step))
         raise RunError(
-            f"{directory} holds no snapshot of step {step}; it has {len(files)} from step "
-            f"{min(files)} to {max(files)}, the nearest of step {nearest}"
+            f"{directory} has no snapshot of step={step}; it has {len(files)} from step "
+            f"{min(files)} to {max(files)}, the nearest at step {nearest}"
         )
     kept: list[tuple[float, int]] = []
     for each, path in files.items():
@@ -243,8 +251,8 @@ def reconstruct(directory: str | Path, width: float, step: int | None = None) ->
                 kept += [(own, each) for own in _widths(path)]
             except UNREADABLE as error:
                 raise _damaged(path, error) from error
-    x, error = mix(kept, width, step)
-    _warn(x, error, width, step)
+    x, distance = solve_mixture(kept, width, step)
+    _warn(x, distance, width, step)
     weights: dict[int, dict[float, float]] = {}
     for (own, each), weight in zip(kept, x, strict=True):
         if abs(weight) > NEGLIGIBLE:
@@ -258,13 +266,14 @@ def reconstruct(directory: str | Path, width: float, step: int | None = None) ->
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def _warn(x: np.ndarray, error: float, width: float, step: int) -> None:
-    """Warns of a mixture that is not the average that was asked for."""
+def _warn(x: Array, error: float, width: float, step: int) -> None:
+    """Warns if a combination is a poor approximation of the requested average."""
     total, size = float(x.sum()), float(np.abs(x).sum())
     if abs(total - 1) > 0.01 or size > 100 or error > 0.1:
         log.warning(
-            "the average of width %g at step %d is poorly known from the %d that were kept: the "
-            "profile is off by %.1f%%, the weights sum to %.3f (1 is right) and in size to %.3g. "
-            "Take a width nearer to those of ema.widths, or more snapshots in training",
+            "the average of width %g at step %d is poorly approximated by the %d kept averages: "
+            "the profile has a relative error of %.1f%%, the weights sum to %.3f (should be 1), "
+            "their absolute values to %.3g. Choose a width nearer to those of ema.widths, or "
+            "keep more snapshots in training",
             width, step, len(x), 100 * error, total, size,
         )  # fmt: skip

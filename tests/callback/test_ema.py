@@ -79,7 +79,7 @@ def training_like(steps: int, size: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_exponent_has_that_width(width: float) -> None:
-    gamma = ema.exponent(width)
+    gamma = ema.gamma_of_width(width)
     assert gamma >= 0
     variance = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
     assert variance**0.5 == pytest.approx(width, rel=1e-10)
@@ -87,15 +87,15 @@ def test_the_exponent_has_that_width(width: float) -> None:
 
 def test_known_exponents() -> None:
     """6.94 and 16.97 are those of the paper; γ = 1 is a ramp, of variance 1/18."""
-    assert ema.exponent(0.10) == pytest.approx(6.94, abs=0.005)
-    assert ema.exponent(0.05) == pytest.approx(16.97, abs=0.005)
-    assert ema.exponent(18**-0.5) == pytest.approx(1, rel=1e-10)
+    assert ema.gamma_of_width(0.10) == pytest.approx(6.94, abs=0.005)
+    assert ema.gamma_of_width(0.05) == pytest.approx(16.97, abs=0.005)
+    assert ema.gamma_of_width(18**-0.5) == pytest.approx(1, rel=1e-10)
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.009, 0.29, float("nan")])
 def test_a_bad_width_is_named(width: float, tmp_path: Path) -> None:
     for refused in (
-        lambda: ema.exponent(width),
+        lambda: ema.gamma_of_width(width),
         lambda: PowerEMA(str(tmp_path), [0.1, width]),
         lambda: ema.reconstruct(tmp_path, width),
     ):
@@ -105,7 +105,7 @@ def test_a_bad_width_is_named(width: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_profile_is_the_product_of_the_betas(width: float) -> None:
-    steps, gamma = 300, ema.exponent(width)
+    steps, gamma = 300, ema.gamma_of_width(width)
     beta = [(1 - 1 / t) ** (gamma + 1) for t in range(1, steps + 1)]
     expected = [(1 - beta[k]) * float(np.prod(beta[k + 1 :])) for k in range(steps)]
     actual = ema.profile(width, steps)
@@ -115,7 +115,7 @@ def test_the_profile_is_the_product_of_the_betas(width: float) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_profile_tends_to_a_power_of_that_width(width: float) -> None:
-    steps, gamma = 20_000, ema.exponent(width)
+    steps, gamma = 20_000, ema.gamma_of_width(width)
     w = ema.profile(width, steps)
     tau = torch.arange(1, steps + 1, dtype=torch.float64)
     mean = (w * tau).sum()
@@ -285,7 +285,7 @@ def test_the_mixture_is_the_least_squares_fit_of_the_profiles() -> None:
     for width in (0.07, 0.15):
         target = ema.profile(width, 3000).numpy()
         expected, *_ = np.linalg.lstsq(columns, target, rcond=None)
-        x, error = ema.mix(kept, width, 3000)
+        x, error = ema.solve_mixture(kept, width, 3000)
         np.testing.assert_allclose(x, expected, atol=3e-3)
         off = np.linalg.norm(columns @ x - target) / np.linalg.norm(target)
         assert error == pytest.approx(off, rel=0.02)
@@ -295,7 +295,7 @@ def test_the_mixture_is_the_least_squares_fit_of_the_profiles() -> None:
 def test_a_width_that_was_kept_has_weight_one(count: int) -> None:
     kept = [(width, 100 * k) for k in range(1, count + 1) for width in (0.05, 0.1)]
     for width, t in kept[-2:]:
-        x, error = ema.mix(kept, width, t)
+        x, error = ema.solve_mixture(kept, width, t)
         expected = np.array([float(each == (width, t)) for each in kept])
         np.testing.assert_allclose(x, expected, atol=1e-9)
         assert error < 1e-7
@@ -347,7 +347,7 @@ def test_another_width_is_the_average_that_would_have_been_kept(
     assert not caplog.records
     few = relative_error(tracked, 0.07, 500, tmp_path)
     assert error[50] < error[100] / 2 < error[200] / 4 < few / 8
-    assert "from the 8 that were kept" in caplog.text
+    assert "by the 8 kept averages" in caplog.text
 
 
 def test_an_earlier_step_knows_nothing_of_later_ones(tracked: tuple, tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_poor_mixture_warns(tracked: tuple, caplog: pytest.LogCaptureFixture) 
         ema.reconstruct(folder, 0.07, step=50)  # of a single snapshot of each
         (record,) = caplog.records
         assert "width 0.07 at step 50" in record.message
-        assert "off by 4.4%" in record.message and "sum to 1.036" in record.message
+        assert "error of 4.4%" in record.message and "sum to 1.036" in record.message
         ema.reconstruct(folder, 0.01)
         assert "width 0.01 at step 2000" in caplog.records[1].message
 
@@ -379,10 +379,10 @@ def test_a_poor_mixture_warns(tracked: tuple, caplog: pytest.LogCaptureFixture) 
 
 def test_missing_snapshots_are_named(tracked: tuple, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(RunError, match=rf"{folder} holds no snapshots.*ema\.widths="):
+        with pytest.raises(RunError, match=rf"{folder} has no snapshots.*ema\.widths="):
             ema.reconstruct(folder, 0.07)
     folder, *_ = tracked
-    text = "no snapshot of step 1020; it has 40 from step 50 to 2000, the nearest of step 1000"
+    text = "no snapshot of step=1020; it has 40 from step 50 to 2000, the nearest at step 1000"
     with pytest.raises(RunError, match=text):
         ema.reconstruct(folder, 0.07, step=1020)
 

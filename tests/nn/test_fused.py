@@ -1,4 +1,4 @@
-"""The fast paths of the network say what the plain formula says, in value and gradient."""
+"""Fused and compiled paths of the network: values and gradients equal the plain formula's."""
 
 import copy
 import warnings
@@ -7,17 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unet import SMALL, close, images, randomise
+from networks import SMALL, close, images, randomise
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffusion_lab.nn import UNet, fused, unet, winograd
+from diffusion_lab.nn import UNet, cpu, fused, unet
 from diffusion_lab.nn.fused import norm_silu_conv
 
 
 @pytest.fixture(autouse=True)
-def no_input_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "SMALL", 0)
+def every_input_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MIN_NUMEL", 0)
 
 
 def plain(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
@@ -59,12 +59,12 @@ def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> 
         torch.autograd.grad(actual, inputs, towards), wanted, strict=True
     ):
         assert close(gradient, reference, 1e-10)
-    # Some alone: what a posterior method asks for of a network without gradients ...
+    # The input alone, as for a posterior method with a frozen network ...
     for parameter in inputs[1:]:
         parameter.requires_grad_(False)
     (alone,) = torch.autograd.grad(norm_silu_conv(x, norm, conv), x, towards)
     assert close(alone, wanted[0], 1e-10)
-    # ... and of the first layers, whose input has none.
+    # ... and the weights alone, as for the first layers.
     for parameter in conv.parameters():
         parameter.requires_grad_(True)
     output = norm_silu_conv(x.detach(), norm, conv)
@@ -74,7 +74,7 @@ def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> 
         assert close(gradient, reference, 1e-10)
 
 
-def test_numbers_of_the_gradient_are_those_of_differences() -> None:
+def test_the_gradient_equals_finite_differences() -> None:
     norm, conv = parts()
     x = images(1, 8, 3, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: norm_silu_conv(x, norm, conv), x)
@@ -97,11 +97,11 @@ def test_only_the_input_is_kept() -> None:
     assert held(lambda: plain(x, norm, conv)) == 3 * x.numel() + statistics
 
 
-def test_what_is_small_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_inputs_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, conv = parts()
     x = images(2, 8, 16, 16).double().requires_grad_()
     for small, tensors in ((x.numel(), 1), (x.numel() + 1, 3)):
-        monkeypatch.setattr(fused, "SMALL", small)
+        monkeypatch.setattr(fused, "MIN_NUMEL", small)
         assert held(lambda: norm_silu_conv(x, norm, conv)) // x.numel() == tensors
 
 
@@ -145,8 +145,8 @@ def test_checkpointing_changes_no_bit_and_keeps_less() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "serves", lambda x: False)
+def test_compiled_blocks_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.convolution, "load_library", lambda: None)
     network = randomise(UNet(**{**SMALL, "blocks": 1}))
     compiled = copy.deepcopy(network)
     compiled.compile_blocks()
@@ -158,8 +158,8 @@ def test_compiled_blocks_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     size = max(gradient.abs().max() for gradient in expected)  # some are zero but for rounding
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * float(size))
-    assert not torch.equal(again, output)  # other code did it
-    copied = copy.deepcopy(compiled)  # what an average of the weights starts as
+    assert not torch.equal(again, output)  # computed by other code
+    copied = copy.deepcopy(compiled)  # as for the averaged network
     assert torch.equal(copied(x, index), network(x, index))
 
 
@@ -185,7 +185,7 @@ def test_cast_blocks_round_the_inside_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept == {"time_embedding", "conv_in", "norm_out", "conv_out"}
 
 
-def test_what_is_only_emulated_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_autocast_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(UNet(**SMALL))
     x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     parameters = list(network.parameters())

@@ -1,36 +1,16 @@
-"""The U-Net is the published one: its size, its start at zero, diffusers' output to rounding."""
+"""UNet: size of the published network, zero initial output, agreement with diffusers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from torch import Tensor, nn
+from networks import SMALL, close, images, randomise
+from torch import nn
 
 from diffusion_lab.nn import UNet
 from diffusion_lab.nn.blocks import Downsample, TimeEmbedding, Upsample, initialise
 
-SMALL = {"channels": 32, "multipliers": (1, 2), "groups": 8, "attention_levels": (1,)}
 DEEP = {"channels": 16, "multipliers": (1, 2, 3), "groups": 8, "attention_levels": (0, 2)}
-
-
-def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter a value that matters: a new network's branches are all zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(offset + scale * noise)
-    return network.eval()
-
-
-def images(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether the largest error is small against the largest value."""
-    return float((actual - expected).abs().max() / expected.abs().max()) < tolerance
 
 
 def diffusers_names(network: UNet) -> dict[str, str]:
@@ -98,7 +78,7 @@ def in_diffusers(network: UNet, channels: int, multipliers: tuple, groups: int, 
 
 @pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
 @torch.no_grad()
-def test_the_output_is_that_of_diffusers(config: dict) -> None:
+def test_the_output_equals_that_of_diffusers(config: dict) -> None:
     network = randomise(UNet(**config))
     reference = in_diffusers(
         network,
@@ -223,7 +203,10 @@ def test_dropout_acts_in_training_only() -> None:
     [
         ({"channels": 20}, r"groups=8 does not divide the widths \[20, 40\].*channels=20"),
         ({"attention_levels": (2,)}, r"attention_levels=\[2\].*levels 0 to 1"),
-        ({"attention_levels": (-1,)}, r"attention_levels=\[-1\]"),
+        ({"attention_levels": (-1,)}, r"attention_levels=\(-1,\).*each an integer >= 0"),
+        ({"multipliers": ()}, r"multipliers=\(\) is not allowed.*at least 1"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not allowed; it must be a number in \[0, 1\)"),
+        ({"blocks": 0}, r"blocks=0 is not allowed; it must be an integer >= 1"),
     ],
 )
 def test_bad_settings_are_named(change: dict, text: str) -> None:

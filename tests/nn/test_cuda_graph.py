@@ -1,15 +1,15 @@
-"""A network whose forward pass is a CUDA graph is the network that it was."""
+"""capture: a network that replays CUDA graphs gives the values of the plain network."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diffusion_lab.nn import UNet
-from diffusion_lab.nn.cuda_graph import Graphed
+from diffusion_lab.nn.cuda_graph import capture
 
 
 def make(**options: object) -> UNet:
-    """A small U-Net in which every weight counts."""
+    """A small U-Net with non-zero weights."""
     torch.manual_seed(0)
     network = UNet(8, (1, 2), 1, (1,), 4, **options).eval().requires_grad_(False)
     for weight in network.parameters():
@@ -24,9 +24,9 @@ def inputs(device: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x.to(device), index.to(device)
 
 
-def test_nothing_changes_where_there_is_no_gpu() -> None:
+def test_nothing_changes_without_a_gpu() -> None:
     plain, network = make(classes=3, learn_variance=True), make(classes=3, learn_variance=True)
-    Graphed(network)
+    capture(network)
     assert isinstance(network, UNet) and network.state_dict().keys() == plain.state_dict().keys()
     assert (network.classes, network.learn_variance, network.downsampling) == (3, True, 2)
     x, index = inputs("cpu", 2, 0)
@@ -43,7 +43,7 @@ def test_nothing_changes_where_there_is_no_gpu() -> None:
 
 
 class Counting(nn.Module):
-    """How often the host has run a network's code."""
+    """Counts how often the host runs a network's code."""
 
     calls = 0
 
@@ -59,12 +59,12 @@ class Counting(nn.Module):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replay_is_the_plain_call(classes: int, dtype: torch.dtype) -> None:
+def test_a_replay_equals_the_plain_call(classes: int, dtype: torch.dtype) -> None:
     network = make(classes=classes).cuda()
     if dtype == torch.bfloat16:
         network.cast_blocks(dtype)
     counting = Counting(network)
-    Graphed(counting)
+    capture(counting)
     kept = []
     for seed in range(6):
         for count in (2, 5):  # two shapes in turn

@@ -1,4 +1,4 @@
-"""Winograd's algorithm says what torch says, in value and gradient, and only where it serves."""
+"""Compiled CPU kernels: values and gradients against torch, supported inputs, compilation."""
 
 import copy
 import subprocess
@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unet import images, randomise
+from networks import images, randomise
 from torch import Tensor, nn
 
-from diffusion_lab.nn import UNet, fused, winograd
-from diffusion_lab.nn.fused import norm_silu_conv, repeat_conv
+from diffusion_lab.nn import UNet
+from diffusion_lab.nn.cpu import convolution, kernels, library
+from diffusion_lab.nn.cpu.convolution import is_supported
+from diffusion_lab.nn.fused import norm_silu_conv, upsample_conv
 
-serves = winograd._library() is not None
-needs_it = pytest.mark.skipif(not serves, reason="no AVX2, or no g++, or not Linux")
+available = library.load_library() is not None
+needs_kernels = pytest.mark.skipif(not available, reason="no AVX2, or no g++, or not Linux")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -42,8 +44,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-# Every way through the code: 1, 2 and 3 vectors of columns; tiles that fill no block of rows; one
-# tile an image; sums over several parts of an image; several blocks of a weight gradient.
+# All branches of the code: 1, 2 and 3 vectors of columns; an incomplete block of rows; one tile
+# per image; sums over several parts of an image; several blocks of a weight gradient.
 SHAPES = [
     (2, 8, 8, 8, 8),
     (3, 24, 16, 12, 20),
@@ -55,10 +57,10 @@ SHAPES = [
 ]
 
 
-@needs_it
+@needs_kernels
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(("batch", "channels", "out", "height", "width"), SHAPES)
-def test_values_and_gradients_are_those_of_float64(
+def test_values_and_gradients_agree_with_float64(
     batch: int, channels: int, out: int, height: int, width: int, layout: torch.memory_format
 ) -> None:
     norm, conv = layers(channels, out, groups=8)
@@ -69,7 +71,7 @@ def test_values_and_gradients_are_those_of_float64(
     exact = [each.detach().double().requires_grad_() for each in inputs]
     a = F.group_norm(exact[0], 8, *exact[3:5], norm.eps)
     wanted = F.conv2d(F.silu(a), *exact[5:], padding=1) + exact[1][:, :, None, None] + exact[2]
-    assert winograd.suits(x, conv.weight)
+    assert is_supported(x, conv.weight)
     inputs = [each.requires_grad_() for each in inputs]
     actual = norm_silu_conv(x, norm, conv, time=time, skip=skip)
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -83,28 +85,28 @@ def test_values_and_gradients_are_those_of_float64(
         assert torch.equal(norm_silu_conv(x, norm, conv, time=time, skip=skip), actual)
 
 
-@needs_it
+@needs_kernels
 def test_a_norm_of_numbers_far_from_zero_is_exact() -> None:
     norm = layers(24, 8, groups=4)[0]
     x = 1000 * images(2, 24, 1, 1, seed=1) + images(2, 24, 36, 40)
     x[1] = images(24, 36, 40) + 1000  # but all channels of a group alike
-    mean, rstd, *_ = winograd.moments(x, norm.weight, norm.bias, 4, norm.eps)
+    mean, rstd, *_ = kernels.moments(x, norm.weight, norm.bias, 4, norm.eps)
     groups = x.double().reshape(2, 4, -1)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=EPS, atol=0)
     exact = (groups.var(2, unbiased=False) + norm.eps).rsqrt()
     torch.testing.assert_close(rstd.double(), exact, rtol=2 * EPS, atol=0)
 
 
-@needs_it
+@needs_kernels
 @pytest.mark.parametrize(("batch", "channels", "out"), [(2, 24, 24), (3, 16, 8)])
-def test_repeated_pixels_too(batch: int, channels: int, out: int) -> None:
+def test_upsampling_agrees_with_float64(batch: int, channels: int, out: int) -> None:
     conv = layers(channels, out, groups=8)[1]
     x, towards = images(batch, channels, 6, 10), images(batch, out, 12, 20, seed=1)
     inputs = [x.requires_grad_(), *conv.parameters()]
     exact = [each.detach().double().requires_grad_() for each in inputs]
     wanted = F.conv2d(F.interpolate(exact[0], scale_factor=2), *exact[1:], padding=1)
-    assert winograd.suits(x, conv.weight, repeats=True)
-    actual = repeat_conv(x, conv)
+    assert is_supported(x, conv.weight, upsample=True)
+    actual = upsample_conv(x, conv)
     assert error(actual.detach(), wanted.detach()) < 10 * EPS
     gradients = torch.autograd.grad(actual, inputs, towards)
     for own, reference in zip(
@@ -113,8 +115,8 @@ def test_repeated_pixels_too(batch: int, channels: int, out: int) -> None:
         assert error(own, reference) < 40 * EPS
 
 
-@needs_it
-def test_gradients_that_nobody_asks_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_kernels
+def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, conv = layers(24, 16, groups=8)
     x = images(2, 24, 16, 16).requires_grad_()
     time = images(2, 16, 1, 1)[:, :, 0, 0].requires_grad_()
@@ -122,8 +124,8 @@ def test_gradients_that_nobody_asks_for_are_left_out(monkeypatch: pytest.MonkeyP
     towards = images(2, 16, 16, 16, seed=1)
     wanted = torch.autograd.grad(norm_silu_conv(x, norm, conv, time=time), everything, towards)
     calls = []
-    call = winograd._call
-    monkeypatch.setattr(winograd, "_call", lambda name, *a: calls.append(name) or call(name, *a))
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: calls.append(name) or call(name, *a))
 
     def found(*needed: int) -> None:
         for i, each in enumerate(everything):
@@ -143,8 +145,8 @@ def test_gradients_that_nobody_asks_for_are_left_out(monkeypatch: pytest.MonkeyP
     assert calls == ["moments", "transform_weight", "convolve", "weight_gradient"]
 
 
-@needs_it
-def test_an_image_does_not_depend_on_its_batch_nor_on_threads(threads: None) -> None:
+@needs_kernels
+def test_an_image_does_not_depend_on_batch_or_threads(threads: None) -> None:
     norm, conv = layers(48, 40, groups=8)
     x = images(13, 48, 8, 12)
     results = []
@@ -160,8 +162,8 @@ def test_an_image_does_not_depend_on_its_batch_nor_on_threads(threads: None) -> 
         assert all(map(torch.equal, others, results[0]))
 
 
-@needs_it
-def test_extreme_numbers_are_torchs() -> None:
+@needs_kernels
+def test_extreme_values_agree_with_torch() -> None:
     norm, conv = layers(8, 8, groups=8)
     with torch.no_grad():
         norm.weight.fill_(1)
@@ -172,22 +174,22 @@ def test_extreme_numbers_are_torchs() -> None:
     x = torch.zeros(1, 8, 16, 16)
     with torch.no_grad():
         exact = F.silu(F.group_norm(x, 8, norm.weight, norm.bias, norm.eps))
-        assert winograd.suits(x, conv.weight)
+        assert is_supported(x, conv.weight)
         torch.testing.assert_close(norm_silu_conv(x, norm, conv), exact, rtol=1e-5, atol=1e-5)
         x[0, 3, 7, 9] = torch.nan  # its group, and so all of the result that depends on it
         assert norm_silu_conv(x, norm, conv).isnan().all()
-        assert winograd.convolve(x, conv.weight)[:, :, 5:10, 7:12].isnan().any()
+        assert kernels.convolve(x, conv.weight)[:, :, 5:10, 7:12].isnan().any()
 
 
-@needs_it
-def test_a_network_says_what_it_says_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_kernels
+def test_a_network_agrees_with_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(
         UNet(channels=16, multipliers=[1, 2], blocks=1, groups=8, attention_levels=[1])
     )
     x, index = images(4, 3, 32, 32), torch.tensor([3.0, 100.0, 500.0, 999.0])
     calls = []
-    call = winograd._call
-    monkeypatch.setattr(winograd, "_call", lambda name, *a: calls.append(name) or call(name, *a))
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: calls.append(name) or call(name, *a))
 
     def results(network: UNet) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -199,17 +201,17 @@ def test_a_network_says_what_it_says_by_torch(monkeypatch: pytest.MonkeyPatch) -
         ]
 
     own = results(network)
-    # Eight residual blocks of two and one that repeats pixels; those of the norm but for the last.
+    # Eight residual blocks with two convolutions each, and one upsampling without a norm.
     assert [calls.count(c) for c in ("convolve", "moments", "weight_gradient")] == [34, 16, 17]
     compiled = copy.deepcopy(network)
-    compiled.compile_blocks()  # to no effect: it is compiled already
+    compiled.compile_blocks()  # no effect: the kernels are used
     assert all(map(torch.equal, results(compiled), own))
-    monkeypatch.setattr(winograd, "serves", lambda x: False)
+    monkeypatch.setattr(convolution, "load_library", lambda: None)
     calls.clear()
-    torchs = results(network)
+    reference = results(network)
     assert not calls
-    size = max(float(each.norm()) for each in torchs[1:])  # some are zero but for rounding
-    for a, b in zip(own, torchs, strict=True):
+    size = max(float(each.norm()) for each in reference[1:])  # some are zero but for rounding
+    for a, b in zip(own, reference, strict=True):
         assert float((a - b).norm()) < 1e-5 * float(b.norm()) + 1e-7 * size
 
 
@@ -217,32 +219,32 @@ def image(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
-@needs_it
+@needs_kernels
 @pytest.mark.parametrize(
-    ("x", "weight", "served"),
+    ("x", "weight", "supported"),
     [
         (image(1, 16, 16, 16), image(8, 16, 3, 3), True),
         (image(1, 16, 16, 16), image(8, 16, 1, 1), False),  # another kernel
         (image(1, 12, 16, 16), image(8, 12, 3, 3), False),  # channels
         (image(1, 16, 16, 16), image(3, 16, 3, 3), False),
         (image(1, 16, 18, 16), image(8, 16, 3, 3), False),  # size
-        (image(1, 16, 8, 8), image(8, 16, 3, 3), False),  # few tiles
+        (image(1, 16, 8, 8), image(8, 16, 3, 3), False),  # too few tiles
         (image(2, 16, 8, 8), image(8, 16, 3, 3), True),
         (image(0, 16, 16, 16), image(8, 16, 3, 3), False),
-        (image(2, 512, 8, 8), image(512, 512, 3, 3), False),  # much of the weights
+        (image(2, 512, 8, 8), image(512, 512, 3, 3), False),  # weights exceed the cache
         (image(1, 16, 16, 16).double(), image(8, 16, 3, 3).double(), False),
         (image(1, 16, 16, 16).bfloat16(), image(8, 16, 3, 3).bfloat16(), False),
         (image(1, 16, 16, 16).to("meta"), image(8, 16, 3, 3).to("meta"), False),
     ],
 )
-def test_where_it_serves(x: Tensor, weight: Tensor, served: bool) -> None:
-    assert winograd.suits(x, weight) == served
+def test_supported_inputs(x: Tensor, weight: Tensor, supported: bool) -> None:
+    assert is_supported(x, weight) == supported
     with torch.autocast("cpu", torch.bfloat16):
-        assert not winograd.suits(x, weight)
+        assert not is_supported(x, weight)
 
 
-@needs_it
-def test_torchs_default_type_is_not_taken_for_the_images() -> None:
+@needs_kernels
+def test_torchs_default_dtype_has_no_effect() -> None:
     norm, conv = layers(16, 8, groups=8)
     x, towards = images(2, 16, 8, 8).requires_grad_(), images(2, 8, 8, 8, seed=1)
 
@@ -258,7 +260,7 @@ def test_torchs_default_type_is_not_taken_for_the_images() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@needs_it
+@needs_kernels
 def test_dropout_is_not_skipped() -> None:
     norm, conv = layers(16, 16, groups=8)
     x, dropout = images(2, 16, 16, 16), nn.Dropout(0.5)
@@ -268,22 +270,22 @@ def test_dropout_is_not_skipped() -> None:
         assert error(norm_silu_conv(x, norm, conv, dropout.train()), whole.double()) > 0.1
 
 
-@needs_it
+@needs_kernels
 def test_no_memory_is_an_error() -> None:
     x, weight = image(1, 8, 16, 16), image(8, 8, 3, 3)
-    library = winograd._library()
+    loaded = library.load_library()
 
     class Full:
         def __getattr__(self, name: str) -> Any:
-            return (lambda *a: 0) if name == "lab_convolve" else getattr(library, name)
+            return (lambda *a: 0) if name == "lab_convolve" else getattr(loaded, name)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError, match="batch_size"):
-        patch.setattr(winograd, "_library", Full)
-        winograd.convolve(x, weight)
+        patch.setattr(kernels, "load_library", Full)
+        kernels.convolve(x, weight)
 
 
-@needs_it
-def test_it_is_compiled_once_wherever_there_is_room(
+@needs_kernels
+def test_the_library_is_compiled_once_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = []
@@ -291,25 +293,25 @@ def test_it_is_compiled_once_wherever_there_is_room(
     monkeypatch.setattr(subprocess, "run", lambda c, **k: commands.append(c) or run(c, **k))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    winograd._load()
+    library._load()
     (path,) = (tmp_path / ".cache" / "diffusion_lab").iterdir()
     assert len(commands) == 2 and path.name.startswith("winograd-")
-    winograd._load()
+    library._load()
     assert len(commands) == 2
-    spoilt = tmp_path / "x" / "diffusion_lab" / path.name
-    spoilt.parent.mkdir(parents=True)
-    spoilt.write_bytes(b"spoilt")
+    damaged = tmp_path / "x" / "diffusion_lab" / path.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"damaged")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    winograd._load()
-    assert len(commands) == 4 and spoilt.read_bytes() == path.read_bytes()
-    # Where no folder can be made, a temporary one will do.
+    library._load()
+    assert len(commands) == 4 and damaged.read_bytes() == path.read_bytes()
+    # A temporary folder is used where the cache cannot be written.
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert winograd._load().lab_convolve and len(commands) == 6
+    assert library._load().lab_convolve and len(commands) == 6
 
 
-@needs_it
-def test_without_a_compiler_it_warns_and_leaves_nothing(
+@needs_kernels
+def test_without_a_compiler_it_warns_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -319,21 +321,19 @@ def test_without_a_compiler_it_warns_and_leaves_nothing(
     for compiler, reason in ((tmp_path / "none", "there is no .*none"), (broken, "out of order")):
         monkeypatch.setenv("CXX", str(compiler))
         with pytest.warns(UserWarning, match=rf"install g\+\+ or name one in .* CXX \({reason}\)"):
-            assert winograd._library.__wrapped__() is None
+            assert library.load_library.__wrapped__() is None
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
 
 
-def test_other_processors_have_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = winograd._library.__wrapped__
-    monkeypatch.setattr(winograd, "_load", lambda: pytest.fail("compiled"))
+def test_other_processors_use_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = library.load_library.__wrapped__
+    monkeypatch.setattr(library, "_load", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert library() is None
+    assert load() is None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(winograd.platform, "machine", lambda: "aarch64")
-    assert library() is None
-    monkeypatch.setattr(winograd, "_library", lambda: None)
+    monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
+    assert load() is None
+    monkeypatch.setattr(convolution, "load_library", lambda: None)
     x, (norm, conv) = images(2, 16, 16, 16), layers(16, 16, groups=8)
-    assert not winograd.suits(x, conv.weight)
-    assert torch.equal(
-        fused.norm_silu_conv(x, norm, conv).detach(), conv(F.silu(norm(x))).detach()
-    )
+    assert not is_supported(x, conv.weight)
+    assert torch.equal(norm_silu_conv(x, norm, conv).detach(), conv(F.silu(norm(x))).detach())

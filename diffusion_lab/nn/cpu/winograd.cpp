@@ -1,12 +1,12 @@
-// 3x3 convolutions of channels_last float32 images by Winograd's algorithm F(4x4, 3x3), with group
-// norm and SiLU before them and sums after them, for processors with AVX2. winograd.py compiles
-// this, calls it, and has the formulas and the source; it is plain C++ without a library.
+// Winograd convolution F(4x4, 3x3) of channels_last float32 images, with fused group norm and SiLU
+// of the input and sums on the output, for processors with AVX2. library.py compiles this file and
+// kernels.py calls it and has the formulas and the source. It is plain C++ without dependencies.
 //
 // An image is (batch, height, width, channels) in memory; channels are multiples of 8, height and
-// width of 4. A tile is 4x4 pixels of the result and the 6x6 of the input that they depend on.
-// A tile's 36 values become rows of 36 matrices: v of the input, (36, tiles, channels), and m of
-// the result, (36, tiles, out), which do not quite follow each other: see `matrix`. Values do not
-// depend on the number of threads, nor those of an image on the others of its batch.
+// width of 4. A tile is 4x4 pixels of the result and the 6x6 pixels of the input that it depends
+// on. A tile's 36 values are rows of 36 matrices, v of the input, (36, tiles, channels), and m of
+// the result, (36, tiles, out), with padding between the matrices, see `matrix`. Values do not
+// depend on the number of threads, and those of an image not on the rest of its batch.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -20,11 +20,11 @@ namespace {
 
 using v8 = __m256;
 constexpr long LANES = 8;
-constexpr long PART = 1024;  // pixels of which the sums are one task
-constexpr long BLOCK = 64;   // pixels that are summed in float32
-constexpr long TILES = 24;   // of a convolution at a time: v and m stay in the second-level cache
-constexpr long BYTES = 1 << 22;  // of v and m in a weight gradient at a time: the third level
-constexpr long DEEP = 128;   // tiles that a weight gradient sums in registers: the first level
+constexpr long PART = 1024;  // pixels summed by one task
+constexpr long BLOCK = 64;   // pixels summed in float32
+constexpr long TILES = 24;   // tiles of a convolution at a time: v and m fit into the L2 cache
+constexpr long BYTES = 1 << 22;  // size of v and m in a weight gradient at a time: fits into the L3 cache
+constexpr long DEEP = 128;   // tiles that a weight gradient sums in registers: fits into the L1 cache
 
 inline v8 load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, v8 a) { _mm256_storeu_ps(p, a); }
@@ -111,7 +111,7 @@ inline void weight_gradient_1d(const v8 s[6], v8 w[3]) {
   w[2] = fma(c(P2), p_even, fma(c(Q2), q_even, s[5]));
 }
 
-// M d Mᵀ, M given by what it does to a vector: FROM x FROM values become TO x TO.
+// M d Mᵀ for a TO x FROM matrix M, given as the function that applies it to a vector.
 template <int FROM, int TO, typename Load, typename Store>
 inline void both_ways(void (*once)(const v8*, v8*), Load from, Store to) {
   v8 half[FROM][TO], d[FROM], t[TO];
@@ -126,12 +126,12 @@ inline void both_ways(void (*once)(const v8*, v8*), Load from, Store to) {
   }
 }
 
-// Vectors of columns, and rows, of a matrix product that registers hold at a time.
+// Vectors of columns, and rows, of a matrix product that fit into the registers.
 inline int vectors(long columns) { return columns % 24 == 0 ? 3 : columns % 16 == 0 ? 2 : 1; }
 inline int rows_of(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 6 : 12; }
 inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-// From one matrix to the next: a cache line more than they need, or 36 stores would often compete
-// for the same eight lines of the cache.
+// Distance between matrices: a cache line more than their size, otherwise 36 stores often compete
+// for the same eight cache lines.
 inline long matrix(long rows, long columns) { return rows * columns + 16; }
 
 // m = v u, for ROWS x VECTORS of m at a time; u is (channels, 8 VECTORS).
@@ -177,7 +177,7 @@ void accumulate(const float* g, const float* v, float* s, long tiles, long chann
 struct Input {
   const float *x, *scale, *shift;  // scale and shift: (batch, channels), or null
   long batch, height, width, channels;  // of the convolution's input
-  int repeats;                          // whether x is half as high and wide
+  int upsample;                         // whether x is half as high and wide
 
   long rows() const { return height / 4; }
   long columns() const { return width / 4; }
@@ -192,7 +192,7 @@ struct Input {
     memset(to, 0, sizeof(float) * channels);
     to += channels;
     memset(to + n, 0, sizeof(float) * channels);
-    if (repeats) {
+    if (upsample) {
       const float* from = x + (b * height + row / 2 * 2) / 2 * (n / 2);
       for (long j = 0; j < width; j++)
         memcpy(to + j * channels, from + j / 2 * channels, sizeof(float) * channels);
@@ -211,9 +211,9 @@ struct Input {
       }
   }
 
-  // The tiles of the q-th row of tiles, as rows of the matrices from v on, `apart` from each
-  // other; `lines` are six lines of the input, of which two are there already if the row `before`
-  // was the one above.
+  // Writes the tiles of the q-th row of tiles as rows of the matrices v, at a distance `apart`.
+  // `lines` holds six lines of the input; two of them are reused if the row `before` is the one
+  // above.
   void transform(long q, long before, float* lines, float* v, long apart) const {
     const long b = q / rows(), r = q % rows();
     const bool below = r > 0 && before == q - 1;
@@ -237,8 +237,8 @@ struct Memory {
   ~Memory() { free(start); }
 };
 
-// Adds up two numbers a pixel, for each channel, over a part of an image: of(k, offset, a, b)
-// gives them. Sums are float64 over blocks of float32.
+// Sums two values per pixel over a part of an image, for each channel; of(k, offset, a, b) adds
+// the values to a and b. The sums are float32 within blocks and float64 over blocks.
 template <typename Of>
 void sum_part(long from, long to, long channels, double* sums, Of of) {
   std::fill(sums, sums + 2 * channels, 0.);
@@ -280,9 +280,9 @@ int lab_moments(const float* x, long batch, long pixels, long channels, long gro
   }
   for (long b = 0; b < batch; b++)
     for (long g = 0; g < groups; g++) {
-      // Numbers are summed less the channel's first one: the square of a large mean would leave
-      // nothing of a small variance. So each channel has its own v, and the group's is
-      // mean(v) + mean(μ²) - mean(μ)², with its μ less the group's first one.
+      // The channel's first value is subtracted before summing, since the square of a large mean
+      // would cancel a small variance. So each channel has its own v, and the group's is
+      // mean(v) + mean(μ²) - mean(μ)², where the group's first value is subtracted from μ.
       const float* first = x + b * pixels * channels;
       double mu = 0, square = 0;
       for (long k = g * each; k < (g + 1) * each; k++) {
@@ -308,8 +308,8 @@ int lab_moments(const float* x, long batch, long pixels, long channels, long gro
   return 1;
 }
 
-// In d, the gradient of SiLU(a), a = x scale + shift, becomes that of x; d_gamma and d_beta are
-// those of γ and β, (channels). Returns 0 if there is no memory.
+// Overwrites d, the gradient of SiLU(a), a = x scale + shift, by that of x; writes d_gamma and
+// d_beta, those of γ and β, (channels). Returns 0 if there is no memory.
 int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, long channels,
                            long groups, const float* gamma, const float* mean, const float* rstd,
                            const float* scale, const float* shift, float* d_gamma,
@@ -378,14 +378,13 @@ int lab_norm_silu_backward(float* d, const float* x, long batch, long pixels, lo
 }
 
 // u = G w Gᵀ, (36, out / n, channels, n) with n = 8 vectors(out), of w, (out, 3, 3, channels). If
-// `transposed`, of the convolution that gives the input's gradient: w is (channels, 3, 3, out),
-// and turned by 180°.
+// `transposed`, u is that of the input's gradient: w is (channels, 3, 3, out) and rotated by 180°.
 int lab_transform_weight(const float* w, long channels, long out, int transposed, float* u) {
   const long n = LANES * vectors(out), some = 8, run = some * n;
 #pragma omp parallel for collapse(2)
   for (long first = 0; first < out; first += n)
     for (long start = 0; start < channels; start += some) {
-      alignas(32) float buffer[36][24 * some];  // runs of u, which are far from each other
+      alignas(32) float buffer[36][24 * some];  // contiguous runs of u, which are far apart
       for (long o = 0; o < n; o += LANES)
         for (long k = 0; k < some; k++)
           both_ways<3, 6>(
@@ -408,9 +407,9 @@ int lab_transform_weight(const float* w, long channels, long out, int transposed
 // y = conv(input) + bias + time + skip; each of the last three may be null: (out),
 // (batch, out) and y's shape. Returns 0 if there is no memory.
 int lab_convolve(const float* x, long batch, long height, long width, long channels,
-                 const float* scale, const float* shift, int repeats, const float* u, long out,
+                 const float* scale, const float* shift, int upsample, const float* u, long out,
                  const float* bias, const float* time, const float* skip, float* y) {
-  const Input input{x, scale, shift, batch, height, width, channels, repeats};
+  const Input input{x, scale, shift, batch, height, width, channels, upsample};
   const long rows = input.rows(), columns = input.columns(), all_rows = batch * rows;
   const int wide = vectors(out), high = rows_of(wide), threads = omp_get_max_threads();
   const long share = (all_rows + threads - 1) / threads;
@@ -463,9 +462,9 @@ int lab_convolve(const float* x, long batch, long height, long width, long chann
 // The gradients d_w, (out, 3, 3, channels), and d_time, (batch, out), for the result's gradient,
 // (batch, height, width, out). Returns 0 if there is no memory.
 int lab_weight_gradient(const float* x, long batch, long height, long width, long channels,
-                        const float* scale, const float* shift, int repeats,
+                        const float* scale, const float* shift, int upsample,
                         const float* gradient, long out, float* d_w, float* d_time) {
-  const Input input{x, scale, shift, batch, height, width, channels, repeats};
+  const Input input{x, scale, shift, batch, height, width, channels, upsample};
   const long rows = input.rows(), columns = input.columns(), all_rows = batch * rows;
   const int wide = vectors(channels), threads = omp_get_max_threads();
   const long fitting = BYTES / (36 * sizeof(float) * (channels + out) * columns);
