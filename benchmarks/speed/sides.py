@@ -76,8 +76,11 @@ class Setting:
 
 
 def _setting(name: str, size: int, cpu: int, cuda: int) -> Setting:
-    network = yaml.safe_load((ROOT / "conf" / "network" / f"{name}.yaml").read_text())
-    del network["_target_"]
+    base, own = (
+        yaml.safe_load((ROOT / "conf" / "network" / f"{file}.yaml").read_text())
+        for file in ("unet_256", name)  # the others state how they differ from unet_256
+    )
+    network = {k: v for k, v in (base | own).items() if k not in ("_target_", "defaults")}
     return Setting(network, size, {"cpu": cpu, "cuda": cuda})
 
 
