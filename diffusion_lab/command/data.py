@@ -1,16 +1,18 @@
-r"""The images by hand: pack them, check them, describe them.
+r"""Command line for packed images: create, verify and summarize the cache of a data source.
 
-    python -m diffusion_lab.data ingest data.source=/data/celeba_hq_256 experiment=ddpm_celeba
-    python -m diffusion_lab.data verify ...
-    python -m diffusion_lab.data stats ...
+    python -m diffusion_lab.command.data ingest data.source=/data/celeba experiment=ddpm_celeba
+    python -m diffusion_lab.command.data verify ...
+    python -m diffusion_lab.command.data stats ...
 
-Overrides are those of train.py, so that a training with the same ones finds the images packed.
+The overrides are those of train.py; a training run with the same ones uses the same cache.
 """
 
 __all__ = ["main"]
 
+import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 from hydra.errors import HydraException
@@ -36,7 +38,7 @@ def _ingest(data: ImageDataModule) -> None:
     print("splits     " + ", ".join(f"{split} {len(images[split])}" for split in SPLITS))
     print(f"content    {manifest['content'][:16]}")
     print(f"decoder    {manifest['decoder']}")
-    print(f"left out   {len(manifest['skipped'])}")
+    print(f"skipped    {len(manifest['skipped'])}")
     for item in manifest["skipped"]:
         print(f"           {item['reason']}")
 
@@ -49,9 +51,9 @@ def _verify(data: ImageDataModule) -> None:
             f"{len(bad)} of {len(cache.names)} images in {cache.directory} are damaged: "
             + ", ".join(bad[:10])
             + (", ..." if len(bad) > 10 else "")
-            + ". Remove that directory to make it again"
+            + ". Remove that directory to create it again"
         )
-    print(f"{len(cache.names)} images in {cache.directory} are as they were packed")
+    print(f"{len(cache.names)} images in {cache.directory} are unchanged since they were packed")
 
 
 def _stats(data: ImageDataModule) -> None:
@@ -77,32 +79,55 @@ def _stats(data: ImageDataModule) -> None:
         print(f"       reference statistics of {extractor.name}, n = {moments.n}: {path}")
 
 
-COMMANDS = {"ingest": _ingest, "verify": _verify, "stats": _stats}
+COMMANDS = {
+    "ingest": (_ingest, "pack the images and show what the cache holds"),
+    "verify": (_verify, "compare the packed pixels with their hashes"),
+    "stats": (_stats, "show mean and std of x_0, and write the reference statistics"),
+}
 
 
-def main(arguments: list[str]) -> int:
-    """Runs one command; returns the exit code."""
-    if not arguments or arguments[0] not in COMMANDS:
-        print(__doc__, file=sys.stderr)
-        print(f"choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_lab.command.data",
+        description="Create, verify or summarize the packed images of a data source.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value",
+            help="overrides as for train.py, for example data.source=/data/celeba",
+        )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Arguments:
+        arguments: The arguments of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = compose("train", arguments[1:])
+        config = compose("train", options.overrides)
         check_train(config)
         if config.data.cache == "none":
-            raise ConfigError("data.cache=none packs nothing; choose data.cache=uint8 or bytes")
+            raise ConfigError("data.cache=none has no cache; set data.cache=uint8 or bytes")
         data = instantiate(config.data, "data")
         data.open()
-        COMMANDS[arguments[0]](data)
+        COMMANDS[options.command][0](data)
     except (LabError, HydraException, OmegaConfBaseException) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,6 +1,8 @@
-"""`python -m diffusion_lab.data`: what it prints, and its exit codes."""
+"""`python -m diffusion_lab.command.data`: its output and exit codes."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def test_ingest_says_what_is_packed(source: Path, tmp_path: Path, capsys) -> Non
         "splits     train 12, val 12, test 12\n"
         f"content    {manifest['content'][:16]}\n"
         f"decoder    {manifest['decoder']}\n"
-        "left out   0\n"
+        "skipped    0\n"
     )
     again = run(tmp_path, capsys, "ingest")
     assert again[:2] == (0, out)
@@ -91,7 +93,7 @@ def test_ingest_names_what_is_left_out(source: Path, tmp_path: Path, capsys) -> 
     code, out, _ = run(tmp_path, capsys, "ingest", "data.on_error=skip")
     assert code == 0
     assert "images     34 of 16x16" in out and "splits     train 11, val 11, test 12\n" in out
-    last = out.split("left out   ")[1].split("\n")
+    last = out.split("skipped    ")[1].split("\n")
     assert last[0] == "2" and last[1].strip().startswith(text)
     assert last[2].strip().startswith(f"{source}/val/03.png: not a readable JPEG or PNG")
     assert last[3:] == [""]
@@ -128,7 +130,7 @@ def test_an_interrupted_ingest_says_how_to_go_on(
         patch.setattr("diffusion_lab.data.storage.LocalStorage.read", interrupted)
         code, out, err = run(tmp_path, capsys, "ingest")
     assert (code, out) == (130, "")
-    assert err.endswith("interrupted; the same command goes on where it stopped\n")
+    assert err.endswith("interrupted; run the same command again to continue\n")
     assert run(tmp_path, capsys, "ingest")[0] == 0
 
 
@@ -139,13 +141,13 @@ def test_verify_names_exactly_the_changed_images(source: Path, tmp_path: Path, c
     run(tmp_path, capsys, "ingest")
     cache = the_cache(tmp_path)
     code, out, _ = run(tmp_path, capsys, "verify")
-    assert (code, out) == (0, f"36 images in {cache} are as they were packed\n")
+    assert (code, out) == (0, f"36 images in {cache} are unchanged since they were packed\n")
     spoil(tmp_path, 3, 17)
     code, out, err = run(tmp_path, capsys, "verify")
     assert (code, out) == (1, "")
     assert err.endswith(
         f"2 of 36 images in {cache} are damaged: {NAMES[3]}, {NAMES[17]}. "
-        "Remove that directory to make it again\n"
+        "Remove that directory to create it again\n"
     )
     spoil(tmp_path, *range(20, 30))
     code, _, err = run(tmp_path, capsys, "verify")
@@ -158,7 +160,7 @@ def test_verify_takes_the_directory_of_a_cache(source: Path, tmp_path: Path, cap
     cache = the_cache(tmp_path)
     moved = cache.rename(tmp_path / "moved")
     code, out, _ = run(tmp_path, capsys, "verify", f"data.source={moved}")
-    assert (code, out) == (0, f"36 images in {moved} are as they were packed\n")
+    assert (code, out) == (0, f"36 images in {moved} are unchanged since they were packed\n")
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
 
 
@@ -216,19 +218,31 @@ def test_stats_leave_out_an_empty_split(tmp_path: Path, capsys) -> None:
 # --- what is refused ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["pack"], ["data.size=16"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["pack"], ["data.size=16"]])
 def test_an_unknown_command_is_refused(arguments: list[str], capsys) -> None:
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
     out, err = capsys.readouterr()
-    assert out == "" and "python -m diffusion_lab.data ingest" in err
-    assert err.endswith("choose one of ingest, verify, stats\n")
+    assert caught.value.code == 2
+    assert out == "" and err.startswith("usage: python -m diffusion_lab.command.data")
+
+
+@pytest.mark.parametrize("module", ["diffusion_lab.command.data", "diffusion_lab.data"])
+def test_help_lists_the_commands(module: str) -> None:
+    """Also by the module's name of the previous release."""
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: python -m diffusion_lab.command.data")
+    assert all(command in result.stdout for command in ("ingest", "verify", "stats"))
 
 
 @pytest.mark.parametrize(
     ("override", "text"),
     [
         ("data.colour=red", "colour"),
-        ("data.cache=none", "data.cache=none packs nothing; choose data.cache=uint8 or bytes"),
+        ("data.cache=none", "data.cache=none has no cache; set data.cache=uint8 or bytes"),
         ("data.cache=int8", "data.cache=int8 is not allowed; it is "),
         ("data.max_bad=-1", "data.max_bad=-1 is not allowed; it is "),
         ("data.on_error=ignore", "data.on_error=ignore is not allowed; it is "),
