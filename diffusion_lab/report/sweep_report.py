@@ -1,9 +1,8 @@
-"""The summary of a sweep: `summary.csv`, a row a job, and `report.html`.
+"""Sweep report: `summary.csv` with one row per job, and `report.html`.
 
-Everything is read from the jobs' directories: what was asked for from `.hydra/overrides.yaml`, how
-it ended from the notes `finished.json` and `failed.json`, and the figures from `metrics.csv` (of a
-training: the last value of each) or `results.csv` (of an evaluation: the means, called
-estimate/metric).
+They are written from the jobs' directories: the overrides from `.hydra/overrides.yaml`, the status
+from `finished.json` and `failed.json`, and the metrics from `metrics.csv` (training: the last
+values) or `results.csv` (evaluation: the means, named estimate/metric).
 """
 
 __all__ = ["Job", "read_jobs", "summarize"]
@@ -31,24 +30,24 @@ from diffusion_lab.report.page import (
 log = logging.getLogger(__name__)
 
 LOSS = "val/loss_ema"
-CHARTS = ("psnr", "ssim", "lpips", "crps", "fid", "kid", "frechet", "bits_per_dim")  # by beginning
-ESTIMATES = ("mean", "sample")  # which one is drawn where there are too many lines for all
-NAMED = 20  # jobs up to which a chart over the jobs says what each of them is
-WIDE = 30  # ratio of the ends from which an axis is logarithmic
-UNKNOWN = "no end was noted: interrupted, killed, or still running"
+CHARTS = ("psnr", "ssim", "lpips", "crps", "fid", "kid", "frechet", "bits_per_dim")  # prefixes
+ESTIMATES = ("mean", "sample")  # in order of preference if a chart has room for one
+NAMED = 20  # number of jobs up to which a caption lists the overrides of each
+WIDE = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
+UNKNOWN = "no end was recorded: interrupted, killed, or still running"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep.
+    """Job of a sweep.
 
     Attributes:
-        directory: Its directory, named by its number.
-        overrides: What it was asked for.
+        directory: Directory, named by the number of the job.
+        overrides: Overrides by key.
         status: finished, failed or unfinished.
-        error: Why it is not finished.
-        step: Optimizer steps of a training.
-        figures: Its last metrics, or the means of its results.
+        error: Reason for another status than finished.
+        step: Number of optimizer steps of a training.
+        figures: Last metrics of a training, or mean results of an evaluation.
         losses: Steps and validation losses of a training.
     """
 
@@ -62,10 +61,10 @@ class Job:
 
 
 def read_jobs(directory: Path) -> list[Job]:
-    """Returns the jobs of a sweep that were begun, in order.
+    """Returns the jobs of a sweep that have started, in order.
 
     Arguments:
-        directory: The sweep's directory.
+        directory: Directory of the sweep.
     """
     found = [path.parents[1] for path in directory.glob("*/.hydra/overrides.yaml")]
     return [_read(path) for path in sorted(found, key=lambda path: (len(path.name), path.name))]
@@ -95,7 +94,7 @@ def _read(directory: Path) -> Job:
 
 
 def _evaluated(directory: Path) -> bool:
-    """Whether there is an evaluation here that has come to its end."""
+    """Whether the directory holds a finished evaluation."""
     note, partial, page = (directory / n for n in (runs.EVALUATION, runs.PARTIAL, "report.html"))
     return note.exists() and page.exists() and not partial.exists()
 
@@ -106,10 +105,10 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def summarize(directory: Path) -> int:
-    """Writes `summary.csv` and `report.html` into a sweep's directory, and says where they are.
+    """Writes `summary.csv` and `report.html` into a sweep's directory, and logs their paths.
 
     Arguments:
-        directory: The sweep's directory.
+        directory: Directory of the sweep.
 
     Returns:
         The number of jobs that failed.
@@ -148,7 +147,7 @@ def summarize(directory: Path) -> int:
 
 
 def _swept(jobs: Sequence[Job]) -> list[str]:
-    """The keys in which the jobs differ."""
+    """Keys in which the jobs differ."""
     keys = dict.fromkeys(key for job in jobs for key in job.overrides)
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
@@ -160,7 +159,7 @@ def _name(job: Job, keys: Sequence[str]) -> str:
 def _sections(jobs: Sequence[Job], figures: Sequence[str]) -> list[Section]:
     keys = _swept(jobs)
     trained = any(job.step is not None for job in jobs)
-    ended_badly = any(job.error for job in jobs)
+    has_errors = any(job.error for job in jobs)
     rows: list[list[Cell]] = []
     for job in jobs:
         step: list[Cell] = [("–" if job.step is None else job.step)] if trained else []
@@ -171,15 +170,15 @@ def _sections(jobs: Sequence[Job], figures: Sequence[str]) -> list[Section]:
                 job.directory.name,
                 *asked,
                 job.status,
-                *([job.error] if ended_badly else []),
+                *([job.error] if has_errors else []),
                 *step,
                 *values,
             ]
         )
-    columns = ["job", *keys, "status", *(["error"] if ended_badly else []),
+    columns = ["job", *keys, "status", *(["error"] if has_errors else []),
                *(["step"] if trained else []), *figures]  # fmt: skip
     caption = "A click on a column sorts by it. " + (
-        f"The last value of each metric; {LOSS} is that of the averaged weights."
+        f"Last value of each metric; {LOSS} is the loss of the averaged weights."
         if trained
         else "Means over the images, of estimate/metric; standard errors are in each results.csv."
     )
@@ -199,11 +198,11 @@ def _sections(jobs: Sequence[Job], figures: Sequence[str]) -> list[Section]:
 
 
 def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) -> list[LineChart]:
-    """Figures over the value that was swept, if there is one such key, or else over the jobs."""
+    """Metrics over the swept value if one numeric key differs, otherwise over the jobs."""
     numbers = [key for key in keys if all(_is_number(job.overrides.get(key)) for job in jobs)]
     x_label = numbers[0] if len(numbers) == 1 else "job"
     others = [key for key in keys if key != x_label] if x_label != "job" else []
-    kinds: dict[str, list[str]] = {}  # metric -> the figures of it
+    kinds: dict[str, list[str]] = {}  # names of the figures by metric
     for name in figures:
         metric = name if name.startswith("val/") else name.rpartition("/")[2]
         if metric == LOSS or metric.removeprefix("val/").startswith(CHARTS):

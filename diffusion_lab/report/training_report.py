@@ -1,7 +1,7 @@
-"""The report of a training: what was trained, its pictures over the steps, and its curves.
+"""Training report: settings, pictures over the steps, and charts of the metrics.
 
-It is made of the run's directory alone (`.hydra`, metrics.csv, samples/), at the end of a training
-or at any time while it goes on.
+It is written from the directory of the run alone (`.hydra`, metrics.csv, samples/), during a
+training or after its end.
 """
 
 __all__ = ["read_metrics", "try_write_training_report", "write_training_report"]
@@ -34,9 +34,9 @@ from diffusion_lab.runs import MARKER
 
 log = logging.getLogger(__name__)
 
-FRAMES = 12  # pictures of an animation at most: the page shall go by mail
-STRETCHES = 60  # points of the training loss at most, each the mean of a stretch of it
-LEVELS = 5  # moments of the training at which the loss over the noise level is drawn
+FRAMES = 12  # maximum of an animation; keeps the page small enough to send by e-mail
+STRETCHES = 60  # maximum of points of the training loss, each the mean of an interval
+LEVELS = 5  # number of steps at which the loss over the noise level is drawn
 
 Series = tuple[list[int], list[float]]  # steps, values
 
@@ -45,41 +45,40 @@ PICTURES = {  # samples/<name>-<step>.png
         "Samples of the prior",
         "Drawn by the averaged weights from the same noise at every step.",
     ),
-    "progressive": ("From noise to images", "Samples on their way: x_t and E[x_0 | x_t]."),
+    "progressive": ("From noise to images", "Sampling trajectories: x_t and E[x_0 | x_t]."),
     "levels": ("Denoising at several noise levels", "E[x_0 | x_t] of noisy validation images."),
     "denoise": (
-        "Noisy images and what is made of them",
+        "Denoised validation images",
         "Validation images with σ_t = 0.5: E[x_0 | y] and samples of the posterior.",
     ),
     "nearest": (
         "Nearest training images",
-        "Samples, and beside each the training images nearest to it: a copy would be among them.",
+        "Samples and the training images nearest to each; a memorized image would be among them.",
     ),
     "schedule": ("Noise schedule", "The schedule of this training."),
 }
-CHARTS = [  # title, axis, what it is, columns, whether logarithmic
-    ("Learning rate", "learning rate", "That of the step.", r"train/lr|lr-.*", False),
-    ("Norm of the gradient", "norm", "Before it is clipped.", r"train/grad_norm", True),
+CHARTS = [  # title, y axis, caption, pattern of the columns, whether logarithmic
+    ("Learning rate", "learning rate", "Learning rate of the step.", r"train/lr|lr-.*", False),
+    ("Gradient norm", "norm", "Before clipping.", r"train/grad_norm", True),
     ("Distance from the images", "distance",
-     "Of drawn images from the training images; the name says of how many. Smaller is better.",
+     "Between samples and training images; the name has their number. Smaller is better.",
      r"val/(?:fid|frechet|kid)_.*", False),
-    ("Throughput", "images / s", "On all devices, training alone.", r"perf/images_per_second",
+    ("Throughput", "images / s", "On all devices, training steps only.", r"perf/images_per_second",
      False),
-    ("Use of the device", "share of the peak",
-     "Operations of the network over what the device can do at most (MFU).", r"perf/mfu", False),
-    ("Memory", "GB", "The largest so far on a device.", r"perf/memory_gb", False),
+    ("Device utilization", "fraction of the peak",
+     "Operations of the network over the peak of the device (MFU).", r"perf/mfu", False),
+    ("Memory", "GB", "Peak memory of a device so far.", r"perf/memory_gb", False),
 ]  # fmt: skip
-ELSEWHERE = re.compile(  # columns that have a chart of their own kind, or need none
+ELSEWHERE = re.compile(  # columns with a chart elsewhere, or without a chart
     r"step|epoch|(?:train|val)/loss(?:_ema|_bin/.*)?|train/images|train/skipped|perf/tflops"
 )
 
 
 def read_metrics(directory: Path) -> dict[str, Series]:
-    """Returns the columns of metrics.csv: for each where it has a value, and the values.
+    """Returns steps and values of each column of metrics.csv.
 
-    Where is the number of optimizer steps taken; the file's is that before the step.
-
-    Without the file, as with logger=none, there are no columns.
+    A step is the number of optimizer steps taken; the file has the number before the step. Without
+    the file, as with logger=none, there are no columns.
     """
     if not (directory / "metrics.csv").exists():
         return {}
@@ -96,13 +95,10 @@ def read_metrics(directory: Path) -> dict[str, Series]:
 
 
 def write_training_report(directory: Path) -> Path:
-    """Writes report.html into the directory of a training.
-
-    Returns:
-        The page.
+    """Writes report.html into the directory of a training and returns its path.
 
     Raises:
-        RunError: If it is not the directory of a training.
+        RunError: If the directory is not that of a training.
     """
     try:
         config = OmegaConf.load(directory / ".hydra" / "config.yaml")
@@ -127,7 +123,7 @@ def write_training_report(directory: Path) -> Path:
     ]
     summary = f"{steps:,} steps{'' if finished else ' so far; the training has not finished'}."
     if not metrics:
-        summary = "Nothing has been logged: logger=none, or the training has just begun."
+        summary = "Nothing has been logged: logger=none, or the training has just started."
     if "val/loss_ema" in metrics:
         at, values = metrics["val/loss_ema"]
         least = min(range(len(values)), key=values.__getitem__)
@@ -139,15 +135,15 @@ def write_training_report(directory: Path) -> Path:
 
 
 def try_write_training_report(directory: Path) -> None:
-    """Writes the report at the end of a training, which it must not make fail."""
+    """Writes the report at the end of a training; logs a warning if that fails."""
     try:
         log.info("report: %s", write_training_report(directory))
     except (OSError, RunError, ValueError) as error:
-        log.warning("there is no report.html: %s", error)
+        log.warning("report.html is not written: %s", error)
 
 
 def _pictures(folder: Path, only: str | None = None) -> list[Section]:
-    """The pictures of a kind over the steps; of all kinds but the grid if none is named."""
+    """Pictures of one kind over the steps, or of all kinds except the grid."""
     kinds: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.png")):
         kind, _, step = path.stem.rpartition("-")
@@ -179,7 +175,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _stretches(series: Series, most: int) -> list[Series]:
-    """A series in at most so many pieces, as equal in length as can be."""
+    """Splits a series into at most `most` pieces of nearly equal length."""
     steps, values = series
     count = min(most, len(steps))
     ends = [round(k * len(steps) / count) for k in range(count + 1)]
@@ -187,7 +183,7 @@ def _stretches(series: Series, most: int) -> list[Series]:
 
 
 def _losses(metrics: Mapping[str, Series]) -> list[Section]:
-    """The loss over the steps, and over the noise level at a few of them."""
+    """The loss over the steps, and over the noise level at some steps."""
     lines: dict[str, Series] = {}
     if "train/loss" in metrics:
         pieces = _stretches(metrics["train/loss"], STRETCHES)
@@ -197,7 +193,7 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
             lines[f"validation, {label} weights"] = metrics[key]
     sections: list[Section] = []
     if lines:
-        caption = "The training loss is the mean of what was logged since the point before."
+        caption = "Each point of the training loss is the mean since the point before."
         sections.append(LineChart("Loss", caption, "step", "loss", lines, log_y=True))
     for split, label in (("val", "Validation"), ("train", "Training")):
         prefix = f"{split}/loss_bin/"
@@ -205,7 +201,7 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
         if not bins:
             continue
         levels = [float(key.removeprefix(prefix)) for key in bins]
-        # In validation a moment is one measurement; the training's are means of stretches.
+        # Validation losses are single measurements, training losses are means of intervals.
         pieces = {key: _stretches(metrics[key], LEVELS) for key in bins}
         if split == "val":
             pieces = {key: [([s], [v]) for s, v in evenly_spaced(
@@ -216,32 +212,31 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
                 levels, [fmean(pieces[key][k][1]) for key in bins]
             ) for k in range(moments)
         }  # fmt: skip
-        caption = (
-            "Each point is a tenth of the noise levels that are trained, at its upper end: "
-            + ("averaged weights." if split == "val" else "means up to the step.")
+        caption = "Each point is a tenth of the training's noise levels, at its upper end: " + (
+            "averaged weights." if split == "val" else "means up to the step."
         )
-        axis = "share of the training's noise levels below"
+        axis = "fraction of the training's noise levels below"
         title = f"{label} loss by noise level"
         sections.append(LineChart(title, caption, axis, "loss", series, log_y=True))
     return sections
 
 
 def _charts(metrics: Mapping[str, Series]) -> list[Section]:
-    """All other columns, those of `CHARTS` first and then each by itself."""
+    """Charts of all other columns: those of `CHARTS` first, then one per column."""
     sections: list[Section] = []
     left = {key: series for key, series in metrics.items() if not ELSEWHERE.fullmatch(key)}
     for title, axis, caption, pattern, log in CHARTS:
         found = {key: left.pop(key) for key in list(left) if re.fullmatch(pattern, key)}
         if found:
             sections.append(LineChart(title, caption, "step", axis, found, log_y=log))
-    caption = "As it was logged."
+    caption = "Logged values."
     return sections + [
         LineChart(key, caption, "step", key, {key: left[key]}) for key in sorted(left)
     ]
 
 
 def _figures(metrics: Mapping[str, Series]) -> Table:
-    """The last value of every column, and the least."""
+    """The last and the smallest value of every column."""
     rows: list[list[str | float | int]] = []
     for key in sorted(metrics.keys() - {"step", "epoch"}):
         steps, values = metrics[key]
@@ -252,7 +247,7 @@ def _figures(metrics: Mapping[str, Series]) -> Table:
 
 
 def _facts(directory: Path, config: DictConfig, overrides: Any, finished: bool) -> dict[str, str]:
-    """What was trained, in words."""
+    """Settings of the training."""
 
     def of(key: str) -> Any:
         return OmegaConf.select(config, key, throw_on_resolution_failure=False)

@@ -62,7 +62,7 @@ def test_a_training_in_one_page(training: Path) -> None:
     titles = re.findall(r"<h2><a[^>]*>(.*?)</a>", page)
     assert titles == [
         "Samples of the prior", "Loss", "Validation loss by noise level",
-        "Noisy images and what is made of them", "Noise schedule", "Learning rate", "my/own",
+        "Denoised validation images", "Noise schedule", "Learning rate", "my/own",
         "Figures", "Settings", "Configuration",
     ]  # fmt: skip
     # The grids over the steps, twelve at most and with both ends; one picture stands still.
@@ -147,4 +147,4 @@ def test_a_report_that_fails_is_no_failed_training(
         patch.setattr("diffusion_lab.report.training_report.write_report", full)
         result = tiny("trainer.max_steps=1", "hydra.run.dir=a")
     assert result.code == 0 and Path("a/finished.json").exists()
-    assert "there is no report.html: No space left" in result.text
+    assert "report.html is not written: No space left" in result.text
