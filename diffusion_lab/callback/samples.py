@@ -140,7 +140,7 @@ class SampleGrid(Callback):
         y = x_0 + sigma_y * noise
         steps = min(self.POSTERIOR_STEPS, self.sampler.steps)
         denoiser, sampler = module.denoiser(), EulerMaruyama(steps)
-        mmse = MMSE()(denoiser, sampler, Observation(y, sigma_y))
+        mmse = MMSE().estimate(denoiser, Observation(y, sigma_y))
         repeated = y.repeat_interleave(self.POSTERIOR_SAMPLES, 0)
         generator = self._generator(module, "posterior row", len(repeated))
         samples = Truncated()(

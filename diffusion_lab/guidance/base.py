@@ -1,100 +1,50 @@
-r"""What all posterior methods share: y = A(x_0) + σ_y n goes in, samples of p(x_0 | y) come out.
+r"""Base classes of posterior methods, which sample p(x_0 | y) given y = A(x_0) + σ_y n.
 
-Most are one and the same reverse process with the score of the posterior,
+Most methods run a reverse process with the score of the posterior,
 
     dx = [f x - g² (∇ log p(x) + ∇ log p(y | x))] dt + g dw̄.
 
 In terms of denoisers, ∇ log p(x_t | y) = (α_t E[x_0 | x_t, y] - x_t) / σ_t² and so
 
-    E[x_0 | x_t, y] = E[x_0 | x_t] + σ_t² / α_t ∇ log p(y | x_t):
+    E[x_0 | x_t, y] = E[x_0 | x_t] + σ_t² / α_t ∇ log p(y | x_t).
 
-a method is a denoiser made of a denoiser, for any sampler. What differs is how p(y | x_t) is
-approximated.
+Such a method is a `Guided`: it maps the prior's denoiser to one of the posterior, and any sampler
+applies. Methods differ in their approximation of p(y | x_t). A `CustomStep` replaces the step of
+the sampler instead.
 
 Source:
     Song et al., "Score-based generative modeling through SDEs", 2021, eq. 14.
 """
 
-__all__ = ["Guidance", "Guided", "Observation"]
+__all__ = ["ConditionalDenoiser", "CustomStep", "Guidance", "Guided", "Observation"]
 
+import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser
-from diffusion_lab.operator import Identity, LinearOperator, Operator, SVDOperator
-from diffusion_lab.rng import normal_like
-from diffusion_lab.sampler.base import Callback, Generator, Sampler
+from diffusion_lab.guidance.observation import Observation
+from diffusion_lab.operator import Identity, LinearOperator, SVDOperator
+from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
 from diffusion_lab.schedule import Schedule
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What was seen, y = A(x_0) + σ_y n with n ~ N(0, I).
-
-    Attributes:
-        y: The observations, of shape (B, *').
-        sigma_y: The standard deviation σ_y of the noise, on the scale of A(x_0); at least 0. A
-            tensor that broadcasts against y if it is not the same for all numbers of y.
-        operator: A.
-        group: Rows that follow each other and show the same y, so many at a time: samples of one
-            posterior. B is a multiple of it.
-    """
-
-    y: Tensor
-    sigma_y: float | Tensor
-    operator: Operator = field(default_factory=Identity)
-    group: int = 1
-
-    @property
-    def linear(self) -> LinearOperator:
-        """A, for methods that require a linear one: `Guidance.check` has refused the others."""
-        return cast(LinearOperator, self.operator)
-
-    @property
-    def svd(self) -> SVDOperator:
-        """A, for methods that require its SVD: `Guidance.check` has refused the others."""
-        return cast(SVDOperator, self.operator)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape (B, *) of the images x_0."""
-        return (len(self.y), *(self.operator.shape or self.y.shape[1:]))
-
-    def start(self, schedule: Schedule, generator: Generator) -> Tensor:
-        """Draws x_1 ~ N(0, s² I), from where samplers start, as `Schedule.prior` in y's type."""
-        return schedule.prior_std * self.noise(generator)
-
-    def at_own_level(self, schedule: Schedule) -> tuple[float, Tensor]:
-        """Returns t* and α_{t*} y, a point of the forward process with σ_{t*} / α_{t*} = σ_y.
-
-        Only of a noisy image, A = I.
-
-        Raises:
-            ValueError: If the schedule does not reach σ_y.
-        """
-        t = schedule.t_from_ratio(self.sigma_y)
-        return float(t), schedule(t)[0].to(self.y) * self.y
-
-    def noise(self, generator: Generator) -> Tensor:
-        """Draws z ~ N(0, I), of the images' shape (B, *) and y's type."""
-        return normal_like(self.y.new_empty(()).expand(self.shape), generator)
-
-
 class Guidance(ABC):
-    """Draws from (or estimates a point of) the posterior p(x_0 | y).
+    """Samples from (or estimates a point of) the posterior p(x_0 | y).
 
     Attributes:
-        stochastic: Whether repeated calls give different images.
-        requires: Which operators the method is defined for: the identity, those with a singular
+        stochastic: Whether repeated calls give different results.
+        requires: The operators that the method is defined for: the identity, those with a singular
             value decomposition (`SVDOperator`), linear ones (`LinearOperator`), any.
         noiseless: Whether σ_y = 0 is allowed.
         isotropic: Whether σ_y has to be one number.
         shares: Whether the samples of one y come from common particles, so that the rows of a
             group must stay together.
+        uses_step: Whether the method uses the step of the sampler. If not, it uses only its number
+            of steps, its grid and whether it clips.
     """
 
     stochastic = True
@@ -102,6 +52,7 @@ class Guidance(ABC):
     noiseless = False
     isotropic = True
     shares = False
+    uses_step = True
 
     def check(self, observation: Observation) -> None:
         """Raises ValueError if the method is not defined for an observation."""
@@ -134,6 +85,22 @@ class Guidance(ABC):
                 "sigma_y=0.01, or choose another guidance: ddnm, replacement"
             )
 
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Raises ValueError if an argument of the sampler is set that the method does not use."""
+        if self.uses_step:
+            return
+        name = type(self).__name__
+        for key, parameter in inspect.signature(type(sampler)).parameters.items():
+            value = getattr(sampler, key, parameter.default)
+            if key in ("steps", "grid", "clip") or value == parameter.default:
+                continue
+            if isinstance(value, bool | int | float | str):
+                own = f"; {name} has its own guidance.{key}" if hasattr(self, key) else ""
+                raise ValueError(
+                    f"sampler.{key}={value} is not used by {name}, which uses only steps, grid "
+                    f"and clip of the sampler; remove it{own}"
+                )
+
     def __call__(
         self,
         denoiser: Denoiser,
@@ -143,19 +110,21 @@ class Guidance(ABC):
         generator: Generator = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Returns one image for each row of the observation, of shape (B, *).
+        """Returns one sample for each row of the observation, of shape (B, *).
 
         Arguments:
             denoiser: The prior, E[x_0 | x_t].
             sampler: Solves the reverse process.
-            observation: What was seen; repeat y to get several samples of it.
-            generator: Where the noise comes from, see `Sampler`.
+            observation: The observation; repeat the rows of y for several samples of one.
+            generator: The source of the noise, see `Sampler`.
             callback: See `Sampler`.
 
         Raises:
-            ValueError: If the method is not defined for such an observation.
+            ValueError: If the method is not defined for such an observation, or does not use an
+                argument that is set in the sampler.
         """
         self.check(observation)
+        self.check_sampler(sampler)
         with torch.no_grad():
             return self.draw(denoiser, sampler, observation, generator, callback)
 
@@ -168,20 +137,37 @@ class Guidance(ABC):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        """Does the work of a call, without a graph."""
+        """Implements `__call__`, under `torch.no_grad`; see there."""
 
 
 class Guided(Guidance):
-    """A method that is a denoiser: E[x_0 | x_t, y] in place of E[x_0 | x_t], in any sampler."""
+    """Method that replaces E[x_0 | x_t] by E[x_0 | x_t, y], in any sampler.
 
-    @abstractmethod
-    def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
-        """Returns x_t, t -> E[x_0 | x_t, y], approximately, on rows that belong to y's.
+    A subclass implements `posterior_mean`. One that computes something once per observation may
+    override `denoiser` instead.
+    """
+
+    def posterior_mean(
+        self, denoiser: Denoiser, observation: Observation, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Returns the method's approximation of E[x_0 | x_t, y], of shape (B, *).
 
         Arguments:
             denoiser: The prior, E[x_0 | x_t].
-            observation: What was seen.
+            observation: The observation, whose rows correspond to those of x_t.
+            x_t: The noisy state, of shape (B, *).
+            t: Its time, of shape () or (B,).
         """
+        raise NotImplementedError(f"{type(self).__name__} does not implement posterior_mean")
+
+    def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
+        """Returns the denoiser x_t, t -> E[x_0 | x_t, y].
+
+        Arguments:
+            denoiser: The prior, E[x_0 | x_t].
+            observation: The observation.
+        """
+        return ConditionalDenoiser(self, denoiser, observation)
 
     def draw(
         self,
@@ -194,3 +180,84 @@ class Guided(Guidance):
         start = observation.start(denoiser.schedule, generator)
         posterior = self.denoiser(denoiser, observation)
         return sampler(posterior, start, generator=generator, callback=callback)
+
+
+class ConditionalDenoiser(Denoiser):
+    """The denoiser x_t, t -> E[x_0 | x_t, y] of a `Guided` method.
+
+    Arguments:
+        method: The method.
+        denoiser: The prior, E[x_0 | x_t].
+        observation: The observation.
+    """
+
+    def __init__(self, method: Guided, denoiser: Denoiser, observation: Observation) -> None:
+        super().__init__(denoiser.schedule)
+        self.method, self.denoiser, self.observation = method, denoiser, observation
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.method.posterior_mean(self.denoiser, self.observation, x_t, t)
+
+
+class CustomStep(Guidance):
+    """Method with a reverse step of its own, in place of the sampler's."""
+
+    uses_step = False
+
+    @abstractmethod
+    def step(
+        self,
+        denoiser: Denoiser,
+        observation: Observation,
+        state: State,
+        s: Tensor,
+        noise: Noise,
+    ) -> Tensor:
+        """Returns x_s.
+
+        Arguments:
+            denoiser: The prior, E[x_0 | x_t].
+            observation: The observation.
+            state: The state at time t, with x̂ = E[x_0 | x_t].
+            s: The next time, 0 <= s < t, float64, of shape ().
+            noise: Draws normal noise.
+        """
+
+    def start(self, denoiser: Denoiser, observation: Observation, generator: Generator) -> Tensor:
+        """Returns x_1."""
+        return observation.start(denoiser.schedule, generator)
+
+    def make_sampler(
+        self, sampler: Sampler, observation: Observation, schedule: Schedule
+    ) -> Sampler:
+        """Returns the sampler with the steps of this method, and the grid of the given one."""
+        return CustomStepSampler(self, sampler, observation)
+
+    def draw(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        observation: Observation,
+        generator: Generator,
+        callback: Callback | None,
+    ) -> Tensor:
+        start = self.start(denoiser, observation, generator)
+        method = self.make_sampler(sampler, observation, denoiser.schedule)
+        return method(denoiser, start, generator=generator, callback=callback)
+
+
+class CustomStepSampler(Sampler):
+    """The loop of a sampler with the step of a `CustomStep` method.
+
+    Arguments:
+        method: The method.
+        like: The sampler whose number of steps, grid and clipping are taken.
+        observation: The observation.
+    """
+
+    def __init__(self, method: CustomStep, like: Sampler, observation: Observation) -> None:
+        super().__init__(like.steps, like.grid, like.clip)
+        self.method, self.observation = method, observation
+
+    def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
+        return self.method.step(denoiser, self.observation, state, s, noise)

@@ -1,14 +1,14 @@
-r"""ILVR: iterative latent variable refinement, the low frequencies are those of a reference.
+r"""ILVR: iterative latent variable refinement, with the low frequencies of a reference.
 
-After every step of a sampler, from t to s, what the operator sees of x_s is exchanged for what it
-sees of the reference at the same noise level,
+After every step of a sampler, from t to s, the observed part of x_s is replaced by that of the
+reference at the same noise level,
 
     x_s <- x_s - A⁺ A x_s + A⁺ (α_s y + σ_s A z).
 
 For the paper's operator, downsampling, A⁺ A is a low-pass filter φ and A⁺ y the reference φ(y).
-The noise of the observation is not counted: y is taken for A x_0, and unless the exchange ends
-early, A x_0 = y at the end, noise included, and A⁺ multiplies that noise by 1 / s where A = U S Vᵀ
-has a small s: a blur is refused. For a noisy y take `Replacement`.
+The method ignores the noise of the observation: unless the replacement ends early, A x_0 = y at
+the end, including the noise of y, and A⁺ multiplies that noise by 1 / s where A = U S Vᵀ has a
+small s. Blurs are therefore refused. Use `Replacement` for a noisy y.
 
 Source:
     Choi et al., "ILVR: conditioning method for denoising diffusion probabilistic models", 2021,
@@ -19,45 +19,40 @@ __all__ = ["ILVR"]
 
 from torch import Tensor
 
+from diffusion_lab.constraints import Decay, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
-from diffusion_lab.guidance.time_travel import Travelling
+from diffusion_lab.guidance.time_travel import TimeTravelSampler
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 
-LARGEST_CONDITION = 100.0  # largest over smallest s > 0; bicubic reduction has 2, blurs 1000s
+MAX_CONDITION = 100.0  # largest over smallest s > 0: 2 for bicubic reduction, 1000s for blurs
 
 
 class ILVR(Guidance):
-    """Exchanges what a linear operator sees, after every step of a sampler; σ_y is not used.
-
-    One call of the network for each step of the sampler.
+    """Replaces the observed part of x_s after every step of a sampler; σ_y is not used.
 
     Arguments:
-        until: The time in [0, 1) down to which x_s is changed; 0 for all steps. A later end leaves
-            more to the prior.
-
-    Raises:
-        ValueError: If `until` is outside [0, 1).
+        until: The last time at which x_s is changed; 0 changes it after all steps. A larger value
+            gives the prior more influence.
     """
 
     requires = "svd"
     noiseless = True
     isotropic = False
 
-    def __init__(self, until: float = 0.0) -> None:
-        if not 0 <= until < 1:
-            raise ValueError(f"until={until} is not allowed; it is a time in [0, 1)")
+    @checked
+    def __init__(self, until: Decay = 0.0) -> None:
         self.until = until
 
     def check(self, observation: Observation) -> None:
         super().check(observation)
         s = observation.svd.singular_values
         condition = float(s.max() / s[s > 0].min())
-        if condition > LARGEST_CONDITION:
+        if condition > MAX_CONDITION:
             raise ValueError(
-                f"ILVR puts A⁺ y in place of what {type(observation.operator).__name__} sees, and "
-                f"its A⁺ multiplies noise by up to {condition:.3g}; use guidance=replacement, "
-                "which knows the noise"
+                f"ILVR ignores the noise of y, and A⁺ of {type(observation.operator).__name__} "
+                f"multiplies noise by up to {condition:.3g}; use guidance=replacement, which "
+                "accounts for the noise"
             )
 
     def draw(
@@ -70,13 +65,13 @@ class ILVR(Guidance):
     ) -> Tensor:
         operator, schedule = observation.svd, denoiser.schedule
 
-        def refine(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        def replace(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
             if s < self.until:
                 return x
             alpha_s, sigma_s = (c.to(x, non_blocking=True) for c in schedule(s))
-            seen = alpha_s * observation.y + operator(sigma_s * noise(x) - x)
-            return x + operator.pseudo_inverse(seen)
+            target = alpha_s * observation.y + operator(sigma_s * noise(x) - x)
+            return x + operator.pseudo_inverse(target)
 
-        method = Travelling(sampler, schedule, change=refine)
+        method = TimeTravelSampler(sampler, schedule, change=replace)
         start = observation.start(schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

@@ -1,15 +1,16 @@
-r"""MMPS: both moments of x_0 given x_t, by Tweedie's formulas.
+r"""MMPS: moment matching posterior sampling.
 
     p(y | x_t) = N(y; A x̂, Σ_y + A V Aᵀ),    V = Cov[x_0 | x_t] = σ_t² / α_t J,
     E[x_0 | x_t, y] = x̂ + V Aᵀ (Σ_y + A V Aᵀ)⁻¹ (y - A x̂),
 
-where the dependence of V on x_t is left out of the gradient. V is never formed: a product with it
-is a backward pass, and the system is solved by GMRES. It is exact for any Gaussian prior, once as
-many iterations are through as y has numbers.
+where the gradient ignores the dependence of V on x_t. V is never formed: a product with it is a
+backward pass, and the system is solved by GMRES. The method is exact for any Gaussian prior once
+the number of iterations reaches the number of elements of y.
 
-The Jacobian of a network is neither symmetric nor positive where it has learned badly, at high
-noise. There a few iterations are safer than many, since they cannot follow what a nearly singular
-system asks for: on a small trained network three kept all samples near the data, eight did not.
+The Jacobian of a network is neither symmetric nor positive where the network is inaccurate, at
+high noise. Few iterations are then safer than many, because they cannot follow the nearly singular
+directions of the system: on a small trained network, 3 iterations kept all samples near the data
+and 8 did not.
 
 Source:
     Rozet, Andry, Lanusse, Louppe, "Learning diffusion priors from observations by expectation
@@ -20,50 +21,37 @@ __all__ = ["MMPS"]
 
 from torch import Tensor
 
+from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guided, Observation
-from diffusion_lab.guidance.conditional import Conditional
-from diffusion_lab.guidance.jacobian import denoised_and_vjp
+from diffusion_lab.guidance.jacobian import tweedie_moments
 from diffusion_lab.guidance.linear_solve import gmres
 
 
 class MMPS(Guided):
-    """One call of the denoiser and k + 1 backward passes a step.
+    """MMPS: one call of the denoiser and k + 1 backward passes per step.
 
     Arguments:
-        iterations: The number k of GMRES iterations, at least 1.
-
-    Raises:
-        ValueError: If k is below 1.
+        iterations: The number k of GMRES iterations.
     """
 
     requires = "linear"
     noiseless = True
     isotropic = False
 
-    def __init__(self, iterations: int = 3) -> None:
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations} is not allowed; it is at least 1")
+    @checked
+    def __init__(self, iterations: PositiveInt = 3) -> None:
         self.iterations = iterations
 
-    def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
-        return _MMPS(denoiser, observation, self.iterations)
+    def posterior_mean(
+        self, denoiser: Denoiser, observation: Observation, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        y, a, sigma_y = observation.y, observation.linear, observation.sigma_y
+        denoised, covariance = tweedie_moments(denoiser, x_t, t)
 
+        def product(v: Tensor) -> Tensor:
+            """(Σ_y + A V Aᵀ) v."""
+            return sigma_y**2 * v + a(covariance(a.adjoint(v)))
 
-class _MMPS(Conditional):
-    def __init__(self, denoiser: Denoiser, observation: Observation, iterations: int) -> None:
-        super().__init__(denoiser, observation)
-        self.iterations = iterations
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        denoised, vjp = denoised_and_vjp(self.denoiser, x_t, t)
-        scale, a = self.scale(x_t, t), self.linear
-
-        def pull(v: Tensor) -> Tensor:
-            """V Aᵀ v."""
-            return scale * vjp(a.adjoint(v))
-
-        v = gmres(
-            lambda v: self.sigma_y**2 * v + a(pull(v)), self.y - a(denoised), self.iterations
-        )
-        return denoised + pull(v)
+        v = gmres(product, y - a(denoised), self.iterations)
+        return denoised + covariance(a.adjoint(v))

@@ -1,21 +1,23 @@
-r"""PnP-DM: a split Gibbs sampler, the prior and the observation in turns.
+r"""PnP-DM: split Gibbs sampling, alternating between the prior and the likelihood.
 
-A copy z of the image, coupled to it by a Gaussian of width ρ, splits the posterior,
+A copy z of x, coupled to x by a Gaussian of width ρ, splits the posterior,
 
     π_ρ(x, z) ∝ p(x) N(x; z, ρ² I) p(y | z),    π_ρ(x) -> p(x | y) for ρ -> 0.
 
-Gibbs sampling draws in turns
+Gibbs sampling alternates
 
-    z ~ N(z; x, ρ² I) p(y | z):  exact for a linear operator, else Langevin dynamics (see `daps`),
-    x ~ p(x) N(z; x, ρ² I):      denoising z of noise ρ, by the reverse SDE from α_{t*} z at the
-                                 time t* with σ_{t*} / α_{t*} = ρ (see `truncated`),
+    z ~ N(z; x, ρ² I) p(y | z):  exact for a linear operator, otherwise Langevin dynamics
+                                 (see `LikelihoodStep`),
+    x ~ p(x) N(z; x, ρ² I):      denoising of z with noise ρ, by the reverse SDE from α_{t*} z at
+                                 the time t* with σ_{t*} / α_{t*} = ρ (see `truncated`),
 
-with ρ_k = max(ρ_max a^k, ρ_min) for k = 0, 1, ..., K - 1: large at first, when the chain moves
-fast. Two turns are the more alike the smaller ρ is, so that one image's modes are hardly ever
-changed once ρ is small. The image is the last x of its own chain.
+with ρ_k = max(ρ_max a^k, ρ_min) for k = 0, 1, ..., K - 1. Successive iterates are more correlated
+for small ρ, so that a chain hardly ever changes its mode once ρ is small. Each sample is the last
+x of its own chain.
 
-Errors of the draw of x add up along the chain: the sampler needs all of the noise (DDIM with η < 1
-makes the samples spread too little), and the small variance needs more steps than Euler-Maruyama.
+Errors of the draw of x accumulate along the chain. The sampler must be fully stochastic (DDIM with
+η < 1 makes the samples spread too little), and the small variance needs more steps than
+Euler-Maruyama.
 
 Sources:
     Vono, Dobigeon, Chainais, "Split-and-augmented Gibbs sampler", 2019.
@@ -30,49 +32,52 @@ import logging
 import torch
 from torch import Tensor
 
+from diffusion_lab.constraints import Positive, PositiveInt, PositiveUnit, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance.base import Observation
-from diffusion_lab.guidance.data_step import Coupled
+from diffusion_lab.guidance.data_step import LikelihoodStep, StepSize
 from diffusion_lab.rng import normal_like
 from diffusion_lab.sampler.base import Callback, Generator, Sampler, State
 
 log = logging.getLogger(__name__)
 
 
-class PnPDM(Coupled):
-    """Runs a chain of draws for each image; the sampler draws x given z.
+class PnPDM(LikelihoodStep):
+    """PnP-DM: one Gibbs chain per sample; the sampler draws x given z.
 
-    `iterations` times as many calls of the network as the sampler makes. The callback gets the
+    Each iteration makes as many calls of the network as the sampler does. The callback gets the
     start of every iteration.
 
     Arguments:
-        iterations: The length K of the chain, at least 1.
-        rho_max: The first ρ, above 0, within the schedule's range of σ / α.
-        rho_min: The last ρ, above 0 and at most `rho_max`; it is the width of what is added to the
-            posterior.
-        decay: The factor a of ρ from one iteration to the next, in (0, 1].
-        langevin_steps: See `Coupled`.
-        step_size: See `Coupled`.
+        iterations: The length K of the chain.
+        rho_max: The first ρ, within the schedule's range of σ / α.
+        rho_min: The last ρ, at most `rho_max`; the posterior is smoothed by this width.
+        decay: The factor a of ρ from one iteration to the next.
+        langevin_steps: See `LikelihoodStep`.
+        step_size: See `LikelihoodStep`.
 
     Raises:
-        ValueError: If a setting is outside its range, or ρ_max outside the schedule's.
-        SamplingError: If the state stops being finite; names the iteration.
+        ValueError: If `rho_min` exceeds `rho_max`, or if `rho_max` is outside the schedule.
+        SamplingError: If the state becomes non-finite; names the iteration.
     """
 
+    @checked
     def __init__(
-        self, iterations: int = 100, rho_max: float = 10.0, rho_min: float = 0.3,
-        decay: float = 0.9, langevin_steps: int = 100, step_size: float = 0.1,
-    ) -> None:  # fmt: skip
+        self,
+        iterations: PositiveInt = 100,
+        rho_max: Positive = 10.0,
+        rho_min: Positive = 0.3,
+        decay: PositiveUnit = 0.9,
+        langevin_steps: PositiveInt = 100,
+        step_size: StepSize = 0.1,
+    ) -> None:
         super().__init__(langevin_steps, step_size)
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations} is not allowed; it is at least 1")
-        if not 0 < rho_min <= rho_max:
+        if rho_min > rho_max:
             raise ValueError(
-                f"rho_min={rho_min} and rho_max={rho_max} are not allowed; 0 < rho_min <= rho_max"
+                f"rho_min={rho_min} and rho_max={rho_max} are not allowed; rho_min must be at "
+                "most rho_max"
             )
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay={decay} is not allowed; it lies in (0, 1]")
         self.iterations, self.decay = iterations, decay
         self.rho_max, self.rho_min = rho_max, rho_min
 
@@ -84,7 +89,7 @@ class PnPDM(Coupled):
         generator: Generator,
         callback: Callback | None,
     ) -> Tensor:
-        schedule, coupling = denoiser.schedule, self.coupling(observation)
+        schedule = denoiser.schedule
         largest = float(schedule.ratio(1.0))
         if self.rho_max > largest:
             raise ValueError(
@@ -100,7 +105,7 @@ class PnPDM(Coupled):
         x = torch.zeros_like(observation.noise(generator))
         for k in range(self.iterations):
             rho = max(self.rho_max * self.decay**k, self.rho_min)
-            z = coupling(x, rho, lambda x: normal_like(x, generator))
+            z = self.likelihood_step(observation, x, rho, lambda x: normal_like(x, generator))
             t = schedule.t_from_ratio(rho)
             start = schedule(t)[0].to(z) * z
             try:
@@ -116,7 +121,7 @@ class PnPDM(Coupled):
 
 
 def _first(callback: Callback) -> Callback:
-    """Passes on the first state only: a chain has as many runs of the sampler as iterations."""
+    """Passes on only the first state of a run of the sampler."""
     states: list[State] = []
 
     def once(state: State) -> None:

@@ -1,47 +1,45 @@
-r"""The residual rule of the talk: ancestral sampling with a pull towards the observation.
+r"""Residual rule of the talk: ancestral sampling plus λ (y - x_t).
 
     x_{t-1} = 1/√a_t (x_t - β_t / √(1 - ᾱ_t) ε̂) + s_t z + λ (y - x_t),    s_t² = β̃_t or β_t,
 
-a_t = 1 - β_t, from noise at T, z = 0 at the last step, y on the scale of x_0. It is a baseline:
-λ (y - x_t) is a likelihood step as if y were x_t plus noise of a precision that λ makes up, the
-same at all times. The result is not a sample of p(x_0 | y) for any λ: with a small one the spread
-of the samples is far too large, with a large one far too small.
+a_t = 1 - β_t, from noise at T, z = 0 at the last step, y in the units of x_0. It is a baseline:
+λ (y - x_t) is a likelihood step as if y were x_t plus noise of a precision that λ implies, the
+same at all times. The result is not a sample of p(x_0 | y) for any λ: the samples spread far too
+much for a small λ and far too little for a large one.
 """
 
 __all__ = ["Residual"]
 
+from typing import Literal
+
 from torch import Tensor
 
+from diffusion_lab.constraints import NonNegative, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.sampler.base import Callback, Generator, Sampler
-
-STARTS = ("noise", "y")
 
 
 class Residual(Guidance):
     """Adds λ (y - x_t) to every step of the sampler.
 
     With `Ancestral` as the sampler this is the rule above; a step from t to any earlier s takes
-    √a = α_t / α_s. If the sampler clips x̂, ε̂ is that of the clipped one: on a schedule that ends
-    in pure noise the rule diverges without, since the first step divides ε̂'s error by a tiny √a.
+    √a = α_t / α_s. If the sampler clips x̂, ε̂ follows from the clipped x̂; without clipping, the
+    rule diverges on a schedule that ends in pure noise, where the first step divides the error of
+    ε̂ by a tiny √a.
 
     Arguments:
-        strength: The strength λ of the pull, at least 0.
-        start: "noise" starts from the prior at t = 1; "y" from α_t y at y's own noise level.
-
-    Raises:
-        ValueError: If λ is negative or `start` is unknown.
+        strength: The factor λ of the residual.
+        start: "noise" starts from the prior at t = 1; "y" from α_t y at the noise level of y.
     """
 
     requires = "identity"
     noiseless = True
 
-    def __init__(self, strength: float = 0.05, start: str = "noise") -> None:
-        if not strength >= 0:
-            raise ValueError(f"strength={strength} is not allowed; λ is at least 0")
-        if start not in STARTS:
-            raise ValueError(f"start={start!r} is unknown; choose noise or y")
+    @checked
+    def __init__(
+        self, strength: NonNegative = 0.05, start: Literal["noise", "y"] = "noise"
+    ) -> None:
         self.strength = strength
         self.start = start
 
@@ -55,7 +53,7 @@ class Residual(Guidance):
     ) -> Tensor:
         y, schedule = observation.y, denoiser.schedule
         if self.start == "y":
-            t_start, x_t = observation.at_own_level(schedule)
+            t_start, x_t = observation.at_matching_level(schedule)
         else:
             t_start, x_t = 1.0, observation.start(schedule, generator)
         return sampler(

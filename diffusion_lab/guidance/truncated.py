@@ -1,13 +1,13 @@
-r"""The truncated reverse SDE: an exact posterior sampler for Gaussian noise on the whole image.
+r"""Truncated reverse SDE: an exact posterior sampler for Gaussian noise on the whole image.
 
 The observation is a point of the forward process. With t* such that σ_{t*} / α_{t*} = σ_y,
 
     α_{t*} y = α_{t*} x_0 + σ_{t*} n
 
-has the distribution of x_{t*} given x_0, so p(x_0 | y) = p(x_0 | x_{t*} = α_{t*} y): the reverse
-SDE, started from α_{t*} y at t* instead of from noise at 1, draws from it. Nothing is
-approximated but the score and the discretisation. A deterministic sampler would give a single
-point instead: the reverse ODE maps one y to one image.
+has the distribution of x_{t*} given x_0, so that p(x_0 | y) = p(x_0 | x_{t*} = α_{t*} y): the
+reverse SDE from α_{t*} y at t*, instead of from noise at 1, samples the posterior. The only
+approximations are the score and the discretization. A deterministic sampler gives a single point
+instead: the reverse ODE maps one y to one image.
 """
 
 __all__ = ["Truncated"]
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Truncated(Guidance):
-    """Runs the sampler from the observation's own noise level."""
+    """Runs the sampler from the noise level of the observation."""
 
     requires = "identity"
 
@@ -43,5 +43,5 @@ class Truncated(Guidance):
                 "spread is too small)",
                 type(sampler).__name__,
             )
-        t, start = observation.at_own_level(denoiser.schedule)
+        t, start = observation.at_matching_level(denoiser.schedule)
         return sampler(denoiser, start, t_start=t, generator=generator, callback=callback)

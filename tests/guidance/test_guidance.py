@@ -9,9 +9,29 @@ import torch
 from gaussian import COVARIANCE, MEAN, GaussianDenoiser, guidance_moments
 from torch import Tensor
 
-from diffusion_lab.guidance import MMSE, Observation, Residual, Truncated
+from diffusion_lab.guidance import (
+    DAPS,
+    DDNM,
+    DDRM,
+    MMSE,
+    TDS,
+    DiffPIR,
+    Observation,
+    REDDiff,
+    Residual,
+    Truncated,
+)
 from diffusion_lab.rng import KeyedGenerator, make_key
-from diffusion_lab.sampler import DDIM, Ancestral, EulerMaruyama, ProbabilityFlow, State, UniPC
+from diffusion_lab.sampler import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    Heun,
+    ProbabilityFlow,
+    State,
+    UniPC,
+)
+from diffusion_lab.sampler.time_grid import LogSNR
 from diffusion_lab.schedule import EDM, VE, VP, Cosine, Flow, Linear, Schedule, Sigmoid, SubVP
 
 SCHEDULES = {
@@ -131,7 +151,7 @@ def test_truncated_does_not_warn_of_samplers_with_noise(sampler, caplog) -> None
 def test_mmse_is_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
     y, states = batch(5), []
     estimate = MMSE()(
-        GaussianDenoiser(schedule), DDIM(2), Observation(y, sigma_y), callback=states.append
+        GaussianDenoiser(schedule), DDIM(1), Observation(y, sigma_y), callback=states.append
     )
     expected = torch.stack([posterior(row, sigma_y)[0] for row in y])
     torch.testing.assert_close(estimate, expected, rtol=1e-9, atol=1e-9)
@@ -293,9 +313,9 @@ def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        ({"strength": -0.1}, "strength=-0.1 .*at least 0"),
+        ({"strength": -0.1}, "strength=-0.1 .*>= 0"),
         ({"strength": float("nan")}, "strength=nan"),
-        ({"start": "x"}, "start='x' .*noise or y"),
+        ({"start": "x"}, "start=x .*one of noise, y"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict, text: str) -> None:
@@ -306,7 +326,7 @@ def test_bad_settings_are_named(arguments: dict, text: str) -> None:
 @pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(start="y")])
 def test_noise_beyond_the_schedule_is_refused(guidance) -> None:
     with pytest.raises(ValueError, match="outside the schedule Linear"):
-        guidance(GaussianDenoiser(SHORT), Ancestral(4), Observation(batch(2), 1000.0))
+        guidance(GaussianDenoiser(SHORT), Ancestral(1), Observation(batch(2), 1000.0))
 
 
 @pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(), Residual(start="y")])
@@ -316,9 +336,52 @@ def test_an_image_does_not_depend_on_its_batch(guidance) -> None:
     def run(chosen: list[int]) -> Tensor:
         generator = KeyedGenerator(make_key(1, torch.tensor(chosen)))
         observation = Observation(y[chosen], SIGMA_Y)
-        return guidance(
-            GaussianDenoiser(SHORT), EulerMaruyama(8), observation, generator=generator
-        )
+        sampler = EulerMaruyama(1 if isinstance(guidance, MMSE) else 8)
+        return guidance(GaussianDenoiser(SHORT), sampler, observation, generator=generator)
 
     whole = run([0, 1, 2, 3, 4])
     torch.testing.assert_close(run([3, 1]), whole[[3, 1]], rtol=1e-12, atol=1e-12)
+
+
+# --- arguments of the sampler -------------------------------------------------------------------
+
+OWN_STEPS = [DAPS(), DDNM(), DDRM(), DiffPIR(), REDDiff(), TDS()]
+
+
+@pytest.mark.parametrize("guidance", OWN_STEPS, ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    ("sampler", "named"),
+    [
+        (DDIM(3, eta=0.5), "sampler.eta=0.5"),
+        (Ancestral(3, variance="large"), "sampler.variance=large"),
+        (Heun(3, churn=1.0), "sampler.churn=1.0"),
+        (ProbabilityFlow(3, adaptive=False), "sampler.adaptive=False"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arguments_of_a_sampler_that_are_not_used_are_refused(guidance, sampler, named) -> None:
+    name = type(guidance).__name__
+    with pytest.raises(ValueError, match=f"{named} is not used by {name}, .* remove it"):
+        guidance(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
+    guidance.check_sampler(type(sampler)(3, grid=LogSNR(), clip=True))
+
+
+def test_an_argument_that_the_method_has_itself_is_named() -> None:
+    with pytest.raises(ValueError, match=r"remove it; DDRM has its own guidance.eta"):
+        DDRM().check_sampler(DDIM(3, eta=0.5))
+
+
+def test_methods_that_use_the_step_take_any_sampler() -> None:
+    for guidance in (Truncated(), Residual()):
+        guidance.check_sampler(DDIM(3, eta=0.5))
+
+
+def test_mmse_is_one_step() -> None:
+    observation = Observation(3 * batch(2), SIGMA_Y)
+    with pytest.raises(ValueError, match=r"sampler.steps=2 is not used by MMSE.*sampler.steps=1"):
+        MMSE()(GaussianDenoiser(Linear()), DDIM(2), observation)
+    free, clipped = (
+        MMSE()(GaussianDenoiser(Linear()), DDIM(1, clip=clip), observation)
+        for clip in (False, True)
+    )
+    assert torch.equal(clipped, free.clamp(-1, 1)) and float(free.abs().max()) > 1

@@ -643,13 +643,13 @@ def test_dps_where_y_is_met_and_where_nothing_depends_on_x() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: DMPS(-1.0), "strength=-1.0 .*at least 0"),
-        (lambda: DPS(float("nan")), "strength=nan .*at least 0"),
-        (lambda: DPS(0.3, 0), "reference=0 .*at least 1, or null"),
-        (lambda: PiGDM(0.0), "data_std=0.0 .*above 0"),
-        (lambda: SDA(0.0), "gamma=0.0 .*above 0"),
+        (lambda: DMPS(-1.0), "strength=-1.0 .*>= 0"),
+        (lambda: DPS(float("nan")), "strength=nan .*>= 0"),
+        (lambda: DPS(0.3, 0), "reference=0 .*null or an integer >= 1"),
+        (lambda: PiGDM(0.0), "data_std=0.0 .*> 0"),
+        (lambda: SDA(0.0), "gamma=0.0 .*> 0"),
         (lambda: TMPD(1.5), r"floor=1.5 .*\[0, 1\]"),
-        (lambda: MMPS(0), "iterations=0 .*at least 1"),
+        (lambda: MMPS(0), "iterations=0 .*>= 1"),
         (lambda: JFPS(-0.5), "data_std=-0.5"),
         (lambda: JFPS(iterations=0), "iterations=0"),
     ],
@@ -686,13 +686,13 @@ def test_methods_are_refused_where_they_are_not_defined() -> None:
     [
         (torch.ones(D + 1), r"of shape \(6,\); .*\(5,\) or \(5, 5\)"),
         (torch.ones(2, D), r"of shape \(2, 5\)"),
-        (-torch.eye(D), "positive semidefinite; the smallest variance is -1"),
-        (torch.tensor([1.0, 1.0, -0.5, 1.0, 1.0]), "the smallest variance is -0.5"),
+        (-torch.eye(D), "positive semidefinite; its smallest eigenvalue is -1"),
+        (torch.tensor([1.0, 1.0, -0.5, 1.0, 1.0]), "its smallest eigenvalue is -0.5"),
     ],
 )
 def test_jfps_refuses_what_is_no_covariance_of_the_data(wrong: Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        JFPS(covariance=wrong).denoiser(MIXTURE.denoiser(VP()), Observation(Y, SIGMA_Y, OPERATOR))
+        JFPS(covariance=wrong).check(Observation(Y, SIGMA_Y, OPERATOR))
 
 
 def test_the_times_of_a_grid_are_those_that_dps_steps_over() -> None:

@@ -10,7 +10,7 @@ from diffusion_lab.analytic import Gaussian, GaussianMixture
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import TDS, Observation
-from diffusion_lab.guidance.tds import _Swarm, systematic
+from diffusion_lab.guidance.particles import ParticleSet, systematic
 from diffusion_lab.leaderboard import BEDS, Method, grade
 from diffusion_lab.operator import HDR, BoxInpainting, Identity, Matrix
 from diffusion_lab.rng import KeyedGenerator, make_key
@@ -52,10 +52,10 @@ def test_a_step_has_the_stated_densities() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(2, 3, generator=generator, dtype=torch.float64).repeat_interleave(2, 0)
     observation = Observation(y, sigma_y, Matrix(MATRIX), group=2)
-    swarm = _Swarm(observation, 4, std, generator)
-    z, denoised = swarm.normal(), swarm.normal()
-    twist, pull = swarm.twist(denoised, r)
-    moved, ratio = swarm.move(z, denoised, pull, r, s)
+    particles = ParticleSet(observation, 4, std, generator)
+    z, denoised = particles.normal(), particles.normal()
+    twist, pull = particles.twist(denoised, r)
+    moved, ratio = particles.move(z, denoised, pull, r, s)
 
     a, c = MATRIX.numpy(), std**2
     v, v_s = (x**2 * c / (x**2 + c) for x in (r, s))
@@ -92,15 +92,15 @@ def test_no_weight_changes_where_the_twist_is_exact(r: float, s: float) -> None:
     """p(x_0) = N(0, s² I): the proposal is p(z' | z, y), whatever the step."""
     std, generator = 0.8, torch.Generator().manual_seed(1)
     y = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-    swarm = _Swarm(Observation(y, 0.3, Matrix(MATRIX)), 5, std, generator)
+    particles = ParticleSet(Observation(y, 0.3, Matrix(MATRIX)), 5, std, generator)
 
     def denoised(z: torch.Tensor, level: float) -> torch.Tensor:
         return std**2 / (std**2 + level**2) * z
 
-    z = r * swarm.normal()
-    before, pull = swarm.twist(denoised(z, r), r)
-    moved, ratio = swarm.move(z, denoised(z, r), pull, r, s)
-    after, _ = swarm.twist(denoised(moved, s), s)
+    z = r * particles.normal()
+    before, pull = particles.twist(denoised(z, r), r)
+    moved, ratio = particles.move(z, denoised(z, r), pull, r, s)
+    after, _ = particles.twist(denoised(moved, s), s)
     torch.testing.assert_close(ratio + after, before, rtol=0, atol=1e-9)
 
 
@@ -197,7 +197,7 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"particles": 0.5}, "particles=0.5 is not allowed; it is at least 1"),
+    [({"particles": 0.5}, "particles=0.5 is not allowed; it must be a number >= 1"),
      ({"data_std": 0}, "data_std=0"), ({"threshold": 0}, "threshold=0"),
      ({"batch_size": 0}, "batch_size=0"), ({"ratio_max": math.nan}, "ratio_max=nan")],
 )  # fmt: skip
