@@ -53,7 +53,8 @@ class DMPS(Guided):
         alpha_t, _ = schedule(t.double())
         residual = observation.y - observation.operator(x_t / broadcast(alpha_t, x_t))
         shift = pull_back(observation.linear, residual, variance, sigma_y)
-        return denoiser(x_t, t) + self.strength * broadcast(variance, x_t) * shift
+        denoised: Tensor = denoiser(x_t, t)
+        return denoised + self.strength * broadcast(variance, x_t) * shift
 
     def draw(
         self,

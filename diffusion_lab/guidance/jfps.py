@@ -58,7 +58,7 @@ class JFPS(Guided):
         self, denoiser: Denoiser, observation: Observation, x_t: Tensor, t: Tensor
     ) -> Tensor:
         a, sigma_y, ratio = observation.linear, observation.sigma_y, denoiser.schedule.ratio(t)
-        denoised = denoiser(x_t, t)
+        denoised: Tensor = denoiser(x_t, t)
         residual = observation.y - a(denoised)
         if self.covariance is None:
             variance = 1 / (ratio**-2 + self.data_std**-2)

@@ -50,7 +50,8 @@ def solve(
         return operator.solve(y, a, b)
 
     def product(v: Tensor) -> Tensor:
-        return a * operator(operator.adjoint(v)) + b * v
+        image: Tensor = a * operator(operator.adjoint(v)) + b * v
+        return image
 
     return conjugate_gradients(product, y, iterations)
 

@@ -51,7 +51,8 @@ class MMPS(Guided):
 
         def product(v: Tensor) -> Tensor:
             """(Σ_y + A V Aᵀ) v."""
-            return sigma_y**2 * v + a(covariance(a.adjoint(v)))
+            image: Tensor = sigma_y**2 * v + a(covariance(a.adjoint(v)))
+            return image
 
         v = gmres(product, y - a(denoised), self.iterations)
         return denoised + covariance(a.adjoint(v))

@@ -47,7 +47,8 @@ class MMSE(Guidance):
         self.check(observation)
         t, x_t = observation.at_matching_level(denoiser.schedule)
         with torch.no_grad():
-            return denoiser(x_t, torch.tensor(t, dtype=torch.float64))
+            denoised: Tensor = denoiser(x_t, torch.tensor(t, dtype=torch.float64))
+        return denoised
 
     def draw(
         self,

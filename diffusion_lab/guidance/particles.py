@@ -63,7 +63,7 @@ class ParticleSet:
             z = torch.randn(
                 groups * particles, *shape, generator=self.each, dtype=self.y.dtype, device=device
             ).to(self.y.device)
-        return z.unflatten(0, (groups, particles))[:, :count]
+        return z.reshape(groups, particles, *shape)[:, :count]
 
     def uniform(self) -> Tensor:
         """Draws u ~ U[0, 1) for each group, float64, of shape (G,)."""
@@ -80,7 +80,8 @@ class ParticleSet:
 
     def _apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Applies a map of the operator to (G, N, *)."""
-        return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        y = function(x.flatten(0, 1))
+        return y.reshape(*x.shape[:2], *y.shape[1:])
 
     def _residual(self, denoised: Tensor) -> Tensor:
         """e = Uᵀ (y - A x̂), (G, N, *)."""

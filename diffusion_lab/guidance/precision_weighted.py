@@ -43,4 +43,6 @@ class Fused(Guided):
         t_u = schedule.t_from_ratio(ratio * weight.sqrt(), check=False)
         alpha_u, _ = schedule(t_u)
         x_u = broadcast(alpha_u * weight / alpha_t, x_t) * x_t
-        return denoiser(x_u + broadcast(alpha_u * (1 - weight), x_t) * y, t_u)
+        x_u = x_u + broadcast(alpha_u * (1 - weight), x_t) * y
+        denoised: Tensor = denoiser(x_u, t_u)
+        return denoised

@@ -55,7 +55,7 @@ class SDA(Guided):
     ) -> Tensor:
         ratio = denoiser.schedule.ratio(t)
         if self.detach:
-            denoised = denoiser(x_t, t)
+            denoised: Tensor = denoiser(x_t, t)
         else:
             denoised, covariance = tweedie_moments(denoiser, x_t, t)
         with torch.enable_grad():

@@ -91,6 +91,7 @@ class Restoration(Task):
         try:
             y = operator(torch.zeros(1, *self.shape))
             guidance.check(Observation(y, noise.std(y), operator))
+            guidance.check_sampler(self.sampler)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -111,7 +112,7 @@ class Restoration(Task):
         estimates = {"mean": samples.mean(1)}
         if isinstance(self.operator, Identity):
             observation = Observation(y, self.noise.std(y), self.operator)
-            estimates["mmse"] = MMSE()(self.denoiser, self.sampler, observation)
+            estimates["mmse"] = MMSE().estimate(self.denoiser, observation)
         results: list[dict[str, Any]] = [{"finite": bool(each)} for each in finite]
         if x_0 is not None:
             scores = self.scorer(x_0, y, samples, estimates, index, self.batch_size)
