@@ -73,6 +73,11 @@ MODULES = {
 NAMES: dict[str, str] = {
     "diffusion_lab.callback.FewImages": "diffusion_lab.callback.OverfitSubset",
     "diffusion_lab.callback.few_images.FewImages": "diffusion_lab.callback.OverfitSubset",
+    "diffusion_lab.guidance.Fused": "diffusion_lab.guidance.PrecisionWeighted",
+    "diffusion_lab.guidance.Truncated": "diffusion_lab.guidance.TruncatedReverseSDE",
+    "diffusion_lab.guidance.fused.Fused": "diffusion_lab.guidance.PrecisionWeighted",
+    "diffusion_lab.guidance.precision_weighted.Fused": "diffusion_lab.guidance.PrecisionWeighted",
+    "diffusion_lab.guidance.truncated.Truncated": "diffusion_lab.guidance.TruncatedReverseSDE",
 }
 
 # Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.
@@ -88,6 +93,15 @@ KEYS: dict[str, str] = {
     "model.data.lanes": "model.data.interleave",
     "model.data.tail": "model.data.drop_last",
     "model.data.window": "model.data.shuffle_buffer",
+    "guidance[diffpir].strength": "guidance.prior_weight",
+    "guidance[dmps].strength": "guidance.data_weight",
+    "guidance[reddiff].strength": "guidance.prior_weight",
+    "guidance[residual].strength": "guidance.gain",
+    "guidance.strength": "guidance.step_size",  # of dps, which some operators choose
+    "guidance.ratio_max": "guidance.sigma_max",
+    "guidance.reference": "guidance.reference_steps",
+    "guidance.shares": "guidance.share_particles",
+    "guidance.until": "guidance.t_stop",
 }
 
 # New key -> old value -> new value.

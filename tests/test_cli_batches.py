@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lab import runs
 from diffusion_lab.denoiser import NetworkDenoiser
-from diffusion_lab.guidance import DPS, MMPS, TMPD, PiGDM, Truncated
+from diffusion_lab.guidance import DPS, MMPS, TMPD, PiGDM, TruncatedReverseSDE
 from diffusion_lab.task.base import Task
 
 FOUR = [*SMALL, "num_samples=4", "num_images=3", "sampler.steps=2"]
@@ -45,7 +45,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Batches]:
 
 
 METHODS = {
-    "denoise": (Truncated(), 0), "inpaint_box": (MMPS(), 4), "deblur": (PiGDM(), 1),
+    "denoise": (TruncatedReverseSDE(), 0), "inpaint_box": (MMPS(), 4), "deblur": (PiGDM(), 1),
     "super_resolution": (TMPD(), 2), "hdr": (DPS(), 1),
 }  # fmt: skip
 

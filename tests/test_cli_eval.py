@@ -126,7 +126,7 @@ BAD = [
     (["task=denose"], "task/denose"),
     (["task=generate", "sigma_t=0.5"], "sigma_t"),
     (["num_images=0"], "num_images=0"),
-    (["guidance=residual", "guidance.strength=-1"], "guidance.strength=-1"),
+    (["guidance=residual", "guidance.gain=-1"], "guidance.gain=-1"),
     (["guidance=none"], "guidance=none"),
     (["run=a", "ckpt=b"], "exclude each other"),
     (["run=a", "model=pretrained", "model.path=b"], "run=a and model.path=b exclude each other"),

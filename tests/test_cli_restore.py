@@ -78,7 +78,7 @@ def test_poisson_noise_is_that_of_its_rate(lab: Command, run: Path) -> None:
 
 
 def test_a_method_that_diverges_says_so_in_its_row(lab: Command, run: Path) -> None:
-    options = ["guidance=residual", "guidance.strength=1e30", "sampler.clip=false"]
+    options = ["guidance=residual", "guidance.gain=1e30", "sampler.clip=false"]
     result = lab("eval", "hydra.run.dir=e", *options, *SMALL)
     assert result.code == 0, result.text
     assert table("e") == {
@@ -92,7 +92,7 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
     run: Path,
 ) -> None:
     for size in (3, 64):
-        result = lab("eval", "task=inpaint_box", "guidance=tds", "guidance.shares=true",
+        result = lab("eval", "task=inpaint_box", "guidance=tds", "guidance.share_particles=true",
                      f"batch_size={size}", f"hydra.run.dir=e{size}", *SMALL)  # fmt: skip
         assert result.code == 0, result.text
     assert table("e3")["sample", "psnr"][0] == pytest.approx(
@@ -114,7 +114,10 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
         (["image=big.png", "observation=big.png"], "exclude each other"),
         (["task=inpaint_box", "sigma_y=0", "guidance=tds"], "sigma_y=0: TDS divides by it"),
         (["task=hdr", "guidance=ddrm"], "DDRM is for linear operators, and HDR is not linear"),
-        (["task=phase_retrieval", "guidance=truncated"], "Truncated is for a noisy image"),
+        (
+            ["task=phase_retrieval", "guidance=truncated"],
+            "ReverseSDE is for a noisy image",
+        ),
         (["task=super_resolution", "task.factor=5"], "factor=5 is not allowed"),
         (["task=inpaint_box", "sigma_t=0.5"], "sigma_t"),
         (["task=deblur", "rate=-1"], "rate=-1 is not allowed"),

@@ -57,11 +57,11 @@ def test_a_task_picks_its_method_and_the_method_its_sampler() -> None:
         guidance = config.guidance._target_.rsplit(".", 1)[1] if config.guidance else None
         return guidance, config.sampler._target_.rsplit(".", 1)[1]
 
-    assert choice("task=denoise") == ("Truncated", "EulerMaruyama")
+    assert choice("task=denoise") == ("TruncatedReverseSDE", "EulerMaruyama")
     assert choice("task=generate") == (None, "Ancestral")
     assert choice("task=denoise", "guidance=residual") == ("Residual", "Ancestral")
     assert choice("guidance=residual", "sampler=ddim") == ("Residual", "DDIM")
-    assert choice("sampler=ancestral") == ("Truncated", "Ancestral")
+    assert choice("sampler=ancestral") == ("TruncatedReverseSDE", "Ancestral")
 
 
 def test_an_experiment_gives_way_to_the_command_line() -> None:

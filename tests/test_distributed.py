@@ -139,7 +139,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     small = ["run=one", "num_images=5", "num_samples=3", "sampler.steps=2"]
     denoising = [[], ["num_images=1"]]  # one image: a rank has none
     restorations = [
-        ["task=inpaint_box", "guidance=tds", f"guidance.shares={shares}"]
+        ["task=inpaint_box", "guidance=tds", f"guidance.share_particles={shares}"]
         for shares in ("true", "false")
     ]
     for options in (*denoising, *restorations, ["task=deblur", "guidance=mmps"]):

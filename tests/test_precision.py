@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_lab.analytic import Gaussian
 from diffusion_lab.denoiser import NetworkDenoiser
-from diffusion_lab.guidance import MMPS, Guidance, Observation, Truncated
+from diffusion_lab.guidance import MMPS, Guidance, Observation, TruncatedReverseSDE
 from diffusion_lab.guidance.jacobian import denoised_and_vjp
 from diffusion_lab.nn import UNet, unet
 from diffusion_lab.nn.blocks import initialise
@@ -131,7 +131,7 @@ def trained() -> UNet:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("guidance", "operator"),
-    [(Truncated(), Identity()), (MMPS(), BoxInpainting((1, SIDE, SIDE)))],
+    [(TruncatedReverseSDE(), Identity()), (MMPS(), BoxInpainting((1, SIDE, SIDE)))],
     ids=["truncated", "mmps"],
 )
 def test_the_variance_of_a_posterior_does_not_move(

@@ -20,7 +20,7 @@ from diffusion_lab.callback.trainer_state import data_module, image_shape, is_de
 from diffusion_lab.constraints import NonEmptyStr, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.data.images import SourceImages
 from diffusion_lab.errors import SamplingError
-from diffusion_lab.guidance import MMSE, Observation, Truncated
+from diffusion_lab.guidance import MMSE, Observation, TruncatedReverseSDE
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import image_grid, labelled_grid
 from diffusion_lab.report.trajectory import TrajectoryRecorder
@@ -143,7 +143,7 @@ class SampleGrid(Callback):
         mmse = MMSE().estimate(denoiser, Observation(y, sigma_y))
         repeated = y.repeat_interleave(self.POSTERIOR_SAMPLES, 0)
         generator = self._generator(module, "posterior row", len(repeated))
-        samples = Truncated()(
+        samples = TruncatedReverseSDE()(
             denoiser, sampler, Observation(repeated, sigma_y), generator=generator
         )
         samples = torch.unflatten(samples, 0, (len(x_0), self.POSTERIOR_SAMPLES))

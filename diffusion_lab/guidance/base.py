@@ -39,19 +39,19 @@ class Guidance(ABC):
         stochastic: Whether repeated calls give different results.
         requires: The operators that the method is defined for: the identity, those with a singular
             value decomposition (`SVDOperator`), linear ones (`LinearOperator`), any.
-        noiseless: Whether σ_y = 0 is allowed.
-        isotropic: Whether σ_y has to be one number.
-        shares: Whether the samples of one y come from common particles, so that the rows of a
-            group must stay together.
+        allows_noiseless: Whether σ_y = 0 is allowed.
+        requires_scalar_noise: Whether σ_y has to be one number.
+        share_particles: Whether the samples of one y come from common particles, so that the rows
+            of a group must stay together.
         uses_step: Whether the method uses the step of the sampler. If not, it uses only its number
             of steps, its grid and whether it clips.
     """
 
     stochastic = True
     requires: Literal["identity", "svd", "linear", "any"] = "any"
-    noiseless = False
-    isotropic = True
-    shares = False
+    allows_noiseless = False
+    requires_scalar_noise = True
+    share_particles = False
     uses_step = True
 
     def check(self, observation: Observation) -> None:
@@ -74,12 +74,12 @@ class Guidance(ABC):
                 "has none; choose another guidance: mmps, pigdm, dps"
             )
         sigma_y = observation.sigma_y
-        if self.isotropic and isinstance(sigma_y, Tensor) and sigma_y.numel() > 1:
+        if self.requires_scalar_noise and isinstance(sigma_y, Tensor) and sigma_y.numel() > 1:
             raise ValueError(
                 f"{name} is for noise of one standard deviation; choose another guidance: mmps, "
                 "sda, dps"
             )
-        if not self.noiseless and not bool(torch.as_tensor(sigma_y > 0).all()):
+        if not self.allows_noiseless and not bool(torch.as_tensor(sigma_y > 0).all()):
             raise ValueError(
                 f"sigma_y={sigma_y}: {name} divides by it; set sigma_y above 0, for example "
                 "sigma_y=0.01, or choose another guidance: ddnm, replacement"

@@ -54,7 +54,7 @@ class LikelihoodStep(Guidance):
             directions is too large by about half of it; a smaller size needs more steps.
     """
 
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(self, langevin_steps: PositiveInt = 100, step_size: StepSize = 0.1) -> None:

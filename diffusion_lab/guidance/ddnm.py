@@ -49,7 +49,7 @@ class DDNM(CustomStep):
     """
 
     requires = "svd"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(

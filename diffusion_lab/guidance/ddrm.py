@@ -44,7 +44,7 @@ class DDRM(CustomStep):
     """
 
     requires = "svd"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(self, eta: UnitInterval = 0.85, eta_b: UnitInterval = 1.0) -> None:

@@ -34,16 +34,16 @@ class DiffPIR(CustomStep):
     """DiffPIR: one call of the network per step.
 
     Arguments:
-        strength: Weight λ of x̂ against y: x_0 given x_t is assumed to spread by r_t / √λ.
+        prior_weight: Weight λ of x̂ against y: x_0 given x_t is assumed to spread by r_t / √λ.
         zeta: The fraction ζ of fresh noise; 0 keeps the estimated noise.
     """
 
     requires = "svd"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
-    def __init__(self, strength: Positive = 7.0, zeta: UnitInterval = 0.3) -> None:
-        self.strength, self.zeta = strength, zeta
+    def __init__(self, prior_weight: Positive = 7.0, zeta: UnitInterval = 0.3) -> None:
+        self.prior_weight, self.zeta = prior_weight, zeta
 
     def step(
         self,
@@ -56,7 +56,7 @@ class DiffPIR(CustomStep):
         x_t, operator = state.x_t, observation.svd
         step = transition(denoiser.schedule, state.t, s).like(x_t)
         alpha_s, sigma_s, alpha_t, sigma_t = step[:4]
-        rho = sigma_t / alpha_t / math.sqrt(self.strength)
+        rho = sigma_t / alpha_t / math.sqrt(self.prior_weight)
         c = observation.spectrum.proximal(operator.vt(state.denoised), rho)
         denoised = operator.v(c)
         epsilon = (x_t - alpha_t * denoised) / sigma_t

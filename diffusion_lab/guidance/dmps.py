@@ -35,15 +35,15 @@ class DMPS(Guided):
     the prior's estimate is clipped.
 
     Arguments:
-        strength: Weight λ of the likelihood's score.
+        data_weight: Weight λ of the likelihood's score.
     """
 
     requires = "linear"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
-    def __init__(self, strength: NonNegative = 1.0) -> None:
-        self.strength = strength
+    def __init__(self, data_weight: NonNegative = 1.0) -> None:
+        self.data_weight = data_weight
 
     def posterior_mean(
         self, denoiser: Denoiser, observation: Observation, x_t: Tensor, t: Tensor
@@ -54,7 +54,7 @@ class DMPS(Guided):
         residual = observation.y - observation.operator(x_t / broadcast(alpha_t, x_t))
         shift = pull_back(observation.linear, residual, variance, sigma_y)
         denoised: Tensor = denoiser(x_t, t)
-        return denoised + self.strength * broadcast(variance, x_t) * shift
+        return denoised + self.data_weight * broadcast(variance, x_t) * shift
 
     def draw(
         self,

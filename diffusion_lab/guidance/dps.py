@@ -42,19 +42,21 @@ class DPS(Guidance):
     If the sampler clips x̂, the distance is that of the clipped x̂.
 
     Arguments:
-        strength: The step size ζ: in the paper 0.3 for blur and super-resolution, 0.5 for
+        step_size: The step size ζ: in the paper 0.3 for blur and super-resolution, 0.5 for
             inpainting, 1 for phase retrieval, on images of 256 x 256. The norm of noise, and with
             it a suitable ζ, grows as the square root of the number of elements.
-        reference: The number N of steps that ζ is for; None takes ζ at every step, without a
+        reference_steps: The number N of steps that ζ is for; None takes ζ at every step, without a
             limit, as in the paper.
     """
 
-    noiseless = True
-    isotropic = False
+    allows_noiseless = True
+    requires_scalar_noise = False
 
     @checked
-    def __init__(self, strength: NonNegative = 0.3, reference: PositiveInt | None = 1000) -> None:
-        self.strength, self.reference = strength, reference
+    def __init__(
+        self, step_size: NonNegative = 0.3, reference_steps: PositiveInt | None = 1000
+    ) -> None:
+        self.step_size, self.reference_steps = step_size, reference_steps
 
     def draw(
         self,
@@ -70,9 +72,9 @@ class DPS(Guidance):
 
         def adjust(state: State, x_s: Tensor) -> Tensor:
             distance, gradient = prior.distance_and_gradient()
-            if self.reference is None:
-                return x_s - self.strength * gradient
-            size = self.strength * self.reference * (state.t - following[state.t])
+            if self.reference_steps is None:
+                return x_s - self.step_size * gradient
+            size = self.step_size * self.reference_steps * (state.t - following[state.t])
             limit = distance / gradient.flatten(1).square().sum(1).clamp(min=1e-30)
             return x_s - broadcast(limit.clamp(max=size), x_s) * gradient
 

@@ -17,14 +17,17 @@ Source:
 
 __all__ = ["ILVR"]
 
+from typing import Annotated
+
 from torch import Tensor
 
-from diffusion_lab.constraints import Decay, checked
+from diffusion_lab.constraints import Range, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance.base import Guidance, Observation
 from diffusion_lab.guidance.time_travel import TimeTravelSampler
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 
+Time = Annotated[float, Range(0, 1, high_open=True)]
 MAX_CONDITION = 100.0  # largest over smallest s > 0: 2 for bicubic reduction, 1000s for blurs
 
 
@@ -32,17 +35,17 @@ class ILVR(Guidance):
     """Replaces the observed part of x_s after every step of a sampler; σ_y is not used.
 
     Arguments:
-        until: The last time at which x_s is changed; 0 changes it after all steps. A larger value
+        t_stop: The last time at which x_s is changed; 0 changes it after all steps. A larger value
             gives the prior more influence.
     """
 
     requires = "svd"
-    noiseless = True
-    isotropic = False
+    allows_noiseless = True
+    requires_scalar_noise = False
 
     @checked
-    def __init__(self, until: Decay = 0.0) -> None:
-        self.until = until
+    def __init__(self, t_stop: Time = 0.0) -> None:
+        self.t_stop = t_stop
 
     def check(self, observation: Observation) -> None:
         super().check(observation)
@@ -66,7 +69,7 @@ class ILVR(Guidance):
         operator, schedule = observation.svd, denoiser.schedule
 
         def replace(x: Tensor, s: Tensor, noise: Noise) -> Tensor:
-            if s < self.until:
+            if s < self.t_stop:
                 return x
             alpha_s, sigma_s = (c.to(x, non_blocking=True) for c in schedule(s))
             target = alpha_s * observation.y + operator(sigma_s * noise(x) - x)

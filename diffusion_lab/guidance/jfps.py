@@ -36,7 +36,7 @@ class JFPS(Guided):
     """
 
     requires = "linear"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(

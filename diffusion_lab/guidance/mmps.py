@@ -36,8 +36,8 @@ class MMPS(Guided):
     """
 
     requires = "linear"
-    noiseless = True
-    isotropic = False
+    allows_noiseless = True
+    requires_scalar_noise = False
 
     @checked
     def __init__(self, iterations: PositiveInt = 3) -> None:

@@ -33,7 +33,7 @@ class PiGDM(Guided):
     """
 
     requires = "linear"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(self, data_std: Positive = 1.0) -> None:

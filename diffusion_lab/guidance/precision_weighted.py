@@ -19,7 +19,7 @@ The method samples the same posterior as `TruncatedReverseSDE`, but starts from 
 needs more steps. It is the reference for methods that start there.
 """
 
-__all__ = ["Fused"]
+__all__ = ["PrecisionWeighted"]
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from diffusion_lab.guidance.base import Guided, Observation
 from diffusion_lab.tensor import broadcast
 
 
-class Fused(Guided):
+class PrecisionWeighted(Guided):
     """Precision-weighted mean of x_t / α_t and y: one call of the denoiser per step."""
 
     requires = "identity"

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def red_gradient(
-    observation: Observation, mu: Tensor, denoised: Tensor, strength: float
+    observation: Observation, mu: Tensor, denoised: Tensor, prior_weight: float
 ) -> Tensor:
     """Returns ∇L at μ, of shape (B, *), independently for each row.
 
@@ -56,10 +56,10 @@ def red_gradient(
         observation: y and A.
         mu: μ, of shape (B, *).
         denoised: x̂(x_t).
-        strength: λ.
+        prior_weight: λ.
     """
     balance = mu[0].numel() / observation.y[0].numel()
-    return balance * data_fidelity_grad(observation, mu) + strength * (mu - denoised)
+    return balance * data_fidelity_grad(observation, mu) + prior_weight * (mu - denoised)
 
 
 class REDDiffSampler(Sampler):
@@ -69,23 +69,23 @@ class REDDiffSampler(Sampler):
         like: The sampler whose number of steps, grid and clipping are taken.
         observation: The observation.
         mu: The initial μ.
-        strength: λ.
+        prior_weight: λ.
         lr: The step size of Adam.
     """
 
     stochastic = False
 
     def __init__(
-        self, like: Sampler, observation: Observation, mu: Tensor, strength: float, lr: float
+        self, like: Sampler, observation: Observation, mu: Tensor, prior_weight: float, lr: float
     ) -> None:
         super().__init__(like.steps, like.grid, like.clip)
-        self.observation, self.mu, self.strength = observation, mu, strength
+        self.observation, self.mu, self.prior_weight = observation, mu, prior_weight
         # Adam scales each element separately, so that no row depends on another.
         self.optimizer = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Noise) -> Tensor:
         mu = self.mu
-        mu.grad = red_gradient(self.observation, mu, state.denoised, self.strength)
+        mu.grad = red_gradient(self.observation, mu, state.denoised, self.prior_weight)
         self.optimizer.step()
         if s == 0:
             return mu.clone()
@@ -99,17 +99,17 @@ class REDDiff(Guidance):
     One call of the network per step. It starts from zero where A is not linear.
 
     Arguments:
-        strength: The weight λ of the prior against y.
+        prior_weight: The weight λ of the prior against y.
         lr: The step size of Adam, in the units of x_0.
     """
 
     stochastic = False
-    noiseless = True
+    allows_noiseless = True
     uses_step = False
 
     @checked
-    def __init__(self, strength: NonNegative = 0.25, lr: Positive = 0.1) -> None:
-        self.strength, self.lr = strength, lr
+    def __init__(self, prior_weight: NonNegative = 0.25, lr: Positive = 0.1) -> None:
+        self.prior_weight, self.lr = prior_weight, lr
 
     def draw(
         self,
@@ -131,5 +131,5 @@ class REDDiff(Guidance):
             one = torch.ones((), dtype=torch.float64)
             mu = pull_back(operator, observation.y, one, float(observation.sigma_y))
         alpha, sigma = (c.to(z) for c in denoiser.schedule(torch.ones((), dtype=torch.float64)))
-        method = REDDiffSampler(sampler, observation, mu, self.strength, self.lr)
+        method = REDDiffSampler(sampler, observation, mu, self.prior_weight, self.lr)
         return method(denoiser, alpha * mu + sigma * z, generator=generator, callback=callback)

@@ -44,7 +44,7 @@ class Replacement(Guidance):
     """
 
     requires = "svd"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
     def __init__(self, repeats: PositiveInt = 1, jump: PositiveInt = 1) -> None:

@@ -29,18 +29,16 @@ class Residual(Guidance):
     ε̂ by a tiny √a.
 
     Arguments:
-        strength: The factor λ of the residual.
+        gain: The factor λ of the residual.
         start: "noise" starts from the prior at t = 1; "y" from α_t y at the noise level of y.
     """
 
     requires = "identity"
-    noiseless = True
+    allows_noiseless = True
 
     @checked
-    def __init__(
-        self, strength: NonNegative = 0.05, start: Literal["noise", "y"] = "noise"
-    ) -> None:
-        self.strength = strength
+    def __init__(self, gain: NonNegative = 0.05, start: Literal["noise", "y"] = "noise") -> None:
+        self.gain = gain
         self.start = start
 
     def draw(
@@ -58,5 +56,5 @@ class Residual(Guidance):
             t_start, x_t = 1.0, observation.start(schedule, generator)
         return sampler(
             denoiser, x_t, t_start=t_start, generator=generator, callback=callback,
-            adjust=lambda state, x_s: x_s + self.strength * (y - state.x_t),
+            adjust=lambda state, x_s: x_s + self.gain * (y - state.x_t),
         )  # fmt: skip

@@ -43,7 +43,7 @@ class SDA(Guided):
             of Aᵀ (y - A x̂), so that γ should be about |A|² or more, not 0.03.
     """
 
-    isotropic = False
+    requires_scalar_noise = False
 
     @checked
     def __init__(self, gamma: Positive = 0.03, detach: bool = False) -> None:

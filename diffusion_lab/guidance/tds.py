@@ -40,7 +40,7 @@ With 2 observed elements, σ_y = 0.5 and several remaining modes, the weights of
 within 0.05 of the exact ones (total variation, each y), 0.01 to 0.02 on average. The variance of
 the samples is 4% too large at 64 steps and 2% at 128. Samples of one y that share particles are
 not independent. In the dimension of images few particles survive, and samples that share them are
-nearly identical: there each sample takes its own particles (shares=false).
+nearly identical: there each sample takes its own particles (share_particles=false).
 
 Sources:
     Wu, Trippe, Naesseth, Blei, Cunningham, "Practical and asymptotically exact conditional
@@ -77,14 +77,14 @@ class TDS(Guidance):
     Arguments:
         particles: Number of particles per sample.
         data_std: The standard deviation s of the data; about 0.5 for images in [-1, 1].
-        ratio_max: The level r_0 at which the particles start, as N(0, (s² + r_0²) I); limited to
+        sigma_max: The level r_0 at which the particles start, as N(0, (s² + r_0²) I); limited to
             that of the schedule. It should be far above the largest spread of the data.
         threshold: Fraction of the particles below which the effective sample size triggers
             resampling.
         batch_size: Number of particles per call of the network.
-        shares: Whether the samples of one y come from one set of particles. Otherwise each is
-            drawn from `particles` of its own: the samples are independent, but the weights of the
-            modes do not improve with the number of samples.
+        share_particles: Whether the samples of one y come from one set of particles. Otherwise
+            each is drawn from `particles` of its own: the samples are independent, but the weights
+            of the modes do not improve with the number of samples.
     """
 
     requires = "svd"
@@ -95,13 +95,14 @@ class TDS(Guidance):
         self,
         particles: Annotated[float, Range(1)] = 5.0,
         data_std: Positive = 0.5,
-        ratio_max: Positive = 80.0,
+        sigma_max: Positive = 80.0,
         threshold: PositiveUnit = 0.5,
         batch_size: PositiveInt = 16384,
-        shares: bool = True,
+        share_particles: bool = True,
     ) -> None:
-        self.particles, self.data_std, self.ratio_max = particles, data_std, ratio_max
-        self.threshold, self.batch_size, self.shares = threshold, batch_size, shares
+        self.particles, self.data_std, self.sigma_max = particles, data_std, sigma_max
+        self.threshold, self.batch_size = threshold, batch_size
+        self.share_particles = share_particles
 
     def draw(
         self,
@@ -113,11 +114,11 @@ class TDS(Guidance):
     ) -> Tensor:
         if sampler.clip:
             denoiser = Clipped(denoiser)
-        if not self.shares:
+        if not self.share_particles:
             observation = replace(observation, group=1)
         schedule, group = denoiser.schedule, observation.group
         highest = float(schedule.ratio(1.0))
-        t_start = float(schedule.t_from_ratio(min(self.ratio_max, highest)))
+        t_start = float(schedule.t_from_ratio(min(self.sigma_max, highest)))
         times = sampler.times(schedule, t_start)
         ratios = schedule.ratio(times).tolist()
         count = math.ceil(self.particles * group)

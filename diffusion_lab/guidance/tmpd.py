@@ -38,7 +38,7 @@ class TMPD(Guided):
     """
 
     requires = "linear"
-    isotropic = False
+    requires_scalar_noise = False
 
     @checked
     def __init__(self, floor: UnitInterval = 0.3) -> None:

@@ -10,7 +10,7 @@ approximations are the score and the discretization. A deterministic sampler giv
 instead: the reverse ODE maps one y to one image.
 """
 
-__all__ = ["Truncated"]
+__all__ = ["TruncatedReverseSDE"]
 
 import logging
 
@@ -23,7 +23,7 @@ from diffusion_lab.sampler.base import Callback, Generator, Sampler
 log = logging.getLogger(__name__)
 
 
-class Truncated(Guidance):
+class TruncatedReverseSDE(Guidance):
     """Runs the sampler from the noise level of the observation."""
 
     requires = "identity"

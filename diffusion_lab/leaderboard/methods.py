@@ -23,16 +23,16 @@ from diffusion_lab.guidance import (
     TDS,
     TMPD,
     DiffPIR,
-    Fused,
     Guidance,
     Guided,
     Observation,
     PiGDM,
     PnPDM,
+    PrecisionWeighted,
     REDDiff,
     Replacement,
     Residual,
-    Truncated,
+    TruncatedReverseSDE,
 )
 from diffusion_lab.leaderboard.problems import BEDS, Bed
 from diffusion_lab.sampler import (
@@ -123,6 +123,9 @@ def methods_table() -> list[Method]:
     cheap = tuple(name for name in BEDS if name != "image_blur")  # 64 numbers, 3 components
     masks = ("gaussian_mask", "mixture_mask", "mixture_ambiguous", "spring_positions")
 
+    def truncated(_problem: Bed) -> TruncatedReverseSDE:
+        return TruncatedReverseSDE()
+
     def row(
         name: str, guidance: Callable[[Bed], Guidance], sampler: Sampler,
         schedule: Schedule = linear, beds: tuple[str, ...] | None = None,
@@ -132,12 +135,12 @@ def methods_table() -> list[Method]:
     return [
         row(CONTROL, Control, few),
         row(f"{CONTROL} 512", Control, many, beds=cheap),
-        row("truncated 16", lambda _: Truncated(), EulerMaruyama(16)),
-        row("truncated 64", lambda _: Truncated(), EulerMaruyama(64)),
-        row("truncated small 64", lambda _: Truncated(), Ancestral(64)),
-        row("truncated large 64", lambda _: Truncated(), Ancestral(64, variance="large")),
-        row("truncated ddim 64", lambda _: Truncated(), DDIM(64)),
-        row("fused", lambda _: Fused(), few),
+        row("truncated 16", truncated, EulerMaruyama(16)),
+        row("truncated 64", truncated, EulerMaruyama(64)),
+        row("truncated small 64", truncated, Ancestral(64)),
+        row("truncated large 64", truncated, Ancestral(64, variance="large")),
+        row("truncated ddim 64", truncated, DDIM(64)),
+        row("fused", lambda _: PrecisionWeighted(), few),
         row("mmse", lambda _: MMSE(), DDIM(1)),
         *(row(f"residual {x}", partial(_residual, x), all_) for x in (0.001, 0.01, 0.1)),
         row("dmps", lambda _: DMPS(), all_, beds=cheap),

@@ -142,7 +142,7 @@ class Restoration(Task):
         keys = make_key(self.seed, "posterior", image, number)
         repeated = y.repeat_interleave(self.num_samples, 0)
         # Samples that share particles stay together.
-        size = len(keys) if self.guidance.shares else self.batch_size
+        size = len(keys) if self.guidance.share_particles else self.batch_size
         parts = zip(torch.split(repeated, size), torch.split(keys, size), strict=True)
         samples = [
             self._sample_rows(y_part, key, callback if k == 0 else None)
@@ -153,7 +153,7 @@ class Restoration(Task):
     def _sample_rows(
         self, y: Tensor, key: Tensor, callback: Callable[[State], None] | None
     ) -> Tensor:
-        group = self.num_samples if self.guidance.shares else 1
+        group = self.num_samples if self.guidance.share_particles else 1
         observation = Observation(y, self.noise.std(y), self.operator, group)
         try:
             return self.guidance(

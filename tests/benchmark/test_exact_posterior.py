@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Command
 
-from diffusion_lab.guidance import Guidance, Observation, Truncated
+from diffusion_lab.guidance import Guidance, Observation, TruncatedReverseSDE
 from diffusion_lab.leaderboard import BEDS, ExactPosterior, Method, grade
 from diffusion_lab.leaderboard.exact_posterior import markdown
 from diffusion_lab.leaderboard.grade import COLUMNS
@@ -73,13 +73,13 @@ def test_each_error_shows_in_its_own_column() -> None:
 
 def test_the_control_and_the_truncated_sampler_on_the_mixture() -> None:
     bed = BEDS["mixture_denoise"]()
-    truncated = Method("truncated", lambda _: Truncated(), EulerMaruyama(64), Linear())
+    truncated = Method("truncated", lambda _: TruncatedReverseSDE(), EulerMaruyama(64), Linear())
     control = Method("control", Control, EulerMaruyama(128), Linear())
     for method, calls in ((truncated, 64), (control, 128)):
         found = grade(bed, method, **SIZES)
         assert found["sw2"] / found["sw2_floor"] < 1.15 and found["nfe"] == calls
         assert found["variance_ratio"] == pytest.approx(1, abs=0.1)
-    flat = grade(bed, Method("ode", lambda _: Truncated(), DDIM(32), Linear()), **SIZES)
+    flat = grade(bed, Method("ode", lambda _: TruncatedReverseSDE(), DDIM(32), Linear()), **SIZES)
     assert flat["variance_ratio"] < 1e-3 and flat["coverage"] < 1e-3
 
 

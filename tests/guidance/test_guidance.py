@@ -19,7 +19,7 @@ from diffusion_lab.guidance import (
     Observation,
     REDDiff,
     Residual,
-    Truncated,
+    TruncatedReverseSDE,
 )
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import (
@@ -72,7 +72,7 @@ def batch(count: int) -> Tensor:
 def errors(steps: int, schedule: Schedule, sigma_y: float = SIGMA_Y) -> tuple[float, float]:
     """Error of the mean in posterior deviations, and relative error of the covariance."""
     mean, covariance = guidance_moments(
-        Truncated(), EulerMaruyama(steps), GaussianDenoiser(schedule), Y, sigma_y
+        TruncatedReverseSDE(), EulerMaruyama(steps), GaussianDenoiser(schedule), Y, sigma_y
     )
     mu, expected = posterior(Y, sigma_y)
     shift = torch.linalg.solve(torch.linalg.cholesky(expected), mean - mu)
@@ -93,7 +93,7 @@ def test_truncated_draws_from_the_posterior(schedule: Schedule, sigma_y: float) 
 
 def test_truncated_spreads_like_the_posterior_and_not_like_the_prior() -> None:
     _, covariance = guidance_moments(
-        Truncated(), EulerMaruyama(64), GaussianDenoiser(Linear()), Y, SIGMA_Y
+        TruncatedReverseSDE(), EulerMaruyama(64), GaussianDenoiser(Linear()), Y, SIGMA_Y
     )
     assert float(covariance.trace()) < 0.6 * float(COVARIANCE.trace())
     assert float(covariance.trace()) > float(posterior(Y, SIGMA_Y)[1].trace())  # its own side
@@ -102,7 +102,7 @@ def test_truncated_spreads_like_the_posterior_and_not_like_the_prior() -> None:
 @every_schedule
 def test_truncated_starts_from_the_observation_at_its_own_noise_level(schedule: Schedule) -> None:
     y, states = batch(3), []
-    result = Truncated()(
+    result = TruncatedReverseSDE()(
         GaussianDenoiser(schedule),
         EulerMaruyama(5),
         Observation(y, SIGMA_Y),
@@ -124,7 +124,7 @@ def test_truncated_starts_from_the_observation_at_its_own_noise_level(schedule: 
 def test_truncated_without_noise_gives_one_point_and_warns(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         denoiser = GaussianDenoiser(Linear())
-        mean, covariance = guidance_moments(Truncated(), DDIM(64), denoiser, Y, SIGMA_Y)
+        mean, covariance = guidance_moments(TruncatedReverseSDE(), DDIM(64), denoiser, Y, SIGMA_Y)
     assert float(covariance.abs().max()) == 0
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
@@ -139,7 +139,7 @@ def test_truncated_without_noise_gives_one_point_and_warns(caplog) -> None:
 @pytest.mark.parametrize("sampler", [EulerMaruyama(4), Ancestral(4), DDIM(4, eta=0.5)])
 def test_truncated_does_not_warn_of_samplers_with_noise(sampler, caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        Truncated()(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
+        TruncatedReverseSDE()(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
     assert not caplog.records
 
 
@@ -159,7 +159,7 @@ def test_mmse_is_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
 
 
 def test_which_methods_are_stochastic() -> None:
-    assert not MMSE.stochastic and Truncated.stochastic and Residual.stochastic
+    assert not MMSE.stochastic and TruncatedReverseSDE.stochastic and Residual.stochastic
 
 
 # --- the residual rule --------------------------------------------------------------------------
@@ -313,8 +313,8 @@ def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        ({"strength": -0.1}, "strength=-0.1 .*>= 0"),
-        ({"strength": float("nan")}, "strength=nan"),
+        ({"gain": -0.1}, "gain=-0.1 .*>= 0"),
+        ({"gain": float("nan")}, "gain=nan"),
         ({"start": "x"}, "start=x .*one of noise, y"),
     ],
 )
@@ -323,13 +323,15 @@ def test_bad_settings_are_named(arguments: dict, text: str) -> None:
         Residual(**arguments)
 
 
-@pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(start="y")])
+@pytest.mark.parametrize("guidance", [TruncatedReverseSDE(), MMSE(), Residual(start="y")])
 def test_noise_beyond_the_schedule_is_refused(guidance) -> None:
     with pytest.raises(ValueError, match="outside the schedule Linear"):
         guidance(GaussianDenoiser(SHORT), Ancestral(1), Observation(batch(2), 1000.0))
 
 
-@pytest.mark.parametrize("guidance", [Truncated(), MMSE(), Residual(), Residual(start="y")])
+@pytest.mark.parametrize(
+    "guidance", [TruncatedReverseSDE(), MMSE(), Residual(), Residual(start="y")]
+)
 def test_an_image_does_not_depend_on_its_batch(guidance) -> None:
     y = batch(5)
 
@@ -372,7 +374,7 @@ def test_an_argument_that_the_method_has_itself_is_named() -> None:
 
 
 def test_methods_that_use_the_step_take_any_sampler() -> None:
-    for guidance in (Truncated(), Residual()):
+    for guidance in (TruncatedReverseSDE(), Residual()):
         guidance.check_sampler(DDIM(3, eta=0.5))
 
 

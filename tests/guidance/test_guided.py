@@ -16,11 +16,11 @@ from diffusion_lab.guidance import (
     MMPS,
     SDA,
     TMPD,
-    Fused,
     Guidance,
     Guided,
     Observation,
     PiGDM,
+    PrecisionWeighted,
 )
 from diffusion_lab.operator import BoxInpainting, Identity, Matrix, Operator
 from diffusion_lab.rng import KeyedGenerator, make_key
@@ -80,7 +80,7 @@ class Saturated(Operator):
 
 
 METHODS = {
-    "fused": (Fused(), Identity(), Y_IMAGE),
+    "fused": (PrecisionWeighted(), Identity(), Y_IMAGE),
     "dmps": (DMPS(), OPERATOR, Y),
     "pigdm": (PiGDM(0.7), OPERATOR, Y),
     "sda": (SDA(0.1), OPERATOR, Y),
@@ -161,7 +161,9 @@ IDENTITY = torch.eye(SEEN, dtype=torch.float64)
 def test_fused_is_exact_for_a_mixture(schedule: Schedule, ratio: float) -> None:
     matrix = torch.eye(D, dtype=torch.float64)
     for sigma_y in (0.3, 2.0, 1e-3):  # the last makes levels below the schedule's smallest
-        actual = estimate(Fused(), MIXTURE, schedule, ratio, Identity(), Y_IMAGE, sigma_y)
+        actual = estimate(
+            PrecisionWeighted(), MIXTURE, schedule, ratio, Identity(), Y_IMAGE, sigma_y
+        )
         expected = exact(MIXTURE, schedule, ratio, matrix, Y_IMAGE, sigma_y)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
@@ -176,7 +178,7 @@ def test_fused_asks_below_the_smallest_level_at_the_level_that_the_mean_has() ->
 
     schedule = Linear()
     smallest = float(schedule.ratio(schedule.t_min))
-    posterior = Fused().denoiser(Asked(schedule), Observation(Y_IMAGE, smallest))
+    posterior = PrecisionWeighted().denoiser(Asked(schedule), Observation(Y_IMAGE, smallest))
     posterior(Y_IMAGE, torch.tensor(schedule.t_min, dtype=torch.float64))
     assert float(asked[0]) == pytest.approx(smallest / 2**0.5, rel=1e-9)
 
@@ -418,7 +420,7 @@ class Learned(Denoiser):
 
 
 IMAGES = [
-    Fused(), DMPS(), PiGDM(), SDA(1.0), SDA(1.0, detach=True), TMPD(), MMPS(2), JFPS(),
+    PrecisionWeighted(), DMPS(), PiGDM(), SDA(1.0), SDA(1.0, detach=True), TMPD(), MMPS(2), JFPS(),
     JFPS(covariance=torch.rand(3, 6, 6, generator=GENERATOR) + 0.1), DPS(0.1),
 ]  # fmt: skip
 
@@ -426,7 +428,7 @@ IMAGES = [
 @pytest.mark.parametrize("guidance", IMAGES, ids=lambda g: type(g).__name__)
 def test_images_in_float32_leave_no_graph(guidance: Guidance) -> None:
     """With parameters and y that want gradients; through a mask that drops pixels."""
-    operator = Identity() if isinstance(guidance, Fused) else BoxInpainting((3, 6, 6))
+    operator = Identity() if isinstance(guidance, PrecisionWeighted) else BoxInpainting((3, 6, 6))
     x_0 = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) - 0.5
     y = operator(x_0).detach().requires_grad_()
     denoiser = Learned(VP(), 108)
@@ -643,9 +645,9 @@ def test_dps_where_y_is_met_and_where_nothing_depends_on_x() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: DMPS(-1.0), "strength=-1.0 .*>= 0"),
-        (lambda: DPS(float("nan")), "strength=nan .*>= 0"),
-        (lambda: DPS(0.3, 0), "reference=0 .*null or an integer >= 1"),
+        (lambda: DMPS(-1.0), "data_weight=-1.0 .*>= 0"),
+        (lambda: DPS(float("nan")), "step_size=nan .*>= 0"),
+        (lambda: DPS(0.3, 0), "reference_steps=0 .*null or an integer >= 1"),
         (lambda: PiGDM(0.0), "data_std=0.0 .*> 0"),
         (lambda: SDA(0.0), "gamma=0.0 .*> 0"),
         (lambda: TMPD(1.5), r"floor=1.5 .*\[0, 1\]"),
@@ -666,8 +668,8 @@ def test_methods_are_refused_where_they_are_not_defined() -> None:
             guidance.check(nonlinear)
     for guidance in (SDA(), DPS()):
         guidance.check(nonlinear)
-    with pytest.raises(ValueError, match=r"Fused is for a noisy image .*choose another guidance"):
-        Fused().check(Observation(Y, SIGMA_Y, OPERATOR))
+    with pytest.raises(ValueError, match=r"PrecisionWeighted is for a noisy image"):
+        PrecisionWeighted().check(Observation(Y, SIGMA_Y, OPERATOR))
     uneven = Observation(Y, torch.linspace(0.1, 0.5, SEEN), OPERATOR)
     for guidance in (DMPS(), PiGDM(), JFPS()):
         with pytest.raises(ValueError, match=r"one standard deviation; choose another guidance"):
@@ -678,7 +680,7 @@ def test_methods_are_refused_where_they_are_not_defined() -> None:
         with pytest.raises(ValueError, match="sigma_y=0"):
             guidance.check(Observation(Y, 0.0, OPERATOR))
     with pytest.raises(ValueError, match="sigma_y=0"):
-        Fused().check(Observation(Y_IMAGE, 0.0))
+        PrecisionWeighted().check(Observation(Y_IMAGE, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from diffusion_lab.guidance import (
     PnPDM,
     REDDiff,
     Replacement,
-    Truncated,
+    TruncatedReverseSDE,
 )
 from diffusion_lab.guidance.base import CustomStep
 from diffusion_lab.guidance.reddiff import red_gradient
@@ -274,20 +274,20 @@ def test_repaint_is_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int
 
 
 @every_schedule
-@pytest.mark.parametrize("until", [0.0, 0.4])
-def test_ilvr_is_algorithm_1(schedule: Schedule, until: float) -> None:
+@pytest.mark.parametrize("t_stop", [0.0, 0.4])
+def test_ilvr_is_algorithm_1(schedule: Schedule, t_stop: float) -> None:
     y, draw = numbers(3, 3), draws(3)
     x, low = schedule.prior_std * draw(), PINV @ A
     times = Ancestral(N).times(schedule).tolist()
     for k, (t, s) in enumerate(pairwise(ladder(Ancestral(N), schedule))):
         x = ancestral(x, t, s, draw)
-        if times[k + 1] >= until:
+        if times[k + 1] >= t_stop:
             reference = s[0] * y.numpy() @ PINV.T + s[1] * draw() @ low.T
             x = reference + x - x @ low.T
-    result = run(ILVR(until), Ancestral(N), schedule, y, 0.5)
+    result = run(ILVR(t_stop), Ancestral(N), schedule, y, 0.5)
     close(result, x, 1e-7)
-    torch.testing.assert_close(run(ILVR(until), Ancestral(N), schedule, y, 0.0), result)
-    assert (until == 0) == bool((MATRIX(result) - y).abs().max() < 1e-9)
+    torch.testing.assert_close(run(ILVR(t_stop), Ancestral(N), schedule, y, 0.0), result)
+    assert (t_stop == 0) == bool((MATRIX(result) - y).abs().max() < 1e-9)
 
 
 @every_schedule
@@ -328,7 +328,7 @@ def test_pnpdm_is_the_split_gibbs_sampler(schedule: Schedule) -> None:
         noise = draw.normal(D, dtype=torch.float64).numpy() @ VT.T
         std = 1 / np.sqrt(np.append(S, 0) ** 2 / sigma_y**2 + 1 / rho**2)
         z = torch.from_numpy(mean + (std * noise) @ VT)
-        x = Truncated()(
+        x = TruncatedReverseSDE()(
             GaussianDenoiser(schedule), inner, Observation(z, rho), generator=draw
         )  # fmt: skip
     actual = run(PnPDM(4, rho_max=2.0, rho_min=0.4, decay=0.5), inner, schedule, y, sigma_y)
@@ -422,7 +422,7 @@ def test_replacement_of_the_whole_image() -> None:
     t = torch.tensor(12 / 20, dtype=torch.float64)
     sigma_y = float(Linear().ratio(t)) * (1 - 1e-12)
     whole = exact_moments(Replacement(), EulerMaruyama(20), y[0], sigma_y, Identity(), 41)
-    part = exact_moments(Truncated(), EulerMaruyama(12), y[0], sigma_y, Identity(), 13)
+    part = exact_moments(TruncatedReverseSDE(), EulerMaruyama(12), y[0], sigma_y, Identity(), 13)
     for one, other in zip(whole, part, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
@@ -796,12 +796,12 @@ def test_float32_stays_float32_and_finite(guidance: Guidance, schedule: Schedule
     [
         (lambda: Replacement(0), "repeats=0 .*>= 1"),
         (lambda: Replacement(jump=0), "jump=0 .*>= 1"),
-        (lambda: ILVR(1.0), r"until=1.0 .*\[0, 1\)"),
+        (lambda: ILVR(1.0), r"t_stop=1.0 .*\[0, 1\)"),
         (lambda: DDRM(eta=1.1), r"eta=1.1 .*\[0, 1\]"),
         (lambda: DDRM(eta_b=-0.1), r"eta_b=-0.1 .*\[0, 1\]"),
         (lambda: DDNM(eta=float("nan")), r"eta=nan .*\[0, 1\]"),
         (lambda: DDNM(repeats=0), "repeats=0 .*>= 1"),
-        (lambda: DiffPIR(strength=0.0), "strength=0.0 .*> 0"),
+        (lambda: DiffPIR(prior_weight=0.0), "prior_weight=0.0 .*> 0"),
         (lambda: DiffPIR(zeta=2.0), r"zeta=2.0 .*\[0, 1\]"),
         (lambda: DAPS(ode_steps=0), "ode_steps=0 .*>= 1"),
         (lambda: DAPS(langevin_steps=0), "langevin_steps=0 .*>= 1"),
@@ -810,7 +810,7 @@ def test_float32_stays_float32_and_finite(guidance: Guidance, schedule: Schedule
         (lambda: PnPDM(rho_max=0.1), "rho_min=0.3 and rho_max=0.1 .*at most rho_max"),
         (lambda: PnPDM(rho_min=0.0), "rho_min=0.0 .*> 0"),
         (lambda: PnPDM(decay=1.1), r"decay=1.1 .*\(0, 1\]"),
-        (lambda: REDDiff(strength=-1.0), "strength=-1.0 .*>= 0"),
+        (lambda: REDDiff(prior_weight=-1.0), "prior_weight=-1.0 .*>= 0"),
         (lambda: REDDiff(lr=0.0), "lr=0.0 .*> 0"),
     ],
 )
@@ -833,7 +833,7 @@ def test_operators_and_noise_that_a_method_is_not_for(guidance: Guidance) -> Non
         with pytest.raises(ValueError, match=r"sigma_y=0.0: .* set sigma_y above 0"):
             draw(0.0, Disguised((D,)))
     draw(torch.tensor(0.3))
-    if guidance.isotropic:
+    if guidance.requires_scalar_noise:
         with pytest.raises(ValueError, match="noise of one standard deviation"):
             draw(torch.tensor([0.1, 0.2, 0.3]))
 

@@ -113,7 +113,7 @@ def test_it_samples_the_posterior_of_a_gaussian_that_its_twist_is_exact_for(sche
     exact = prior.posterior(y, MATRIX, sigma_y)
     count = 4000
     observation = Observation(y.expand(count, 3), sigma_y, Matrix(MATRIX), group=count)
-    x_0 = TDS(1.0, std, ratio_max=30)(
+    x_0 = TDS(1.0, std, sigma_max=30)(
         prior.denoiser(schedule), steps(4), observation,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
@@ -147,7 +147,7 @@ def test_groups_have_nothing_to_do_with_each_other() -> None:
     def run(chosen: list[int], **options) -> torch.Tensor:
         rows = torch.cat([torch.arange(4 * k, 4 * k + 4) for k in chosen])
         observation = Observation(y[chosen].repeat_interleave(4, 0), 0.3, Matrix(MATRIX), group=4)
-        guidance = TDS(3.0, 1.0, ratio_max=30, **options)
+        guidance = TDS(3.0, 1.0, sigma_max=30, **options)
         return guidance(
             prior.denoiser(SCHEDULE), steps(12), observation, generator=KeyedGenerator(keys[rows])
         )
@@ -165,7 +165,7 @@ def test_samples_with_particles_of_their_own_do_not_know_each_other() -> None:
     y = bed.observe(1, torch.Generator().manual_seed(0))[1].expand(4, -1)
     keys = make_key(0, "alone", torch.arange(4))
     for shares in (False, True):
-        tds = TDS(3.0, 1.0, shares=shares)
+        tds = TDS(3.0, 1.0, share_particles=shares)
         observation = Observation(y, bed.sigma_y, bed.operator, group=4)
         together = tds(denoiser, steps(8), observation, generator=KeyedGenerator(keys))
         alone = [
@@ -183,7 +183,7 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
     x = prior.sample(1, torch.Generator().manual_seed(0))
     y = operator(x).repeat_interleave(2, 0)
     states = []
-    x_0 = TDS(2.0, 0.5, ratio_max=30)(
+    x_0 = TDS(2.0, 0.5, sigma_max=30)(
         prior.denoiser(Cosine()), steps(10), Observation(y, 0.01, operator, group=2),
         generator=torch.Generator().manual_seed(1), callback=states.append,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
     ("options", "named"),
     [({"particles": 0.5}, "particles=0.5 is not allowed; it must be a number >= 1"),
      ({"data_std": 0}, "data_std=0"), ({"threshold": 0}, "threshold=0"),
-     ({"batch_size": 0}, "batch_size=0"), ({"ratio_max": math.nan}, "ratio_max=nan")],
+     ({"batch_size": 0}, "batch_size=0"), ({"sigma_max": math.nan}, "sigma_max=nan")],
 )  # fmt: skip
 def test_bad_settings_are_named(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -224,7 +224,7 @@ def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:
     observation = Observation(torch.zeros(2, 3, dtype=torch.float64), 0.3, Matrix(MATRIX))
     keys = make_key(torch.arange(2))
     one, other = (
-        TDS(1.0, 1.0, ratio_max=30)(
+        TDS(1.0, 1.0, sigma_max=30)(
             prior.denoiser(SCHEDULE), sampler, observation, generator=KeyedGenerator(keys)
         )
         for sampler in (DDIM(8, grid=LogSNR()), steps(8))
@@ -244,7 +244,7 @@ def test_a_state_that_is_no_number_names_the_step() -> None:
     times = steps(8).times(SCHEDULE, float(SCHEDULE.t_from_ratio(30.0)))
     first = int((SCHEDULE.ratio(times) < 1).nonzero()[0]) + 1
     with pytest.raises(SamplingError, match=f"not finite at step {first} of 8"):
-        TDS(1.0, 1.0, ratio_max=30)(_Broken(SCHEDULE), steps(8), observation)
+        TDS(1.0, 1.0, sigma_max=30)(_Broken(SCHEDULE), steps(8), observation)
 
 
 def test_operators_and_noises_that_it_is_not_for() -> None:

@@ -21,11 +21,11 @@ from diffusion_lab.guidance import (
     MMPS,
     SDA,
     TMPD,
-    Fused,
     Guidance,
     Observation,
     PiGDM,
-    Truncated,
+    PrecisionWeighted,
+    TruncatedReverseSDE,
 )
 from diffusion_lab.operator import BoxInpainting, Identity, Operator
 from diffusion_lab.parameterization import EDM, Epsilon
@@ -119,8 +119,8 @@ PLAIN = [
 GUIDED = [
     (MMPS(), BoxInpainting(SHAPE)), (DPS(), BoxInpainting(SHAPE)), (PiGDM(), BoxInpainting(SHAPE)),
     (SDA(), BoxInpainting(SHAPE)), (TMPD(), BoxInpainting(SHAPE)), (JFPS(), BoxInpainting(SHAPE)),
-    (DMPS(), BoxInpainting(SHAPE)), (PiGDM(), Identity()), (Fused(), Identity()),
-    (Truncated(), Identity()),
+    (DMPS(), BoxInpainting(SHAPE)), (PiGDM(), Identity()), (PrecisionWeighted(), Identity()),
+    (TruncatedReverseSDE(), Identity()),
 ]  # fmt: skip
 
 
