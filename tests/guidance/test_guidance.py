@@ -357,7 +357,6 @@ OWN_STEPS = [DAPS(), DDNM(), DDRM(), DiffPIR(), REDDiff(), TDS()]
         (DDIM(3, eta=0.5), "sampler.eta=0.5"),
         (Ancestral(3, variance="large"), "sampler.variance=large"),
         (Heun(3, churn=1.0), "sampler.churn=1.0"),
-        (ProbabilityFlow(3, adaptive=False), "sampler.adaptive=False"),
     ],
     ids=lambda value: type(value).__name__,
 )
