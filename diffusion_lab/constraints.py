@@ -236,7 +236,7 @@ def annotations(function: Callable[..., Any]) -> Mapping[str, Any]:
 
     Empty if they cannot be read. `*args`, `**kwargs` and the return value are left out.
     """
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    target = function.__init__ if inspect.isclass(function) else function
     target = inspect.unwrap(target)
     try:
         hints = get_type_hints(target, include_extras=True)

@@ -11,6 +11,7 @@ then a fraction for each element of x_t, which `with_variance` returns.
 __all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled"]
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Denoiser(nn.Module, ABC):
     Arguments:
         schedule: The schedule of α_t and σ_t.
     """
+
+    __call__: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class NetworkDenoiser(Denoiser):
         index = _for_each(index.float(), x_t)
         parameter = next(self.network.parameters(), x_t)
         labels = () if self.label is None else (_for_each(torch.as_tensor(self.label), x_t),)
-        output = self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
+        output: Tensor = self.network(x_t.to(parameter.dtype), index, *labels).to(x_t.dtype)
         if not getattr(self.network, "learn_variance", False):
             return output, None
         output, o = output.chunk(2, dim=1)

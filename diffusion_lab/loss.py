@@ -106,7 +106,7 @@ class Hybrid(Simple):
         super().__init__()
         self.vlb_weight = vlb_weight
 
-    def forward(  # type: ignore[override]  # a loss with learns_variance has two more arguments
+    def forward(
         self,
         output: Tensor,
         target: Tensor,

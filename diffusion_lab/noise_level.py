@@ -56,7 +56,7 @@ def chosen(values: dict[str, float | None]) -> tuple[str, float]:
     Raises:
         ConfigError: If more than one is given, or the value is not allowed.
     """
-    given = {key: values[key] for key in KEYS if values.get(key) is not None}
+    given = {key: v for key in KEYS if (v := values.get(key)) is not None}
     if len(given) > 1:
         raise ConfigError(
             f"{' and '.join(f'{k}={v}' for k, v in given.items())} all set the noise level; "

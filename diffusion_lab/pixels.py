@@ -8,18 +8,18 @@ from torch import Tensor
 
 def to_model(images: Tensor) -> Tensor:
     """Scales uint8 images (B, H, W, 3) to float32 in [-1, 1], of shape (B, 3, H, W)."""
-    # In place: a large tensor costs more to get than to fill.
+    # In place: the allocation of a large tensor costs more than the arithmetic.
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Turns values in [-1, 1] into grey levels: clamped, scaled by 127.5 and rounded.
+    """Converts values in [-1, 1] to uint8: clamped, scaled by 127.5 and rounded.
 
     Arguments:
         x: Images of any floating-point type, of shape (..., H, W).
 
     Returns:
-        The levels 0 to 255, uint8, of the same shape. The level k comes back from k / 127.5 - 1.
+        The levels 0 to 255, uint8, of the same shape. The value k / 127.5 - 1 gives k.
 
     Raises:
         TypeError: If x is not of a floating-point type.

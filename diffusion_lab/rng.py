@@ -1,16 +1,16 @@
-r"""Random numbers that are a pure function of their keys.
+r"""Counter-based random numbers: each draw is a pure function of its key.
 
-A `torch.Generator` hands out numbers in the order in which they are asked for, so what an image
-gets depends on its place in the batch, on the rank and on how often the program was restarted.
-Here every image owns a stream of its own, named by a key such as (seed, "train", epoch, index):
-the draws are the same for any batch size, any number of devices and after any resume.
+The numbers of a `torch.Generator` depend on the order of the draws, and so on the batch size, the
+rank and the number of restarts. Here every example has its own stream with a key such as
+(seed, "train", epoch, index): the draws are the same for any batch size, any number of devices and
+after any resume.
 
 The stream is counter based. With the finaliser m of SplitMix64 and its increment G = 2⁶⁴/φ,
 
     number j of draw c under key k = m(m(k + c G) + j G),
 
-64 bits that become one uniform number or, by Box-Muller, two normal ones. It needs no state on the
-device, no loop over the batch and no host synchronisation.
+64 bits that give one uniform number or, by Box-Muller, two normal ones. There is no state on the
+device, no loop over the batch and no host synchronization.
 
 Sources:
     Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
@@ -41,12 +41,12 @@ Bits = TypeVar("Bits", int, Tensor)  # one number, in [-2⁶³, 2⁶³), or many
 
 
 def _shift(x: Bits, bits: int) -> Bits:
-    """Logical right shift: Python's and torch's own of int64 copy the sign bit."""
+    """Logical right shift; that of Python and of torch copies the sign bit of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _times(x: Bits, factor: int) -> Bits:
-    """The product modulo 2⁶⁴; that of int64 wraps around by itself."""
+    """The product modulo 2⁶⁴; int64 tensors wrap around."""
     return _wrap(x * factor) if isinstance(x, int) else x * factor
 
 
@@ -61,13 +61,13 @@ def make_key(*parts: int | str | Tensor) -> Tensor:
     """Returns the 64-bit key of a tuple of names and numbers.
 
     Arguments:
-        parts: What names the stream, for example `seed, "train", epoch, index`. Tensors are of
-            integers and broadcast against each other, so that one call gives a batch of keys.
+        parts: The name of the stream, for example `seed, "train", epoch, index`. Integer tensors
+            broadcast against each other, so that one call returns a batch of keys.
 
     Returns:
         The key, int64, with the broadcast shape of the parts.
     """
-    key: Any = 0  # a number as long as it can be: tensors take a hundred times as long
+    key: Any = 0  # a Python integer until a tensor is needed, which is 100 times slower
     for part in parts:
         if isinstance(part, str):
             digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
@@ -83,7 +83,7 @@ class KeyedGenerator:
     Successive calls continue the streams; a new generator with the same keys repeats them.
 
     Arguments:
-        key: The keys k, int64, of shape (B,); see `make_key`. Their device is that of the draws.
+        key: The keys k, int64, of shape (B,); see `make_key`. The draws are on their device.
     """
 
     def __init__(self, key: Tensor) -> None:
@@ -119,11 +119,11 @@ def normal_like(x: Tensor, generator: KeyedGenerator | torch.Generator | None = 
 
     Arguments:
         x: A batch, of shape (B, *).
-        generator: Keyed streams (one an element of the batch), a generator of torch's, or None for
-            torch's global one.
+        generator: Keyed streams (one per element of the batch), a torch generator, or None for
+            the global one.
 
     Raises:
-        ValueError: If there are not as many streams as elements: the draws would be shared.
+        ValueError: If the number of streams differs from the batch size.
     """
     if isinstance(generator, KeyedGenerator):
         if len(generator.key) != len(x):

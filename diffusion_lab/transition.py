@@ -149,4 +149,5 @@ def discretized_gaussian_nll(x_0: Tensor, denoised: Tensor, variance: Tensor) ->
     mirrored = low + high > 0
     low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    return -(log_high + torch.log(-torch.expm1(log_low - log_high)))
+    log_mass: Tensor = log_high + torch.log(-torch.expm1(log_low - log_high))
+    return -log_mass

@@ -1,4 +1,4 @@
-"""Priors known in closed form, and what follows from them exactly."""
+"""Analytic priors with closed-form denoisers and posteriors."""
 
 __all__ = [
     "Atoms", "Gaussian", "GaussianMixture", "MixtureDenoiser", "damped_spring",

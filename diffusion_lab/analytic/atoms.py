@@ -1,4 +1,4 @@
-r"""A finite set of images as a prior: its posterior is exact for any observation whatever.
+r"""Prior on a finite set of points, with an exact posterior for any observation.
 
     p(x_0) = Σ_i w_i δ(x_0 - a_i).
 
@@ -7,8 +7,8 @@ With x_t = α_t x_0 + σ_t ε and an observation y = A(x_0) + σ_y n by any func
     p(i | x_t) ∝ w_i exp(-|x_t - α_t a_i|² / 2σ_t²),    E[x_0 | x_t] = Σ_i p(i | x_t) a_i,
     p(i | y) ∝ w_i exp(-|y - A(a_i)|² / 2σ_y²):
 
-the posterior is the same atoms with other weights. It is also what a perfectly fitted network
-knows: the training images.
+the posterior has the same atoms with other weights. A network that fits its training set
+perfectly has this prior, with the training examples as atoms.
 """
 
 __all__ = ["Atoms"]
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lab.analytic.gaussian_mixture import MixtureDenoiser
+from diffusion_lab.errors import ArgumentError
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
 
 
 class Atoms(nn.Module):
-    """A prior on N images.
+    """A discrete prior on N points.
 
     Arguments:
         points: The atoms a_i, of shape (N, *), finite.
@@ -50,15 +51,15 @@ class Atoms(nn.Module):
         weights = points.new_full((count,), 1 / count) if weights is None else weights.double()
         if points.ndim < 2 or not count or not bool(points.isfinite().all()):
             raise ValueError(
-                f"points of shape {tuple(points.shape)}: (N, *) and finite is allowed"
+                f"points of shape {tuple(points.shape)}: they must be of shape (N, *) and finite"
             )
         if weights.shape[-1] != count or not bool((weights >= 0).all()):
             raise ValueError(
-                f"weights of shape {tuple(weights.shape)} for {count} points; they are at least "
-                "0, one for each point"
+                f"weights of shape {tuple(weights.shape)} for {count} points; they must be >= 0, "
+                "one for each point"
             )
         if not bool(((weights.sum(-1) - 1).abs() <= 1e-6).all()):
-            raise ValueError(f"the weights sum to {weights.sum(-1)} and not to 1")
+            raise ValueError(f"the weights sum to {weights.sum(-1)}, not to 1")
         self.shape = tuple(points.shape[1:])
         self.register_buffer("points", points.clone())
         self.register_buffer("log_weights", weights.log())
@@ -73,13 +74,13 @@ class Atoms(nn.Module):
 
         Arguments:
             n: The number of draws, above 0.
-            generator: Where the random numbers come from; None for torch's global generator.
+            generator: The source of random numbers; None for torch's global generator.
         """
         chosen = torch.multinomial(self.weights, n, True, generator=generator)
         return self.points[chosen]
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """Returns, for the nearest atom of x, a one in its place: of shape (B, N), float64."""
+        """Returns the one-hot index of the atom nearest to x, of shape (B, N), float64."""
         nearest = torch.cdist(x.double().flatten(1), self.points.flatten(1)).argmin(1)
         return nn.functional.one_hot(nearest, len(self.points)).double()
 
@@ -93,10 +94,10 @@ class Atoms(nn.Module):
         """
         x_t, points = x_t.double().flatten(1), self.points.flatten(1)
         alpha_t, sigma_t = broadcast(alpha_t, x_t), broadcast(sigma_t, x_t)
-        # |x - α a|² without |x|², which is the same for all atoms.
+        # |x - α a|² without |x|², which does not depend on the atom.
         log_joint = alpha_t * (x_t @ points.T) - alpha_t**2 * points.square().sum(1) / 2
         r = (self.log_weights + log_joint / sigma_t**2).softmax(1)
-        return (r @ points).unflatten(1, self.shape)
+        return (r @ points).reshape(len(x_t), *self.shape)
 
     def denoiser(self, schedule: Schedule) -> MixtureDenoiser:
         """Returns x_t, t -> E[x_0 | x_t] under a schedule."""
@@ -105,10 +106,10 @@ class Atoms(nn.Module):
     def posterior(
         self, y: Tensor, operator: Callable[[Tensor], Tensor], sigma_y: float
     ) -> "Atoms":
-        """Returns p(x_0 | y) for y = A(x_0) + σ_y n: the same atoms, by other weights.
+        """Returns p(x_0 | y) for y = A(x_0) + σ_y n: the same atoms with other weights.
 
         Arguments:
-            y: One observation of m numbers, or one for each row of x_t, of shape (B, *').
+            y: One observation of m elements, or one for each row of x_t, of shape (B, *').
             operator: The function A of a batch (N, *).
             sigma_y: σ_y, above 0.
 
@@ -116,7 +117,7 @@ class Atoms(nn.Module):
             ValueError: If σ_y is not above 0.
         """
         if not sigma_y > 0:
-            raise ValueError(f"sigma_y={sigma_y} is not allowed; it is above 0")
+            raise ArgumentError("sigma_y", sigma_y, "a number > 0")
         seen = operator(self.points).double().flatten(1)
         rows = y.double().reshape(-1, seen.shape[1])
         log_likelihood = -torch.cdist(rows, seen).square() / (2 * sigma_y**2)

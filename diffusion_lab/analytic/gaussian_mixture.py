@@ -1,8 +1,8 @@
-r"""Mixtures of Gaussians: priors whose denoiser and posterior are known in closed form.
+r"""Gaussian mixtures: priors with a closed-form denoiser and posterior.
 
     p(x_0) = Σ_k w_k N(x_0; μ_k, S_k),    S_k = Q_k diag(l_k) Q_kᵀ,    x_t = α_t x_0 + σ_t ε.
 
-The axes Q_k are those of every noise level. With
+The axes Q_k are the same at every noise level. With
 
     u_k = Q_kᵀ (x_t - α_t μ_k),    v_k = α_t² l_k + σ_t²
 
@@ -13,13 +13,13 @@ the density of x_t and the posterior given x_t are
     E[x_0 | x_t] = Σ_k r_k E_k,
     Cov[x_0 | x_t] = Σ_k r_k (C_k + (E_k - E) (E_k - E)ᵀ),    E = E[x_0 | x_t].
 
-An observation y = A x_0 + σ_y n, n ~ N(0, I), leaves a mixture. With L_k = Q_k diag(√l_k), the
+The posterior given y = A x_0 + σ_y n, n ~ N(0, I), is a mixture. With L_k = Q_k diag(√l_k), the
 singular value decomposition A L_k = U diag(g) Vᵀ and e = Uᵀ (y - A μ_k), component k has
 
     weight ∝ w_k N(e; 0, diag(g² + σ_y²)),    mean μ_k + L_k V diag(g / (g² + σ_y²)) e,
     covariance L_k V diag(σ_y² / (g² + σ_y²)) Vᵀ L_kᵀ,
 
-where g is continued with zeros. Nothing here assumes α_t² + σ_t² = 1, and everything is float64.
+where g is padded with zeros. α_t² + σ_t² = 1 is not assumed. All computations are in float64.
 """
 
 __all__ = ["Gaussian", "GaussianMixture", "MixtureDenoiser"]
@@ -33,36 +33,36 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_lab.denoiser import Denoiser
+from diffusion_lab.errors import ArgumentError
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
 
-TOLERANCE = 1e-6  # of weights and covariances that were computed in float32
+TOLERANCE = 1e-6  # for weights and covariances that were computed in float32
 EPSILON = torch.finfo(torch.float64).eps
 
 
 class GaussianMixture(nn.Module):
     """A mixture of Gaussians, p(x_0) = Σ_k w_k N(μ_k, S_k).
 
-    A component may be flat (S_k singular); then there is a density only with noise, σ_t > 0.
+    A covariance S_k may be singular; then a density exists only with noise, σ_t > 0.
 
     Arguments:
         weights: The weights w_k, of shape (K,), above 0; they sum to one.
         means: The means μ_k, of shape (K, d).
         covariances: The covariances S_k, of shape (K, d, d), symmetric and positive semidefinite.
-        shape: The shape * of one x_0, of d numbers; (d,) if it is not given.
+        shape: The shape * of one x_0, of d elements; (d,) by default.
 
     Attributes:
         log_weights: log w_k, of shape (K,).
         means: μ_k, of shape (K, d).
         eigenvalues: l_k, of shape (K, d), ascending.
-        axes: Q_k, of shape (K, d, d), one axis a column.
+        axes: Q_k, of shape (K, d, d), with axes as columns.
         singular: Whether an eigenvalue is zero.
         shape: *.
 
     Raises:
-        ValueError: If the shapes do not belong together, the weights are not positive or do not
-            sum to one, a mean is not finite, or a covariance is not symmetric or not positive
-            semidefinite.
+        ValueError: If the shapes do not match, the weights are not positive or do not sum to one,
+            a mean is not finite, or a covariance is not symmetric positive semidefinite.
     """
 
     log_weights: Tensor
@@ -102,7 +102,7 @@ class GaussianMixture(nn.Module):
 
         Arguments:
             n: The number of draws, above 0.
-            generator: Where the random numbers come from; None for torch's global generator.
+            generator: The source of random numbers; None for torch's global generator.
         """
         device = self.means.device if generator is None else generator.device
         components = torch.multinomial(self.weights.to(device), n, True, generator=generator)
@@ -110,11 +110,11 @@ class GaussianMixture(nn.Module):
             n, self.means.shape[1], dtype=torch.float64, device=device, generator=generator
         )
         x, components = z.to(self.means.device), components.to(self.means.device)
-        # One component after the other: Q_k for each draw would be n d² numbers.
+        # One component at a time: Q_k for each draw would need n d² elements.
         for k, (mean, scale) in enumerate(zip(self.means, self.eigenvalues.sqrt(), strict=True)):
             chosen = components == k
             x[chosen] = mean + (x[chosen] * scale) @ self.axes[k].T
-        return x.unflatten(1, self.shape)
+        return x.reshape(n, *self.shape)
 
     def marginal(self, alpha_t: Tensor | float, sigma_t: Tensor | float) -> "GaussianMixture":
         """Returns the mixture that x_t is of, p(x_t) = Σ_k w_k N(α_t μ_k, α_t² S_k + σ_t² I).
@@ -164,7 +164,7 @@ class GaussianMixture(nn.Module):
         return self._project(x, *_clean(x))[2].softmax(1)
 
     def whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns z = l_k^(-1/2) Q_kᵀ (x - μ_k) for the component k that x is most likely of.
+        """Returns z = l_k^(-1/2) Q_kᵀ (x - μ_k) for the most probable component k of each x.
 
         Arguments:
             x: The points, of shape (B, *).
@@ -194,7 +194,8 @@ class GaussianMixture(nn.Module):
         r = log_joint.softmax(1)
         shifts = r[..., None] * (broadcast(alpha_t, u) * self.eigenvalues / v) * u
         centre = (r[:, None] @ self.means)[:, 0]
-        return (centre + shifts.flatten(1) @ self._flat_axes().T).unflatten(1, self.shape)
+        mean = centre + shifts.flatten(1) @ self._flat_axes().T
+        return mean.reshape(len(x_t), *self.shape)
 
     def covariance_t(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         """Returns Cov[x_0 | x_t] = Σ_k r_k (C_k + (E_k - E) (E_k - E)ᵀ), of shape (B, d, d).
@@ -216,29 +217,29 @@ class GaussianMixture(nn.Module):
         """Returns x_t, t -> E[x_0 | x_t] under a schedule.
 
         Arguments:
-            schedule: The schedule that α_t and σ_t are of.
+            schedule: The schedule of α_t and σ_t.
         """
         return MixtureDenoiser(self, schedule)
 
     def posterior(
         self, y: Tensor, operator: Tensor | Callable[[Tensor], Tensor], sigma_y: float
     ) -> "GaussianMixture":
-        """Returns the mixture p(x_0 | y) for y = A x_0 + σ_y n, its components in the same order.
+        """Returns the mixture p(x_0 | y) for y = A x_0 + σ_y n, with components in the same order.
 
         Arguments:
-            y: One observation, of m numbers.
+            y: One observation, of m elements.
             operator: The matrix A, of shape (m, d), or a linear function of a batch (B, *).
             sigma_y: The noise σ_y, at least 0; 0 only if every A S_k Aᵀ has an inverse.
 
         Raises:
-            ValueError: If y, the operator and the mixture do not belong together, the function is
-                not linear, σ_y < 0, or y has no density.
+            ValueError: If the shapes of y, the operator and the mixture do not match, the function
+                is not linear, σ_y < 0, or y has no density.
         """
         matrix = self._matrix(operator)
         if y.numel() != len(matrix):
-            raise ValueError(f"y has {y.numel()} numbers and the operator makes {len(matrix)}")
+            raise ValueError(f"y has {y.numel()} elements and the operator's output {len(matrix)}")
         if not sigma_y >= 0:
-            raise ValueError(f"sigma_y={sigma_y} is not allowed; it is at least 0")
+            raise ArgumentError("sigma_y", sigma_y, "a number >= 0")
         residuals = y.to(self.means).flatten() - self.means @ matrix.T
         log_evidence, shifts, covariances = self._observe(residuals, matrix, sigma_y)
         log_weights = (self.log_weights + log_evidence).log_softmax(0)
@@ -251,7 +252,7 @@ class GaussianMixture(nn.Module):
         """Returns x_t, t -> E[x_0 | x_t, y] for y = A x_0 + σ_y n.
 
         Arguments:
-            schedule: The schedule that α_t and σ_t are of.
+            schedule: The schedule of α_t and σ_t.
             y: One observation, or one for each row of x_t, of shape (B, m).
             operator: See `posterior`.
             sigma_y: See `posterior`.
@@ -262,7 +263,7 @@ class GaussianMixture(nn.Module):
         matrix = self._matrix(operator)
         if y.numel() == len(matrix):
             return self.posterior(y, operator, sigma_y).denoiser(schedule)
-        # The covariances are the same for all y: only weights and means differ from row to row.
+        # The covariances are the same for all y; weights and means differ between rows.
         result = self.posterior(y[:1], operator, sigma_y)
         residuals = y.to(self.means).flatten(1)[:, None] - self.means @ matrix.T
         log_evidence, shifts, _ = self._observe(residuals, matrix, sigma_y)
@@ -271,7 +272,7 @@ class GaussianMixture(nn.Module):
         return result.denoiser(schedule)
 
     def _like(self, log_weights: Tensor, means: Tensor, covariances: Tensor) -> "GaussianMixture":
-        """A mixture of this event shape, of weights that may be too small for float64."""
+        """A mixture of the same shape, with weights that may underflow in float64."""
         equal = torch.full_like(log_weights, 1 / len(log_weights))
         result = GaussianMixture(equal, means, covariances, shape=self.shape)
         result.log_weights = log_weights.clone()
@@ -287,13 +288,13 @@ class GaussianMixture(nn.Module):
         """u_k (B, K, d), v_k that broadcasts against it, log w_k N(u_k; 0, diag v_k) (B, K)."""
         if x_t.shape[1:] != self.shape:
             expected = ", ".join(["B", *map(str, self.shape)])
-            raise ValueError(f"x is of shape {tuple(x_t.shape)}; the mixture is of ({expected})")
+            raise ValueError(f"x has shape {tuple(x_t.shape)}; the mixture needs ({expected})")
         x_t = x_t.double().flatten(1)[:, None]
         alpha_t, sigma_t = broadcast(alpha_t, x_t), broadcast(sigma_t, x_t)
         if self.singular and bool((sigma_t == 0).any()):
-            raise ValueError("a covariance is singular: without noise there is no density")
-        # One product for all components; the means' own, (K, d) or (B, K, d), are small or rare.
-        turned = (x_t[:, 0] @ self._flat_axes()).unflatten(1, self.eigenvalues.shape)
+            raise ValueError("a covariance is singular: there is no density without noise")
+        # One product for all components; that of the means, (K, d) or (B, K, d), is small or rare.
+        turned = (x_t[:, 0] @ self._flat_axes()).reshape(len(x_t), *self.eigenvalues.shape)
         u = turned - alpha_t * torch.einsum("...kd,kde->...ke", self.means, self.axes)
         v = alpha_t**2 * self.eigenvalues + sigma_t**2
         return u, v, self.log_weights - (u**2 / v + torch.log(2 * math.pi * v)).sum(2) / 2
@@ -330,21 +331,21 @@ class GaussianMixture(nn.Module):
         gain = g / variance[:, :rank]
         shifts = torch.einsum("kdr,...kr->...kd", loadings[..., :rank], gain * e[..., :rank])
         g = pad(g, (0, d - rank))
-        # What was not measured stays as it was, also without noise, where the ratio is 0 / 0.
+        # Unobserved directions keep their variance, also without noise, where the ratio is 0 / 0.
         shrinkage = torch.where(g > 0, sigma_y**2 / (g**2 + sigma_y**2), 1.0)
         return log_evidence, shifts, (loadings * shrinkage[:, None]) @ loadings.mT
 
     def _matrix(self, operator: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
-        """A, of shape (m, d); that of a function from what it makes of the identity's rows."""
+        """A, of shape (m, d); for a function, from its values at the rows of the identity."""
         d = self.means.shape[1]
         if isinstance(operator, Tensor):
             if operator.ndim != 2 or operator.shape[1] != d:
-                raise ValueError(f"the operator is of shape {tuple(operator.shape)}, not (m, {d})")
+                raise ValueError(f"the operator has shape {tuple(operator.shape)}, not (m, {d})")
             return operator.to(self.means)
         identity = torch.eye(d).to(self.means)
-        # Negative, and none of them ±1: that tells clipping, |x|, x² and constants apart.
+        # Negative and not ±1: this detects clipping, |x|, x² and constants.
         probe = torch.linspace(-3, -2, d).to(self.means)
-        inputs = torch.cat([identity, probe[None]]).unflatten(1, self.shape)
+        inputs = torch.cat([identity, probe[None]]).reshape(d + 1, *self.shape)
         *columns, output = operator(inputs).to(self.means).flatten(1)
         matrix = torch.stack(columns, 1)
         error, scale = (matrix @ probe - output).abs().max(), (matrix @ probe.diag()).abs().sum(1)
@@ -354,7 +355,7 @@ class GaussianMixture(nn.Module):
 
 
 class Gaussian(GaussianMixture):
-    """The mixture of one component, p(x_0) = N(μ, S).
+    """A Gaussian, p(x_0) = N(μ, S): a mixture of one component.
 
     Arguments:
         mean: The mean μ, of shape (d,).
@@ -372,18 +373,18 @@ class Gaussian(GaussianMixture):
 
 
 class Mixture(Protocol):
-    """What has E[x_0 | x_t] in closed form."""
+    """A prior with a closed-form E[x_0 | x_t]."""
 
     def mean_t(self, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
         """Returns E[x_0 | x_t], float64."""
 
 
 class MixtureDenoiser(Denoiser):
-    """E[x_0 | x_t] under a mixture of Gaussians or atoms: float64 inside, x_t's type outside.
+    """E[x_0 | x_t] under a mixture of Gaussians or atoms, computed in float64, in x_t's type.
 
     Arguments:
         mixture: The prior p(x_0), or a posterior; it has `mean_t`.
-        schedule: The schedule that α_t and σ_t are of.
+        schedule: The schedule of α_t and σ_t.
     """
 
     def __init__(self, mixture: Mixture, schedule: Schedule) -> None:
@@ -400,18 +401,18 @@ def _clean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-    """Raises ValueError unless they make a mixture; eigenvalues are checked elsewhere."""
+    """Raises ValueError unless they define a mixture; eigenvalues are checked elsewhere."""
     shapes = [tuple(x.shape) for x in (weights, means, covariances)]
     k, d = means.shape if means.ndim == 2 else (0, 0)
     if means.numel() == 0 or shapes != [(k,), (k, d), (k, d, d)]:
         raise ValueError(
             f"weights, means and covariances of shapes {shapes[0]}, {shapes[1]} and {shapes[2]} "
-            "do not belong together; (K,), (K, d) and (K, d, d) do"
+            "do not match; they must be (K,), (K, d) and (K, d, d)"
         )
     if not bool((weights > 0).all()):
         raise ValueError(f"the weights {weights.tolist()} must be above 0")
     if not abs(float(weights.sum()) - 1) <= TOLERANCE:
-        raise ValueError(f"the weights sum to {float(weights.sum()):.9g} and not to 1")
+        raise ValueError(f"the weights sum to {float(weights.sum()):.9g}, not to 1")
     if not bool(means.isfinite().all()):
         raise ValueError("the means must be finite")
     asymmetry = (covariances - covariances.mT).abs().amax((1, 2))  # nan where not finite
@@ -420,7 +421,7 @@ def _check(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
 
 
 def _decomposed(covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """l_k and Q_k, with an exact zero for what is zero to rounding."""
+    """l_k and Q_k, with eigenvalues within rounding of zero set to zero."""
     eigenvalues, axes = torch.linalg.eigh((covariances + covariances.mT) / 2)
     largest = eigenvalues.abs().amax(1, True)
     if not bool((eigenvalues >= -TOLERANCE * largest).all()):

@@ -1,10 +1,10 @@
-r"""A linear-Gaussian state-space model: the simplest data assimilation with an exact answer.
+r"""Linear-Gaussian state-space model: a trajectory prior with an exact posterior.
 
     z_1 ~ N(0, P),    z_{k+1} = F z_k + w_k,    w_k ~ N(0, Q).
 
-The trajectory x_0 = (z_1, ..., z_L) is Gaussian as a whole, with E[z_j z_kᵀ] = F^{j-k} C_k for
-j >= k, C_1 = P, C_{k+1} = F C_k Fᵀ + Q; its posterior given some of its numbers, seen with noise,
-is what a Kalman smoother computes.
+The trajectory x_0 = (z_1, ..., z_L) is jointly Gaussian, with E[z_j z_kᵀ] = F^{j-k} C_k for
+j >= k, C_1 = P, C_{k+1} = F C_k Fᵀ + Q. Its posterior given noisy observations is that of the
+Kalman smoother.
 """
 
 __all__ = ["damped_spring", "trajectory"]
@@ -21,7 +21,7 @@ def trajectory(transition: Tensor, noise: Tensor, start: Tensor, length: int) ->
     Arguments:
         transition: F, of shape (n, n).
         noise: Q, of shape (n, n), symmetric and positive semidefinite.
-        start: P, likewise.
+        start: P, of the same kind.
         length: L, at least 1.
     """
     n = len(transition)
@@ -38,10 +38,10 @@ def trajectory(transition: Tensor, noise: Tensor, start: Tensor, length: int) ->
 
 
 def damped_spring(length: int = 16) -> tuple[Gaussian, tuple[Tensor, Tensor, Tensor]]:
-    """Returns positions and velocities (L, 2) of a damped spring that is kicked at random.
+    """Returns positions and velocities (L, 2) of a damped spring with random forcing.
 
     Arguments:
-        length: The number L of moments.
+        length: The number L of time steps.
 
     Returns:
         The distribution, stationary with unit variances, and (F, Q, P).

@@ -35,7 +35,7 @@ __all__ = ["MAX_RATIO", "MIN_LOG_ALPHA_BAR", "Schedule", "check_order"]
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Schedule(nn.Module, ABC):
     steps: int = 1000
     variance_preserving = False
     _device_marker: Tensor
+    __call__: Callable[[Tensor | float], tuple[Tensor, Tensor]]
 
     def __init__(self) -> None:
         super().__init__()

@@ -476,7 +476,7 @@ def test_images_are_what_flat_points_are() -> None:
     levels = Linear()(t)
     assert torch.equal(image.covariance_t(pictures, *levels), flat.covariance_t(x, *levels))
     assert image.marginal(0.8, 0.6).shape == (3, 2, 2) and flat.shape == (12,)
-    with pytest.raises(ValueError, match=r"\(5, 12\); the mixture is of \(B, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(5, 12\); the mixture needs \(B, 3, 2, 2\)"):
         image.log_prob(x)
     single = Gaussian(MEAN, COVARIANCE, shape=(1, 2, 2))
     assert single.sample(3, seeded()).shape == (3, 1, 2, 2)
@@ -503,15 +503,15 @@ BAD = {
     "weights of another K": (
         (torch.ones(3) / 3, MEANS, COVARIANCES),
         {},
-        "do not belong together",
+        "do not match",
     ),
-    "another d": ((WEIGHTS, MEANS[:, :2], COVARIANCES), {}, "do not belong together"),
-    "variances": ((WEIGHTS, MEANS, COVARIANCES[:, 0]), {}, "do not belong together"),
-    "nothing": ((WEIGHTS[:0], MEANS[:0], COVARIANCES[:0]), {}, "do not belong together"),
+    "another d": ((WEIGHTS, MEANS[:, :2], COVARIANCES), {}, "do not match"),
+    "variances": ((WEIGHTS, MEANS, COVARIANCES[:, 0]), {}, "do not match"),
+    "nothing": ((WEIGHTS[:0], MEANS[:0], COVARIANCES[:0]), {}, "do not match"),
     "a weight of 0": ((torch.tensor([0.0, 1.0]), MEANS, COVARIANCES), {}, "above 0"),
     "a negative weight": ((torch.tensor([-0.5, 1.5]), MEANS, COVARIANCES), {}, "above 0"),
     "a weight of nan": ((NAN * WEIGHTS, MEANS, COVARIANCES), {}, "above 0"),
-    "sum": ((WEIGHTS * (1 + 3e-6), MEANS, COVARIANCES), {}, r"sum to 1.000003 and not to 1"),
+    "sum": ((WEIGHTS * (1 + 3e-6), MEANS, COVARIANCES), {}, r"sum to 1.000003, not to 1"),
     "means of nan": ((WEIGHTS, NAN * MEANS, COVARIANCES), {}, "means must be finite"),
     "asymmetric": ((WEIGHTS, MEANS, COVARIANCES.triu()), {}, "finite and symmetric"),
     "covariances of nan": ((WEIGHTS, MEANS, NAN * COVARIANCES), {}, "finite and symmetric"),
@@ -544,7 +544,7 @@ def test_observations_that_do_not_fit_are_refused() -> None:
     y, a = torch.zeros(2), torch.eye(4)[:2]
     with pytest.raises(ValueError, match=r"shape \(2, 3\), not \(m, 4\)"):
         mixture().posterior(y, a[:, :3], 0.1)
-    with pytest.raises(ValueError, match="y has 3 numbers and the operator makes 2"):
+    with pytest.raises(ValueError, match="y has 3 elements and the operator's output 2"):
         mixture().posterior(torch.zeros(3), a, 0.1)
     for sigma_y in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="sigma_y"):
