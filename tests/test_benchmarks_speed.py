@@ -1,4 +1,4 @@
-"""The speed benchmark measures the same thing on both sides, and says who is better."""
+"""Speed benchmark: both sides compute the same, and ratios have the right direction."""
 
 import json
 import re
@@ -11,11 +11,11 @@ import torch
 
 from benchmarks import machine
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import report, sides
-from benchmarks.speed.turns import OutOfMemory, take_turns
+from benchmarks.speed import contestants, report
+from benchmarks.speed.alternate import OutOfMemory, time_alternately
 from diffusion_lab.interop.diffusers import save_unet
 
-TINY = sides.SETTINGS["tiny"]
+TINY = contestants.SETTINGS["tiny"]
 KEYS = {"name", "device", "ours", "peer", "peer_name", "unit", "ratio", "spread"}
 FLOPS, MEMORY = 10**9, [100e6, 110e6, 120e6]
 
@@ -23,21 +23,21 @@ FLOPS, MEMORY = 10**9, [100e6, 110e6, 120e6]
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    save_unet(sides.make_network(TINY), folder)
+    save_unet(contestants.make_network(TINY), folder)
     return folder
 
 
 @pytest.mark.parametrize("peer", command.EAGER)
 def test_both_sides_have_the_same_weights(weights: Path, peer: str) -> None:
-    x, _, index = sides._inputs("ours", TINY, 2, "cpu")
+    x, _, index = contestants._inputs("ours", TINY, 2, "cpu")
     ours, theirs = (
-        sides.predict(sides.load(side, TINY, weights, "cpu").eval(), x, index)
+        contestants.predict(contestants.load(side, TINY, weights, "cpu").eval(), x, index)
         for side in ("ours", peer)
     )
     assert ours.abs().max() > 0.1  # not the zeros of a new network
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for mine, other in zip(
-        *(sides.guided(side, TINY, weights, 2, "cpu").step() for side in ("ours", peer)),
+        *(contestants.guided(side, TINY, weights, 2, "cpu").step() for side in ("ours", peer)),
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
@@ -45,10 +45,12 @@ def test_both_sides_have_the_same_weights(weights: Path, peer: str) -> None:
 
 def test_both_sides_train_and_sample_images_of_one_shape(weights: Path) -> None:
     for side in ("ours", "diffusers contiguous"):
-        work = sides.train(side, TINY, weights, "float32", 2, "cpu")
+        work = contestants.train(side, TINY, weights, "float32", 2, "cpu")
         work.step()
         assert len(work.facts["memory"]) == 3
-        images = torch.as_tensor(sides.sample(side, TINY, weights, "float32", 2, "cpu").step())
+        images = torch.as_tensor(
+            contestants.sample(side, TINY, weights, "float32", 2, "cpu").step()
+        )
         assert sorted(images.shape) == [2, 3, 16, 16]
         assert 0 <= images.min() < images.max() <= 1
 
@@ -60,7 +62,7 @@ def test_memory_is_what_a_step_holds_at_most() -> None:
         torch.ones(size // 4)  # freed by its end: the memory after the step tells nothing
         torch.ones(size // 64)
 
-    assert sides._memory_of(step, "cpu") == pytest.approx(size, rel=0.1)
+    assert contestants._memory_of(step, "cpu") == pytest.approx(size, rel=0.1)
 
 
 class Stub:
@@ -74,14 +76,14 @@ class Stub:
         return steps * self.seconds
 
 
-def test_sides_take_turns() -> None:
+def test_sides_alternate() -> None:
     log: list = []
     pair = {name: Stub(log, name, s) for name, s in (("a", 0.1), ("b", 0.25))}
-    assert take_turns(pair, 3, 60) == {"a": [0.1] * 3, "b": [0.25] * 3}
+    assert time_alternately(pair, 3, 60) == {"a": [0.1] * 3, "b": [0.25] * 3}
     # A turn of the slower one lasts half a second; no side is always the first.
     assert log == [("a", 1), ("b", 1), *[(name, 2) for name in "abbaab"]]
-    assert len(take_turns(pair, 9, seconds=0)["a"]) == 3
-    assert len(take_turns(pair, 2, seconds=0, steps=1)["a"]) == 2
+    assert len(time_alternately(pair, 9, seconds=0)["a"]) == 3
+    assert len(time_alternately(pair, 2, seconds=0, steps=1)["a"]) == 2
 
 
 def test_a_ratio_above_1_means_that_ours_is_better() -> None:
@@ -113,13 +115,13 @@ class Stubbed(command.Bench):
     def weights(self, config: str) -> Path:
         return self.folder
 
-    def compete(self, make, names, arguments, rounds=9, seconds=30, steps=None):
-        if arguments.get("batch") == 64 and make == sides.train:
+    def measure(self, make, names, arguments, rounds=9, seconds=30, steps=None):
+        if arguments.get("batch") == 64 and make == contestants.train:
             names = ["ours"]
-        if arguments.get("batch") == 512 and make == sides.sample:
+        if arguments.get("batch") == 512 and make == contestants.sample:
             raise OutOfMemory("ours")
         times = {name: [SECONDS[name]] * 3 for name in names}
-        facts = {"flops": FLOPS} | ({"memory": MEMORY} if make == sides.train else {})
+        facts = {"flops": FLOPS} | ({"memory": MEMORY} if make == contestants.train else {})
         return times, dict.fromkeys(names, facts)
 
 
@@ -127,15 +129,15 @@ def stubbed(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *only: str
 ) -> tuple[list, Sequence[str]]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(sides, "make_photos", lambda folder: 64)
+    monkeypatch.setattr(contestants, "make_photos", lambda folder: 64)
     bench = Stubbed(device, 2, tmp_path, only)
-    return bench.everything(), bench.left_out
+    return bench.run_all(), bench.skipped
 
 
 def test_rows_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "emulates_bfloat16", lambda: True)
-    rows, left_out = stubbed("cpu", tmp_path, monkeypatch)
-    assert not left_out
+    rows, skipped = stubbed("cpu", tmp_path, monkeypatch)
+    assert not skipped
     assert all(row.keys() >= KEYS and row["device"] == "cpu" for row in rows)
     found = {(row["name"], row["peer_name"]): row for row in rows}
     assert len(found) == len(rows)
@@ -177,8 +179,8 @@ def test_what_there_is_no_time_for_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Stubbed("cpu", 2, tmp_path, ["guided"], minutes=0)
-    assert bench.everything() == []
-    assert bench.left_out == ["guided/faces/float32", "guided/64/float32"]
+    assert bench.run_all() == []
+    assert bench.skipped == ["guided/faces/float32", "guided/64/float32"]
 
 
 def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
@@ -255,15 +257,9 @@ def test_the_whole_runs_with_a_tiny_network(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     found: list = []
-    everything = command.Bench.everything
+    run_all = command.Bench.run_all
 
-    def run(bench: command.Bench) -> list:
-        found.extend(everything(bench))
-        return found
-
-    monkeypatch.setattr(
-        command.Bench, "everything", lambda b: found.extend(everything(b)) or found
-    )
+    monkeypatch.setattr(command.Bench, "run_all", lambda b: found.extend(run_all(b)) or found)
     monkeypatch.setattr(command, "write", lambda *_, **__: pytest.fail("--quick writes nothing"))
     command.main(["--quick", "--device", "cpu", "--threads", "1"])
     names = [row["name"].split("/")[0] for row in found]

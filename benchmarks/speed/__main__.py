@@ -1,10 +1,10 @@
-"""Times ours against what people use today: `make bench`, 25 minutes on two cores.
+"""Speed and memory compared with diffusers and torchvision: `make bench`, 25 minutes on two cores.
 
     python -m benchmarks.speed [--only train/256 sample/256] [--minutes 24] [--quick]
 
-Writes benchmarks/results/latest.json, speed.md beside it, and the README's table. With --only,
-which takes what names of rows begin with, the other rows stay as they were. --quick runs it once
-with a tiny network and writes nothing. What there is a GPU for is measured there; --device cpu.
+Writes benchmarks/results/latest.json and speed.md, docs/speed.md and the README's table. --only
+takes prefixes of row names and keeps all other rows. --quick runs everything once with a tiny
+network and writes nothing. A GPU is used if there is one, unless --device cpu is given.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import RESULTS, ROOT, cpu_name, versions, write_block
-from benchmarks.speed import report, sides
+from benchmarks.speed import contestants, report
+from benchmarks.speed.alternate import OutOfMemory, Worker, Workload, time_alternately
+from benchmarks.speed.contestants import SETTINGS, STEPS
 from benchmarks.speed.report import Row
-from benchmarks.speed.sides import SETTINGS, STEPS
-from benchmarks.speed.turns import OutOfMemory, Work, Worker, take_turns
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn.unet import emulates_bfloat16
 
@@ -33,22 +33,22 @@ ROUNDS, QUICK_ROUNDS = 40, 1
 PACKAGES = ("torch", "torchvision", "diffusers", "lightning", "simplejpeg", "Pillow")
 TARGETS = {"train/256/bf16": 300.0, "sample/256/bf16": 900.0}  # images/s, network calls x images/s
 METHOD = f"""Both sides have the same weights, inputs, batch, type and number of threads. Each is a
-process of its own, and they take turns of about half a second: values are medians over up to
-{ROUNDS} rounds, the ratio is the median of the rounds' ratios, above 1 where ours is better, and
-the spread its interquartile range over the median.
+process of its own, and they run alternately for about half a second each: values are medians over
+up to {ROUNDS} rounds, the ratio is the median of the rounds' ratios, above 1 if ours is better,
+and the spread its interquartile range over the median.
 
 - *train*: forward, backward, fused Adam; bf16 by autocast. A processor that only emulates bfloat16
   has no bf16 rows: there our network runs in float32.
 - *sample*: one of {STEPS} steps of DDPM's sampler for a whole batch, the peer by its DDPMPipeline;
   bf16 by the weights' type.
 - *guided*: E[x₀ given x_t] and a product with its Jacobian.
-- *memory*: the most that a training step holds above what the process held before.
+- *memory*: the peak memory of a training step above that of the process before it.
 - *loader*: JPEG files of 256x256, decoded, mirrored, in [-1, 1] on the device, by as many threads
   as the peer (ImageFolder, Resize, RandomHorizontalFlip, ToTensor, Normalize) has processes.
 - *framework*: a step of `python train.py` against a loop with the same network, loss, optimizer
   and averaged weights and nothing else.
 - *features*: those of EfficientNet-Lite0, as the Fréchet distance takes them.
-- *peak*: a 3x3 convolution against a matrix product, of which the better is the peak.
+- *peak*: a 3x3 convolution and a matrix product; the faster one is the peak.
 
 *diffusers eager* is in the faster of its two memory layouts, *diffusers compiled* is torch.compile
 of the channels_last network, and compared with ours with compile=true, which has no effect on a
@@ -56,20 +56,20 @@ CPU that convolutions are compiled for anyway; sampling on a GPU, both are CUDA 
 reduce-overhead, cuda_graphs=true). FLOP are those of the published network; a training step counts
 three forward passes. Winograd's algorithm needs fewer operations than are counted; a share of the
 peak above 100% would mean nothing and is not shown."""
-SECONDS = {"cpu": 60.0, "cuda": 25.0}  # of all turns; a CPU's neighbours make more noise
+SECONDS = {"cpu": 60.0, "cuda": 25.0}  # of all rounds; other processes disturb a CPU more
 NEED = {"loader": 120, "framework": 150, "features": 90}  # seconds, on two cores
 
 
 class Bench:
-    """Measures, and collects the rows.
+    """Runs the measurements and collects their rows.
 
     Arguments:
         device: "cpu" or "cuda".
         threads: Threads of an operator.
         folder: For weights, files and runs.
-        only: What the names of the rows to be measured begin with; all if there is none.
-        minutes: When nothing more is begun.
-        quick: Whether everything is tiny, and done once.
+        only: Prefixes of the names of the rows to be measured; empty for all.
+        minutes: Time limit after which no further measurement starts.
+        quick: Whether to use a tiny network and a single round.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Bench:
         minutes: float = 25, quick: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.threads, self.folder, self.only = device, threads, folder, tuple(only)
-        self.quick, self.rows, self.left_out = quick, [], []
+        self.quick, self.rows, self.skipped = quick, [], []
         self.deadline = time.perf_counter() + 60 * minutes
         self.name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         processor = f"{cpu_name()}, {threads} threads"
@@ -85,40 +85,41 @@ class Bench:
         self.peaks: dict[str, float] = {}  # FLOP/s by type
         self.emulated = device == "cpu" and emulates_bfloat16()
 
-    def wants(self, name: str, seconds: float) -> bool:
-        """Whether rows of a name are asked for, and there is time for them."""
+    def should_run(self, name: str, seconds: float) -> bool:
+        """Whether a measurement is selected and there is time for it."""
         if self.only and not any(name.startswith(each) for each in self.only):
             return False
         if time.perf_counter() + seconds > self.deadline:
-            self.left_out.append(name)
+            self.skipped.append(name)
             return False
         print(f"{name} ...", flush=True)
         return True
 
-    def compete(
-        self, make: Callable[..., Work | None], names: Sequence[str], arguments: Mapping[str, Any],
-        rounds: int = ROUNDS, seconds: float | None = None, steps: int | None = None,
+    def measure(
+        self, make: Callable[..., Workload | None], names: Sequence[str],
+        arguments: Mapping[str, Any], rounds: int = ROUNDS, seconds: float | None = None,
+        steps: int | None = None,
     ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:  # fmt: skip
-        """Returns the seconds a step in each round, and the facts, of each side by its name.
+        """Returns the seconds per step in each round and the facts of each side, by its name.
 
-        A peer that needs more memory than there is drops out.
+        A peer that runs out of memory is dropped.
 
         Raises:
-            OutOfMemory: If ours does.
+            OutOfMemory: If ours runs out of memory.
         """
         workers = {}
         for name in names:
-            keeps = name.startswith("ours") or make == sides.framework
+            keeps_memory = name.startswith("ours") or make == contestants.framework
             arguments = {**arguments, "side": name}
-            workers[name] = Worker(make, self.threads, self.device, keeps, arguments)
+            workers[name] = Worker(make, self.threads, self.device, keeps_memory, arguments)
         try:
             facts = {}
             if self.device == "cpu":
-                for worker in workers.values():  # all prepare at once
+                for worker in workers.values():  # all prepare in parallel
                     worker.prepare()
             for name, worker in list(workers.items()):
                 try:
-                    if self.device == "cuda":  # there is memory for one alone
+                    if self.device == "cuda":  # there is memory for one at a time
                         worker.prepare()
                     facts[name] = worker.facts()
                 except OutOfMemory:
@@ -127,7 +128,7 @@ class Bench:
                     workers.pop(name).close()
             if self.quick:
                 rounds, steps = QUICK_ROUNDS, 1
-            return take_turns(workers, rounds, seconds or SECONDS[self.device], steps), facts
+            return time_alternately(workers, rounds, seconds or SECONDS[self.device], steps), facts
         finally:
             for worker in workers.values():
                 worker.close()
@@ -144,14 +145,14 @@ class Bench:
         """The folder of a setting's weights, in diffusers' format."""
         folder = self.folder / f"weights-{config}"
         if not folder.exists():
-            save_unet(sides.make_network(SETTINGS[config]), folder)
+            save_unet(contestants.make_network(SETTINGS[config]), folder)
         return folder
 
     def peak(self, dtype: str) -> None:
-        """Measures what the machine can do."""
+        """Measures the peak floating-point rate."""
         if dtype in self.peaks:
             return
-        worker = Worker(sides.peak, self.threads, self.device, False, {"dtype": dtype})
+        worker = Worker(contestants.peak, self.threads, self.device, False, {"dtype": dtype})
         try:
             worker.prepare()
             facts = worker.facts()
@@ -174,21 +175,21 @@ class Bench:
             config: A key of SETTINGS.
             dtype: "float32" or "bf16".
             compiled: Whether the compiled sides take part.
-            need: Seconds that it takes on two cores, preparing included.
-            seconds: When no further round begins, from the third on; None: by the device.
-            steps: Of a turn; None finds out.
+            need: Expected duration in seconds on two cores, with preparation.
+            seconds: Time limit after which no further round starts; None for that of the device.
+            steps: Steps per round; None measures how many.
         """
         name, setting = f"{kind}/{config}/{dtype}", SETTINGS[config]
         if dtype == "bf16" and self.emulated:
             return
-        if not self.wants(name, need):
+        if not self.should_run(name, need):
             return
         if kind != "guided":
             self.peak(dtype)
         names = ["ours", *EAGER]
         if compiled and not self.quick:
             names += ["ours compiled", "diffusers compiled"]
-        if kind == "train" and sides.has_denoising_diffusion_pytorch():
+        if kind == "train" and contestants.has_denoising_diffusion_pytorch():
             names.append(OTHER)
         batch, notes = setting.batch[self.device], []
         while True:
@@ -196,8 +197,8 @@ class Bench:
             if kind != "guided":
                 arguments["dtype"] = dtype
             try:
-                times, facts = self.compete(
-                    getattr(sides, kind), names, arguments, ROUNDS, seconds, steps
+                times, facts = self.measure(
+                    getattr(contestants, kind), names, arguments, ROUNDS, seconds, steps
                 )
             except OutOfMemory:
                 notes = [f"out of memory at batch {batch}"]
@@ -219,7 +220,7 @@ class Bench:
     def _targets(
         self, name: str, kind: str, batch: int, costs: Mapping[str, Sequence[float]]
     ) -> None:
-        """Prints what was reached of what is wanted of a large GPU."""
+        """Prints the rate beside the target for a large GPU."""
         if name in TARGETS and self.device == "cuda":
             side = min((s for s in costs if s.startswith("ours")), key=lambda s: median(costs[s]))
             rate = (batch if kind == "sample" else 1) / median(costs[side])
@@ -261,39 +262,39 @@ class Bench:
             add("ours", OTHER, OTHER, f"{count:,} parameters, {own:.3g} GFLOP an image")
 
     def _rates(
-        self, make: Callable[..., Work | None], peer: str, arguments: Mapping[str, Any],
+        self, make: Callable[..., Workload | None], peer: str, arguments: Mapping[str, Any],
         images: float, **how: Any,
     ) -> tuple[list[float], ...]:  # fmt: skip
-        """The seconds an image of ours and of a peer, for steps of so many images."""
-        times, _ = self.compete(make, ["ours", peer], arguments, **how)
+        """Returns the seconds per image of ours and of a peer, for steps of `images` images."""
+        times, _ = self.measure(make, ["ours", peer], arguments, **how)
         return tuple([t / images for t in times[side]] for side in ("ours", peer))
 
     def loader(self) -> None:
-        if not self.wants("loader/jpeg", NEED["loader"]):
+        if not self.should_run("loader/jpeg", NEED["loader"]):
             return
         photos = self.folder / "photos"
-        count = sides.make_photos(photos, *([16] if self.quick else []))
+        count = contestants.make_photos(photos, *([16] if self.quick else []))
         workers = self.threads
         arguments = {"folder": photos, "cache": self.folder / "cache", "workers": workers}
-        whole = count // sides.JPEG_BATCH * sides.JPEG_BATCH / workers  # images a core
-        times = self._rates(sides.loader, "torchvision", arguments, whole, steps=1)
+        whole = count // contestants.JPEG_BATCH * contestants.JPEG_BATCH / workers  # images a core
+        times = self._rates(contestants.loader, "torchvision", arguments, whole, steps=1)
         self.add(
             "loader/jpeg", "images/s a core", *times, "torchvision ImageFolder",
             note=f"{workers} workers on as many cores",
         )  # fmt: skip
 
     def features(self) -> None:
-        if not self.wants("features/efficientnet", NEED["features"]):
+        if not self.should_run("features/efficientnet", NEED["features"]):
             return
         batch = 8 if self.quick else 64
-        times = self._rates(sides.features, "network", {"batch": batch}, batch, steps=1)
+        times = self._rates(contestants.features, "network", {"batch": batch}, batch, steps=1)
         self.add(
             "features/efficientnet", "images/s", *times, "the network on the whole batch",
             note=f"batch {batch}",
         )  # fmt: skip
 
     def framework(self) -> None:
-        if not self.wants("framework/faces", NEED["framework"]):
+        if not self.should_run("framework/faces", NEED["framework"]):
             return
         accelerator = "gpu" if self.device == "cuda" else "cpu"
         overrides = [f"trainer.accelerator={accelerator}"]
@@ -302,12 +303,12 @@ class Bench:
         arguments = {"folder": self.folder / "run", "overrides": overrides}
         batch = 2 if self.quick else 16
         times = self._rates(
-            sides.framework, "bare loop", arguments, batch, rounds=2 * ROUNDS, seconds=100
+            contestants.framework, "bare loop", arguments, batch, rounds=2 * ROUNDS, seconds=100
         )
         self.add("framework/faces", "images/s", *times, "bare loop", note="at least 0.97")
 
-    def everything(self) -> list[Row]:
-        """Measures, the most wanted first; returns the rows."""
+    def run_all(self) -> list[Row]:
+        """Runs all measurements, the most important first; returns the rows."""
         if self.quick:
             for kind in ("train", "sample", "guided"):
                 self.network(kind, "tiny", "float32")
@@ -347,15 +348,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(
             given.device, given.threads, Path(folder), given.only, given.minutes, given.quick
         )
-        rows = bench.everything()
-    if bench.left_out:
-        print(f"no time was left for {', '.join(bench.left_out)}: raise --minutes")
+        rows = bench.run_all()
+    if bench.skipped:
+        print(f"skipped for lack of time: {', '.join(bench.skipped)}; raise --minutes")
     if not given.quick and rows:
         write(rows, everything=not given.only)
 
 
 def write(rows: Sequence[Row], everything: bool, results: Path = RESULTS) -> None:
-    """Writes the rows and their tables, beside what is kept of earlier ones."""
+    """Merges the rows with those of earlier measurements and writes all tables."""
     path = results / "latest.json"
     old = json.loads(path.read_text()) if path.exists() else []
     merged = report.merge(old, rows, everything)

@@ -1,8 +1,8 @@
-"""Rows of figures: made of measured costs, kept as JSON, shown as Markdown.
+"""Rows of the speed tables: computed from measured costs, stored as JSON, shown as Markdown.
 
-A cost is what a side paid in each round: seconds an image or a step, or bytes. The ratio is the
-median over the rounds of the peer's cost over ours, above 1 where ours is better, and its spread
-is the interquartile range over the median.
+A cost is a measurement of one round: seconds per image or step, or bytes. The ratio is the median
+over the rounds of the peer's cost divided by ours, above 1 if ours is better; its spread is the
+interquartile range divided by the median.
 """
 
 __all__ = ["Row", "merge", "page", "report", "row", "spread", "summary", "table"]
@@ -13,7 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# What a cost is shown as: a rate is its inverse.
+# Conversion of a cost to the unit of the table; a rate is the inverse of a cost.
 UNITS = {
     "images/s": lambda cost: 1 / cost,
     "images/s a core": lambda cost: 1 / cost,
@@ -53,7 +53,7 @@ def row(
         unit: A key of UNITS.
         ours: Our cost in each round: seconds an image for "images/s", seconds for "ms", bytes.
         peer: The peer's in the same rounds.
-        peer_name: Whom it is compared with.
+        peer_name: The name of the peer.
         more: Further keys: machine, note, flops (of a unit), peak (in FLOP/s).
     """
     flops, peak = more.pop("flops", None), more.pop("peak", None)
@@ -83,18 +83,18 @@ def _share(rate: float, peak: float) -> float | None:
 
 
 def _round(value: float) -> float:
-    """To four digits: more of them say nothing."""
+    """Rounds to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def merge(old: Iterable[Row], new: Sequence[Row], everything: bool) -> list[Row]:
-    """Returns the rows that are kept, and the new ones.
+    """Returns earlier rows that remain valid, followed by new ones.
 
     Arguments:
-        old: Those of earlier measurements.
-        new: Those of this one.
-        everything: Whether they are all that there is to measure on their device: then no other
-            row of it is kept. Otherwise only those are replaced that were measured again.
+        old: Rows of earlier measurements.
+        new: Rows of this measurement.
+        everything: Whether all rows of the device were measured, so that none of its old rows is
+            kept. Otherwise only rows that were measured again are replaced.
     """
     devices = {each["device"] for each in new}
     again = {(each["name"], each["device"], each["peer_name"]) for each in new}
@@ -109,7 +109,7 @@ def merge(old: Iterable[Row], new: Sequence[Row], everything: bool) -> list[Row]
         kind, _, dtype = each["name"].partition("/")
         if kind == "peak":
             peaks[each["device"], dtype] = max(each["ours"], each["peer"])
-    for each in rows:  # by the newest peak: an earlier one may have met a busy machine
+    for each in rows:  # of the newest peak: the machine may have been busy before
         peak = peaks.get((each["device"], each["name"].rpartition("/")[2]))
         if "gflops" in each and peak:
             share = _share(each["gflops"], peak)
@@ -128,7 +128,7 @@ def _number(value: float) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Returns the rows as a Markdown table."""
     lines = [HEAD]
     for each in rows:
         gflops = _number(each["gflops"]) if "gflops" in each else ""
@@ -142,7 +142,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report(rows: Sequence[Row], method: str) -> str:
-    """The page of all rows: a table for each machine, and how it was measured."""
+    """Returns the page of all rows: a table for each machine, and the method."""
     parts = []
     for machine in dict.fromkeys(each["machine"] for each in rows):
         own = [each for each in rows if each["machine"] == machine]

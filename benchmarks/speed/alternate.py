@@ -1,11 +1,19 @@
-"""Sides that take turns: each a process of its own, of which one works at a time.
+"""Alternating timing of several sides, each in a process of its own.
 
-Noise of the machine meets all sides, and each has its own allocator and memory. The parent says
-"run n steps" through a pipe, the side answers with the seconds that they took, and the others
-wait.
+One process runs at a time, so that noise of the machine affects all sides equally and each has its
+own allocator and memory. The parent sends a number of steps through a pipe, and the process
+answers with the seconds that they took.
 """
 
-__all__ = ["Failed", "OutOfMemory", "Turns", "Work", "Worker", "now", "take_turns"]
+__all__ = [
+    "AlternatingTimer",
+    "OutOfMemory",
+    "TimingFailed",
+    "Worker",
+    "Workload",
+    "now",
+    "time_alternately",
+]
 
 import multiprocessing
 import time
@@ -18,34 +26,34 @@ from typing import Any, Protocol
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-TURN = 0.6  # seconds that a turn of the slowest side should take
-MOST_STEPS = 100  # of a turn
-LEAST_ROUNDS = 3
+TURN = 0.6  # seconds per round of the slowest side
+MAX_STEPS = 100  # per round
+MIN_ROUNDS = 3
 
 
-class Failed(RuntimeError):
-    """A side that ended with an error, which it shows."""
+class TimingFailed(RuntimeError):
+    """The process of a side ended with an error; the message has its traceback."""
 
 
 class OutOfMemory(RuntimeError):
-    """A side that needs more memory than the device has."""
+    """A side ran out of memory."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a side does in a step, and what else it found.
+class Workload:
+    """A step that is timed, and further measurements.
 
     Attributes:
-        step: Does it, and waits for nothing.
-        facts: Measured besides: memory, operations, numbers of parameters.
+        step: Runs a step, without waiting for the device.
+        facts: Further measurements: memory, operations, number of parameters.
     """
 
     step: Callable[[], Any]
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Turns(Callback):
-    """Makes a training by Lightning a side: it stops before a step until its turn has come."""
+class AlternatingTimer(Callback):
+    """Lightning callback that runs as many training steps as the parent requests, and waits."""
 
     connection: Connection  # of this process, set by `_serve`
 
@@ -60,87 +68,87 @@ class Turns(Callback):
             self.connection.send(answer)
             steps = self.connection.recv()
             if steps is None:
-                raise SystemExit  # a training that is cut off
+                raise SystemExit  # ends the training
             self.start, self.left = now(module.device), steps
         self.left -= 1
 
 
 def now(device: torch.device | str) -> float:
-    """The time in seconds, when the device has done what it was told."""
+    """Returns the time in seconds after all operations of the device have finished."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _let_go(device: str) -> None:
-    """Leaves the memory of a GPU to the others."""
+def _free_memory(device: str) -> None:
+    """Returns the cached memory of a GPU to the other processes."""
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def _serve(
-    connection: Connection, make: Callable[..., Work | None], threads: int, device: str,
-    keeps: bool, arguments: Mapping[str, Any],
+    connection: Connection, make: Callable[..., Workload | None], threads: int, device: str,
+    keeps_memory: bool, arguments: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """What a side's process does."""
+    """Main function of the process of a side."""
     try:
         torch.set_num_threads(threads)
-        if keeps:
+        if keeps_memory:
             from diffusion_lab.allocator import keep_memory
 
             keep_memory()
-        Turns.connection = connection
+        AlternatingTimer.connection = connection
         connection.recv()  # "prepare"
         work = make(device=device, **arguments)
-        if work is None:  # it has served by itself
+        if work is None:  # a training, which has answered through AlternatingTimer
             return
-        work.step()  # what is compiled is compiled now, on all sides at once
-        _let_go(device)
+        work.step()  # compilation happens here, on all sides in parallel
+        _free_memory(device)
         connection.send(work.facts)
         while (steps := connection.recv()) is not None:
             if device == "cuda":
-                work.step()  # takes back the memory that was left to the others
+                work.step()  # allocates the memory again
             start = now(device)
             for _ in range(steps):
                 work.step()
             seconds = now(device) - start
-            _let_go(device)
+            _free_memory(device)
             connection.send(seconds)
-    except EOFError:  # the parent has gone
+    except EOFError:  # the parent has ended
         return
     except torch.OutOfMemoryError as error:
         connection.send(OutOfMemory(str(error).splitlines()[0]))
     except Exception:
-        connection.send(Failed(traceback.format_exc()))
+        connection.send(TimingFailed(traceback.format_exc()))
 
 
 class Side(Protocol):
-    """What takes turns."""
+    """A side of the comparison."""
 
     def run(self, steps: int) -> float:
-        """Does steps; returns the seconds that they took."""
+        """Runs steps; returns the seconds that they took."""
 
 
 class Worker:
     """A side in a process of its own.
 
     Arguments:
-        make: Prepares the work there; called with the device and `arguments`. One that serves by
-            itself, through `Turns`, does not return before it is over.
+        make: Prepares the workload in the process; called with the device and `arguments`. A
+            training, which answers through `AlternatingTimer`, returns None at its end.
         threads: Threads of an operator.
         device: "cpu" or "cuda".
-        keeps: Whether it keeps freed memory, as our commands do.
-        arguments: Of `make`.
+        keeps_memory: Whether freed memory is kept, as in our commands.
+        arguments: Arguments of `make`.
     """
 
     def __init__(
-        self, make: Callable[..., Work | None], threads: int, device: str, keeps: bool,
+        self, make: Callable[..., Workload | None], threads: int, device: str, keeps_memory: bool,
         arguments: Mapping[str, Any],
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, make, threads, device, keeps, dict(arguments))
+            target=_serve, args=(theirs, make, threads, device, keeps_memory, dict(arguments))
         )
         self.process.start()
         theirs.close()
@@ -149,17 +157,17 @@ class Worker:
         try:
             answer = self.connection.recv()
         except EOFError:
-            raise Failed("the process of a side ended without a word") from None
+            raise TimingFailed("the process of a side ended without an answer") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def prepare(self) -> None:
-        """Starts what `facts` waits for."""
+        """Starts the preparation, without waiting for it."""
         self.connection.send("prepare")
 
     def facts(self) -> dict[str, Any]:
-        """Waits until the side is ready; returns what it found."""
+        """Waits until the side is ready; returns its facts."""
         return self._answer()
 
     def run(self, steps: int) -> float:
@@ -178,28 +186,28 @@ class Worker:
         self.process.join()
 
 
-def take_turns(
+def time_alternately(
     sides: Mapping[str, Side], rounds: int, seconds: float, steps: int | None = None
 ) -> dict[str, list[float]]:
-    """Returns the seconds a step of each side in each round.
+    """Returns the seconds per step of each side in each round.
 
-    Each round begins with another side.
+    The order of the sides rotates from round to round.
 
     Arguments:
-        sides: By name.
+        sides: The sides by name.
         rounds: The largest number of rounds.
-        seconds: When no further round begins, from the third on.
-        steps: Of a turn; None tries one, and takes as many as last `TURN` on the slowest side.
+        seconds: Time limit after which no further round starts; at least three are run.
+        steps: Steps per round; None takes as many as last `TURN` on the slowest side.
     """
     if steps is None:
         slowest = max(side.run(1) for side in sides.values())
-        steps = min(max(round(TURN / slowest), 1), MOST_STEPS)
+        steps = min(max(round(TURN / slowest), 1), MAX_STEPS)
     times: dict[str, list[float]] = {name: [] for name in sides}
     start, names = time.perf_counter(), list(sides)
     for k in range(rounds):
         first = k % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(sides[name].run(steps) / steps)
-        if k + 1 >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+        if k + 1 >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
     return times

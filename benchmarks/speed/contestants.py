@@ -1,6 +1,6 @@
-"""What each side does in a step, ours and the peers', on the same weights and inputs.
+"""Workloads of the speed benchmark: ours and the peers', on the same weights and inputs.
 
-Functions that make `Work` run in the process of their side; names of sides say which it is:
+Each function makes the `Workload` of one side, in the process of that side. The sides:
 
     ours, ours compiled                           our U-Net, and with compiled blocks
     diffusers contiguous, diffusers channels_last UNet2DModel in both memory layouts
@@ -34,7 +34,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT
-from benchmarks.speed.turns import Work, now
+from benchmarks.speed.alternate import Workload, now
 from diffusion_lab.callback.throughput import count_flops
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.data.faces import draw_faces
@@ -52,12 +52,12 @@ from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
 
-STEPS = 10  # of a sampling
+STEPS = 10  # sampler steps
 JPEG_SIZE, JPEG_BATCH = 256, 32
 JPEGS, COPIES = 256, 4  # a file is drawn once and stored four times
-FACES = 4096  # images of the framework's training
-TURNS = "benchmarks.speed.turns.Turns"
-TIMED = 5  # measurements of the peak, of which the best counts
+FACES = 4096  # training images
+TIMER = "benchmarks.speed.alternate.AlternatingTimer"
+TIMED = 5  # measurements of the peak; the best one is taken
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ SETTINGS = {
 
 
 def make_network(setting: Setting) -> UNet:
-    """Makes the network of a setting, with weights that all matter.
+    """Makes the network of a setting with random weights in all layers.
 
-    A new network's last layers are almost nothing, and so would any difference be.
+    The last layers of a new network are close to zero and would hide differences.
     """
     torch.manual_seed(0)
     network = UNet(**setting.network)
@@ -110,7 +110,7 @@ def make_network(setting: Setting) -> UNet:
 
 
 def has_denoising_diffusion_pytorch() -> bool:
-    """Whether that package is installed: it is no dependency of any kind."""
+    """Whether the package, which is not a dependency, is installed."""
     return importlib.util.find_spec("denoising_diffusion_pytorch") is not None
 
 
@@ -121,10 +121,10 @@ def load(
 
     Arguments:
         side: The side.
-        setting: The setting that the weights are of.
+        setting: The setting of the weights.
         folder: Written by `save_unet`.
         device: "cpu" or "cuda".
-        graphs: Whether a compiled side runs as a CUDA graph, where there is a GPU: for sampling.
+        graphs: Whether compiled sides use CUDA graphs on a GPU, for sampling.
     """
     network: nn.Module
     if side.startswith("ours"):
@@ -144,7 +144,7 @@ def load(
 
     diffusers.utils.logging.set_verbosity_error()
     network = diffusers.UNet2DModel.from_pretrained(folder).to(device)
-    network.register_to_config(sample_size=setting.size)  # which pipelines ask for
+    network.register_to_config(sample_size=setting.size)  # needed by pipelines
     if side != "diffusers contiguous":
         network.to(memory_format=torch.channels_last)
     if side == "diffusers compiled":
@@ -153,13 +153,13 @@ def load(
 
 
 def predict(network: nn.Module, x: Tensor, index: Tensor) -> Tensor:
-    """The prediction of any side's network."""
+    """Returns the prediction of a side's network."""
     output = network(x, index)
     return output if isinstance(output, Tensor) else output.sample
 
 
 def _facts(side: str, network: nn.Module, setting: Setting) -> dict[str, Any]:
-    """The operations of a forward pass for an image, by the network as it was published."""
+    """Counts the FLOPs per image of a forward pass of the published network."""
     if side not in ("diffusers contiguous", "denoising-diffusion-pytorch"):
         return {}
     shape = (1, 3, setting.size, setting.size)
@@ -168,7 +168,7 @@ def _facts(side: str, network: nn.Module, setting: Setting) -> dict[str, Any]:
 
 
 def _inputs(side: str, setting: Setting, batch: int, device: str) -> tuple[Tensor, ...]:
-    """x, a target and indices, in the layout that the side's network likes."""
+    """Returns x, a target and indices, in the memory layout of the side's network."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 3, setting.size, setting.size)
     plain = side in ("diffusers contiguous", "denoising-diffusion-pytorch")
@@ -180,10 +180,12 @@ def _inputs(side: str, setting: Setting, batch: int, device: str) -> tuple[Tenso
     return x, target, index
 
 
-def train(side: str, setting: Setting, folder: Path, dtype: str, batch: int, device: str) -> Work:
+def train(
+    side: str, setting: Setting, folder: Path, dtype: str, batch: int, device: str
+) -> Workload:
     """A step of training: forward, backward and a fused Adam step.
 
-    Among the facts is the largest memory of three steps, above what the process held before.
+    The facts include the peak memory of three steps, above that of the process before.
     """
     network = load(side, setting, folder, device).train()
     facts = _facts(side, network, setting)
@@ -198,19 +200,19 @@ def train(side: str, setting: Setting, folder: Path, dtype: str, batch: int, dev
         optimizer.step()
 
     compiled = "compiled" in side
-    step(batch if compiled else 1)  # code and optimizer states are there then
+    step(batch if compiled else 1)  # creates optimizer states and compiled code
     if device == "cuda" or not compiled:
         facts["memory"] = [_memory_of(step, device) for _ in range(3)]
-    return Work(step, facts)
+    return Workload(step, facts)
 
 
 def _status(key: str) -> int:
-    """An entry of this process's status, in bytes."""
+    """Returns an entry of /proc/self/status in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
 
 
 def _memory_of(step: Callable[[], Any], device: str) -> int:
-    """The largest memory in a step above that before it, in bytes."""
+    """Returns the peak memory of a step above that before it, in bytes."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -219,21 +221,23 @@ def _memory_of(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/status").exists():  # the first step alone tells then
+    if not Path("/proc/self/status").exists():  # then only the first step is informative
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step()
         return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 1)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back: it would be used unseen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would otherwise be reused unnoticed
     before = _status("VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not allowed: the largest so far, which preparing has hardly raised
+    except OSError:  # not permitted: use the peak so far, which preparation hardly raises
         before = max(before, _status("VmHWM"))
     step()
     return max(_status("VmHWM") - before, 1)
 
 
-def sample(side: str, setting: Setting, folder: Path, dtype: str, batch: int, device: str) -> Work:
+def sample(
+    side: str, setting: Setting, folder: Path, dtype: str, batch: int, device: str
+) -> Workload:
     """Ten steps of DDPM's sampler, from noise to images on the CPU."""
     network = load(side, setting, folder, device, graphs=True).eval().requires_grad_(False)
     facts, shape = _facts(side, network, setting), (batch, 3, setting.size, setting.size)
@@ -248,7 +252,7 @@ def sample(side: str, setting: Setting, folder: Path, dtype: str, batch: int, de
             x_0 = sampler(denoiser, torch.randn(shape, device=device))
             return (x_0 / 2 + 0.5).clamp(0, 1).cpu()
 
-        return Work(ours, facts)
+        return Workload(ours, facts)
     import diffusers
 
     if dtype == "bf16":
@@ -262,11 +266,11 @@ def sample(side: str, setting: Setting, folder: Path, dtype: str, batch: int, de
         images = pipeline(batch, num_inference_steps=STEPS, output_type=kind).images
         return images.cpu() if kind == "pt" else images
 
-    return Work(theirs, facts)
+    return Workload(theirs, facts)
 
 
-def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -> Work:
-    """E[x_0 | x_t] and Jᵀ v, as methods that need the network's derivative ask for."""
+def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -> Workload:
+    """E[x_0 | x_t] and Jᵀ v, as in methods that use the network's derivative."""
     network = load(side, setting, folder, device).eval().requires_grad_(False)
     x_t, v, _ = _inputs(side, setting, batch, device)
     schedule = Linear()
@@ -278,7 +282,7 @@ def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -
             denoised, vjp = denoised_and_vjp(denoiser, x_t, t)
             return denoised, vjp(v)
 
-        return Work(ours)
+        return Workload(ours)
     alpha_t, sigma_t = (float(c) for c in schedule(t))
     index = torch.full((batch,), float(schedule.index(t)), device=device)
 
@@ -287,26 +291,26 @@ def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -
         denoised = (x - sigma_t * predict(network, x, index)) / alpha_t
         return denoised.detach(), torch.autograd.grad(denoised, x, v)[0]
 
-    return Work(theirs)
+    return Workload(theirs)
 
 
-def features(side: str, batch: int, device: str) -> Work:
-    """EfficientNet-Lite0's features of images: by `extract`, or the network as it is."""
+def features(side: str, batch: int, device: str) -> Workload:
+    """EfficientNet-Lite0 features of images: by `extract`, or by the network directly."""
     network = EfficientNetLite0().to(device)
     images = draw_faces(torch.arange(batch)).to(device)
     if side == "ours":
-        return Work(lambda: extract(network, images))
+        return Workload(lambda: extract(network, images))
 
     @torch.no_grad()
     def plain() -> Tensor:
         return network(images).cpu()
 
-    return Work(plain)
+    return Workload(plain)
 
 
 def make_photos(folder: Path, count: int = JPEGS) -> int:
-    """Draws JPEG files like photographs into a folder of one class; returns their number."""
-    from benchmarks.data import draw  # which needs more packages
+    """Writes photograph-like JPEG files into a folder with one class; returns their number."""
+    from benchmarks.data import draw  # needs more packages
 
     (folder / "0").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -319,16 +323,16 @@ def make_photos(folder: Path, count: int = JPEGS) -> int:
 
 
 def _silence() -> None:
-    """Progress bars are drawn, but nowhere to be seen."""
+    """Redirects stdout and stderr, including progress bars, to /dev/null."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nothing, stream)
 
 
-def loader(side: str, folder: Path, cache: Path, workers: int, device: str) -> Work:
+def loader(side: str, folder: Path, cache: Path, workers: int, device: str) -> Workload:
     """An epoch over JPEG files: decoded, mirrored at random, on the device in [-1, 1].
 
-    Ours decodes in threads what is packed as encoded bytes, and moves uint8; the peer is
+    Ours decodes packed files in threads and transfers uint8; the peer is
     torchvision's ImageFolder with the usual transforms in a torch DataLoader of as many processes.
     """
     if side == "ours":
@@ -352,7 +356,7 @@ def loader(side: str, folder: Path, cache: Path, workers: int, device: str) -> W
                 }
                 data.on_after_batch_transfer(moved, 0)
 
-        return Work(ours)
+        return Workload(ours)
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
@@ -373,26 +377,26 @@ def loader(side: str, folder: Path, cache: Path, workers: int, device: str) -> W
         for images, _ in peer:
             images.to(device, non_blocking=True)
 
-    return Work(theirs)
+    return Workload(theirs)
 
 
 def _train_config(folder: Path, overrides: list[str]) -> DictConfig:
-    """What `python train.py` composes, with a directory of its own."""
+    """Returns the configuration of `python train.py` with a directory of its own."""
     splits = f"data.splits={{train: {FACES}, val: 64, test: 64}}"
     own = [f"paths.output_dir={folder}", f"paths.cache_dir={folder / 'cache'}", splits]
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
         return hydra.compose("train", overrides=[*own, *overrides])
 
 
-def framework(side: str, folder: Path, overrides: list[str], device: str) -> Work | None:
-    """A step of the embedded default: of `python train.py`, or of a loop without anything else."""
+def framework(side: str, folder: Path, overrides: list[str], device: str) -> Workload | None:
+    """A training step of the default experiment: `python train.py`, or a bare loop."""
     from diffusion_lab.command.fit import fit
     from diffusion_lab.command.process import set_up_process
 
     if side == "ours":
         _silence()
         set_up_process()
-        fit(_train_config(folder, [*overrides, f"+callbacks.turns._target_={TURNS}"]))
+        fit(_train_config(folder, [*overrides, f"+callbacks.timer._target_={TIMER}"]))
         return None
     config = _train_config(folder, overrides)
     torch.manual_seed(0)
@@ -421,11 +425,11 @@ def framework(side: str, folder: Path, overrides: list[str], device: str) -> Wor
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - config.ema.decay)
 
-    return Work(bare)
+    return Workload(bare)
 
 
-def peak(dtype: str, device: str) -> Work:
-    """The seconds a floating-point operation takes at best, in a product and a 3x3 convolution."""
+def peak(dtype: str, device: str) -> Workload:
+    """The least seconds per floating-point operation, in a matrix product and a convolution."""
     kind = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype]
     size, shape = (8192, (64, 256, 64)) if device == "cuda" else (1024, (16, 128, 32))
     batch, channels, length = shape
@@ -445,4 +449,4 @@ def peak(dtype: str, device: str) -> Work:
             function()
             seconds.append(now(device) - start)
         facts[name] = [each / flops for each in sorted(seconds)[:1]]
-    return Work(lambda: None, facts)
+    return Workload(lambda: None, facts)
