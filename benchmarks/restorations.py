@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from diffusion_lab.metric import nominal
+from diffusion_lab.metric import nominal_coverage
 from diffusion_lab.report.sweep_report import Job, read_jobs
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,7 +77,7 @@ def main() -> None:
     images, samples = config["num_images"], config["num_samples"]
     lines.append(
         f"{images} images, {samples} posterior samples of each; PSNR in dB. Coverage is that of "
-        f"the central interval, ideally {nominal(samples, 0.9):.3f}; spread / skill is ideally 1."
+        f"the central interval, ideally {nominal_coverage(samples, 0.9):.3f}; spread / skill is ideally 1."
     )
     path = RESULTS / f"{name}.md"
     path.write_text("\n".join(lines) + "\n")

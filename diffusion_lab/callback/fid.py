@@ -27,8 +27,8 @@ from tqdm import tqdm
 from diffusion_lab.callback.trainer_state import data_module, image_shape, is_debug_run
 from diffusion_lab.constraints import AtLeastTwo, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.errors import ConfigError, SamplingError
-from diffusion_lab.metric.feature_statistics import Moments, reference
-from diffusion_lab.metric.features import extract, title
+from diffusion_lab.metric.feature_statistics import Moments, load_reference
+from diffusion_lab.metric.features import extract, metric_name
 from diffusion_lab.metric.frechet import frechet_distance
 from diffusion_lab.pixels import to_uint8
 from diffusion_lab.rng import KeyedGenerator, make_key
@@ -121,7 +121,7 @@ class FID(Callback):
             few = torch.from_numpy(images[:DEBUG_COUNT]).to(module.device)
             self.reference = Moments.of(extract(self.extractor, few))
             return
-        self.reference, _ = reference(
+        self.reference, _ = load_reference(
             images, data.state_dict()["splits"]["train"]["content"], self.extractor,
             data.cache_dir / "statistics", device=module.device,
             progress=partial(
@@ -144,7 +144,7 @@ class FID(Callback):
         count = min(DEBUG_COUNT, self.num_samples) if is_debug_run(trainer) else self.num_samples
         drawn = self._moments(trainer, module, count)
         distance = float("nan") if drawn is None else frechet_distance(drawn, self.reference)
-        name = f"val/{title('frechet', self.extractor.name, count)}"
+        name = f"val/{metric_name('frechet', self.extractor.name, count)}"
         # Every device has the same value; without sync_dist Lightning would warn.
         module.log(name, distance, sync_dist=True)
         seconds = time.perf_counter() - start

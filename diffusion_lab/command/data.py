@@ -24,7 +24,7 @@ from diffusion_lab.data.cache import verify
 from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.data.splits import SPLITS
 from diffusion_lab.errors import ConfigError, DataError, LabError
-from diffusion_lab.metric.feature_statistics import PooledPixels, reference
+from diffusion_lab.metric.feature_statistics import PooledPixels, load_reference
 from diffusion_lab.runs import compose
 from diffusion_lab.runs.instantiate import instantiate
 
@@ -63,7 +63,7 @@ def _stats(data: ImageDataModule) -> None:
         images = data.images[split]
         if not len(images):
             continue
-        moments, path = reference(
+        moments, path = load_reference(
             images, hashes[split]["content"], extractor, root,
             progress=partial(tqdm, desc=f"reading {split}", leave=False),
         )  # fmt: skip

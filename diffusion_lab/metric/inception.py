@@ -1,9 +1,9 @@
-r"""Features of the Inception network that the Fréchet Inception Distance is defined by.
+r"""Features of the Inception network that defines the Fréchet inception distance (FID).
 
-The network of 2015 as torch-fidelity ported it from TensorFlow: images are enlarged to 299 x 299
-as TensorFlow 1 did it (bilinear, corners not aligned, no anti-aliasing), the features are the 2048
-numbers after the last pooling. Another port, another resizing or another number format gives
-distances that cannot be compared with the literature's.
+The network of 2015 in the port of torch-fidelity from TensorFlow. Images are scaled to 299 x 299
+as in TensorFlow 1 (bilinear, corners not aligned, no anti-aliasing). The features are the 2048
+numbers after the last pooling. With another port, scaling or number format, distances are not
+comparable with the literature.
 
 Sources:
     Heusel et al., "GANs trained by a two time-scale update rule", 2017 (FID).
@@ -23,19 +23,19 @@ from diffusion_lab.metric.features import (
     sha256,
 )
 
-DIGEST = "6726825d"  # how the hash of the original weights begins
+DIGEST = "6726825d"  # prefix of the hash of the original weights
 
 
 class Inception(nn.Module):
     """Maps uint8 images (B, H, W, 3) to features (B, 2048).
 
     Arguments:
-        weights: The file of weights; None takes the one in torch's cache, or downloads it there.
+        weights: The file of weights; None uses the cache of torch, and downloads it if missing.
 
     Attributes:
-        name: What distinguishes these features from others, also in file names. With weights that
-            are not the original ones it says so, and no figure is called FID.
-        dim: Their number d.
+        name: Identifies the features, also in file names. With other weights than the original
+            ones it contains their hash, and no metric is called FID.
+        dim: The number d of features.
 
     Raises:
         ConfigError: If torch-fidelity or the weights are missing, or cannot be used.
@@ -54,7 +54,7 @@ class Inception(nn.Module):
         path = find_weights(weights, fidelity.URL_INCEPTION_V3)
         digest = sha256(path)
         self.name = INCEPTION if digest.startswith(DIGEST) else f"inception-{digest[:8]}"
-        load_weights(path)  # torch-fidelity itself would run code that the file may hold
+        load_weights(path)  # torch-fidelity itself executes code in the file
         try:
             self.network = fidelity.FeatureExtractorInceptionV3(
                 INCEPTION, ["2048"], feature_extractor_weights_path=str(path)
@@ -64,8 +64,9 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Inception":
-        """Stays in evaluation mode: its norms must not follow our images."""
+        """Keeps evaluation mode, so that the statistics of the norms do not change."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.permute(0, 3, 1, 2))[0]
+        features: Tensor = self.network(images.permute(0, 3, 1, 2))[0]
+        return features

@@ -1,12 +1,14 @@
-r"""Whether drawn images lie among the real ones, and whether they reach all of them.
+r"""Precision and recall of generated images, by nearest neighbours in feature space.
 
-Each set stands for the balls around its features, as far as the k-th nearest of its own others:
+The support of each set is approximated by balls around its features, with the distance to the k-th
+nearest neighbour in the same set as radius:
 
-    precision = share of drawn images in some ball of the real ones,
-    recall    = share of real images in some ball of the drawn ones.
+    precision = fraction of generated images in a ball of a real one,
+    recall    = fraction of real images in a ball of a generated one.
 
-Precision falls with what looks wrong, recall with what is never drawn; the Fréchet distance cannot
-tell the two apart. Both depend on the numbers of images: compare only those of the same numbers.
+Implausible images lower the precision, missing modes the recall; the Fréchet distance does not
+separate the two. Both depend on the numbers of images: only values with the same numbers are
+comparable.
 
 Source:
     Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models",
@@ -20,18 +22,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 2**24  # distances that are held at once
+CHUNK = 2**24  # distances held in memory
 
 
 def _squares(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Squared distances of a few of x from all of y, of shape (B, n), one part after the other."""
+    """Squared distances of parts of x from all of y, of shape (B, n)."""
     norms = y.square().sum(1)
-    for part in x.split(max(1, CHUNK // len(y))):
+    for part in torch.split(x, max(1, CHUNK // len(y))):
         yield (part.square().sum(1, keepdim=True) + norms - 2 * part @ y.T).clamp(min=0)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """The squared distance of each from the k-th nearest of the others, of shape (n,)."""
+    """The squared distance of each point from its k-th nearest neighbour, of shape (n,)."""
     found, first = [], 0
     for squares in _squares(x, x):
         squares.diagonal(first).fill_(torch.inf)  # itself
@@ -41,7 +43,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _inside(x: Tensor, centres: Tensor, k: int) -> float:
-    """The share of x in some ball."""
+    """The fraction of x in any ball."""
     radii = _radii(centres, k)
     return float(torch.cat([(s <= radii).any(1) for s in _squares(x, centres)]).double().mean())
 
@@ -50,12 +52,12 @@ def precision_recall(drawn: Tensor, real: Tensor, k: int = 3) -> tuple[float, fl
     """Returns precision and recall, computed in float64.
 
     Arguments:
-        drawn: The features of drawn images, of shape (m, d), m > k.
-        real: The features of real ones, of shape (n, d), n > k.
+        drawn: The features of generated images, of shape (m, d), m > k.
+        real: The features of real images, of shape (n, d), n > k.
         k: The number of neighbours, >= 1.
 
     Raises:
-        ValueError: If a set has no k neighbours.
+        ValueError: If a set has no more than k images.
     """
     if not 1 <= k < min(len(drawn), len(real)):
         raise ValueError(f"{len(drawn)} and {len(real)} images; each set needs more than k={k}")

@@ -1,11 +1,11 @@
-r"""How far samples are from the posterior p(x_0 | y), without a truth and without exact samples.
+r"""Kernel Stein discrepancy of samples and the posterior p(x_0 | y), without a reference sample.
 
 A distribution with score s has E[s(x) f(x) + ∇ f(x)] = 0 for every smooth f. The kernel Stein
 discrepancy is the worst failure of samples over all f of a ball of functions. With the kernel
 
-    k(x, x') = q^{-1/2},    q = c² + |x - x'|² / h²
+    k(x, x') = q^{-1/2},    q = 1 + |x - x'|² / h²
 
-(inverse multiquadric, which no sequence of samples deceives by wandering off) its square is the
+(inverse multiquadric, which detects samples that escape to infinity) its square is the
 mean over pairs of samples of
 
     u(x, x') = s·s' k + s·∇' k + s'·∇ k + ∇·∇' k
@@ -13,7 +13,7 @@ mean over pairs of samples of
 
 s = s(x), s' = s(x'). The score of a posterior is that of the prior, which a denoiser knows at any
 noise level, plus that of the likelihood. So the samples get noise of a level t > 0,
-x_t = α_t x_0 + σ_t z, and are held against
+x_t = α_t x_0 + σ_t z, and are compared with
 
     ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t).
 
@@ -77,12 +77,12 @@ def stein_discrepancy(
 
     Arguments:
         denoiser: The prior, E[x_0 | x_t].
-        x_0: The samples, of shape (N M, *): M that follow each other are of one y.
-        t: The time of the noise, one number; r_t about 0.3 σ_y is a good one, see above.
-        observation: What was seen, as it was given to the method, with `group` M.
-        generator: Where the noise comes from, see `normal_like`.
+        x_0: The samples, of shape (N M, *); M consecutive ones belong to one y.
+        t: The time of the noise, one number; r_t of about 0.3 σ_y is suitable, see above.
+        observation: The observation that the method had, with `group` M.
+        generator: The generator of the noise, see `normal_like`.
         scale: See `kernel_stein_discrepancy`.
-        batch_size: Samples that go through the network at once; None takes all.
+        batch_size: The number of samples per call of the network; None takes all.
 
     Raises:
         ValueError: See `posterior_score` and `kernel_stein_discrepancy`.
@@ -92,19 +92,22 @@ def stein_discrepancy(
     x_t = alpha_t * x_0 + sigma_t * normal_like(x_0, generator)
     size = batch_size or len(x_t)
     sigma_y = observation.sigma_y
-    each = isinstance(sigma_y, Tensor) and sigma_y.ndim > 0 and len(sigma_y) == len(x_t)
+
+    def part_sigma(k: int) -> float | Tensor:
+        if isinstance(sigma_y, Tensor) and sigma_y.ndim > 0 and len(sigma_y) == len(x_t):
+            return sigma_y[k * size :][:size]
+        return sigma_y
+
     parts = [
-        replace(observation, y=y, sigma_y=sigma_y[k * size :][:size] if each else sigma_y, group=1)
-        for k, y in enumerate(observation.y.split(size))
+        replace(observation, y=y, sigma_y=part_sigma(k), group=1)
+        for k, y in enumerate(torch.split(observation.y, size))
     ]
     score = torch.cat([
         posterior_score(denoiser, x, t, part)
-        for x, part in zip(x_t.split(size), parts, strict=True)
+        for x, part in zip(torch.split(x_t, size), parts, strict=True)
     ])  # fmt: skip
-    groups = (-1, observation.group)
-    return kernel_stein_discrepancy(
-        x_t.unflatten(0, groups), score.unflatten(0, groups), scale=scale
-    )
+    shape = (-1, observation.group, *x_0.shape[1:])
+    return kernel_stein_discrepancy(x_t.reshape(shape), score.reshape(shape), scale=scale)
 
 
 @torch.no_grad()
@@ -141,7 +144,8 @@ def posterior_score(
         ratio = denoiser.schedule.ratio(t)
         t_c = denoiser.schedule.t_from_ratio(ratio / (1 + (ratio / sigma_y.double()) ** 2).sqrt())
         denoised = denoiser(broadcast(denoiser.schedule(t_c)[0], x_t) * mean, t_c)
-        return (alpha_t * denoised - x_t) / sigma_t**2
+        exact: Tensor = (alpha_t * denoised - x_t) / sigma_t**2
+        return exact
     with torch.enable_grad():
         variable = x_t.detach().requires_grad_()
         denoised = denoiser(variable, t)
@@ -152,7 +156,8 @@ def posterior_score(
     else:
         weighted = residual / sigma_y**2
     (likelihood,) = torch.autograd.grad(fit, variable, weighted)
-    return (alpha_t * denoised.detach() - x_t) / sigma_t**2 + likelihood
+    score: Tensor = (alpha_t * denoised.detach() - x_t) / sigma_t**2 + likelihood
+    return score
 
 
 def kernel_stein_discrepancy(
@@ -160,8 +165,6 @@ def kernel_stein_discrepancy(
     score: Tensor,
     *,
     scale: Tensor | float | None = None,
-    c: float = 1.0,
-    unbiased: bool = True,
 ) -> Tensor:
     """Returns the squared kernel Stein discrepancy over d, in float64, of shape (N,).
 
@@ -173,8 +176,6 @@ def kernel_stein_discrepancy(
         score: The score of what they should be samples of, at each, of the same shape.
         scale: The length h, one number or of shape (N,). By default the median distance between
             samples of a set; samples of too small a spread then get a kernel as narrow as they.
-        c: The c of the kernel, above 0.
-        unbiased: Whether to leave out the pairs of a sample with itself.
 
     Raises:
         ValueError: If the shapes differ, a set has fewer than 2 samples, or half of its distances
@@ -199,7 +200,7 @@ def kernel_stein_discrepancy(
     else:
         h2 = torch.as_tensor(scale, dtype=x.dtype, device=x.device) ** 2
     h2 = h2.reshape(-1, 1, 1)
-    q = c**2 + distances / h2
+    q = 1 + distances / h2
     cross = s @ x.mT
     own = cross.diagonal(dim1=1, dim2=2)
     slopes = own[:, :, None] + own[:, None] - cross - cross.mT  # (s - s')·(x - x')
@@ -208,4 +209,4 @@ def kernel_stein_discrepancy(
         + (slopes + d) / h2 * q**-1.5
         - 3 * distances / h2**2 * q**-2.5
     )  # fmt: skip
-    return (u[:, i, j].mean(1) if unbiased else u.mean((1, 2))) / d
+    return u[:, i, j].mean(1) / d

@@ -18,6 +18,7 @@ import yaml
 
 from diffusion_lab import runs
 from diffusion_lab.atomic_io import write_csv
+from diffusion_lab.metric import METRICS
 from diffusion_lab.report.page import (
     Cell,
     KeyValueSection,
@@ -30,7 +31,11 @@ from diffusion_lab.report.page import (
 log = logging.getLogger(__name__)
 
 LOSS = "val/loss_ema"
-CHARTS = ("psnr", "ssim", "lpips", "crps", "fid", "kid", "frechet", "bits_per_dim")  # prefixes
+CHARTS = (
+    *(metric.name for metric in METRICS if metric.estimates), "fid", "kid", "frechet",
+    "bits_per_dim",
+)  # fmt: skip  # prefixes of the names of metrics
+HIGHER_IS_BETTER = {metric.name: metric.higher_is_better for metric in METRICS}
 ESTIMATES = ("mean", "sample")  # in order of preference if a chart has room for one
 NAMED = 20  # number of jobs up to which a caption lists the overrides of each
 WIDE = 30  # ratio of the largest to the smallest value from which an axis is logarithmic
@@ -232,7 +237,11 @@ def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) ->
                 for name, (xs, ys) in series.items()
             }
             title = f"{metric} over {x_label}"
-            curves.append(LineChart(title, caption, x_label, metric, ordered, log_x=log_x))
+            text = caption
+            if metric in HIGHER_IS_BETTER:
+                better = "Higher" if HIGHER_IS_BETTER[metric] else "Lower"
+                text = f"{better} is better. {caption}".rstrip()
+            curves.append(LineChart(title, text, x_label, metric, ordered, log_x=log_x))
     return curves
 
 

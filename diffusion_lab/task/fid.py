@@ -29,7 +29,7 @@ from diffusion_lab.metric import (
     precision_recall,
 )
 from diffusion_lab.metric.feature_statistics import reference_features
-from diffusion_lab.metric.features import title
+from diffusion_lab.metric.features import metric_name
 from diffusion_lab.pixels import to_uint8
 from diffusion_lab.report.image_grid import image_grid, save_png
 from diffusion_lab.report.page import Picture, Table, write_report
@@ -142,7 +142,7 @@ class FID(Task):
         by_block = [self._metrics(block, moments, real) for block in blocks]
         rows: list[Row] = []
         for metric in by_block[0]:
-            name = title(metric, self.extractor.name, self.num_samples)
+            name = metric_name(metric, self.extractor.name, self.num_samples)
             values = [each[metric][0] for each in by_block]
             std = stdev(values) if len(values) > 1 else NAN
             rows.append(
@@ -157,7 +157,7 @@ class FID(Task):
         # The metrics of real images, as the scale of the others.
         few, others = real[::2][: self.num_samples], real[1::2]
         for metric, (value, error) in self._metrics(few, Moments.of(others), others).items():
-            name = title(metric, self.extractor.name, len(few))
+            name = metric_name(metric, self.extractor.name, len(few))
             rows.append(Row(self.reference, name, value, error, len(few)))
         return rows
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import MMSE, Guidance, Observation
-from diffusion_lab.metric import LEAST, WINDOW, find_lpips
+from diffusion_lab.metric import SSIM_WINDOW
 from diffusion_lab.noise_level import NoiseLevel
 from diffusion_lab.operator import Identity, Operator
 from diffusion_lab.operator.noise_model import Noise
@@ -73,10 +73,10 @@ class Restoration(Task):
         **common: Unpack[TaskArguments],
     ) -> None:
         super().__init__(**common)
-        if min(self.shape[1:]) < WINDOW:
+        if min(self.shape[1:]) < SSIM_WINDOW:
             raise ConfigError(
                 f"data.size={self.shape[-1]} of the run is smaller than the window of SSIM; "
-                f"restoration is graded on images of at least {WINDOW} pixels"
+                f"restoration is graded on images of at least {SSIM_WINDOW} pixels"
             )
         self.operator, self.noise, self.level = operator, noise, level
         self.guidance, self.source = guidance, source
@@ -85,9 +85,8 @@ class Restoration(Task):
             log.info("guidance %s is deterministic: num_samples=1", type(guidance).__name__)
             self.num_samples = 1
         self.scorer = Scorer(
-            self.denoiser, operator, noise, self.num_samples, self.seed,
-            find_lpips() if min(self.shape[1:]) >= LEAST else None,
-        )  # fmt: skip
+            self.denoiser, operator, noise, self.num_samples, self.seed, min(self.shape[1:])
+        )
         try:
             y = operator(torch.zeros(1, *self.shape))
             guidance.check(Observation(y, noise.std(y), operator))

@@ -2,7 +2,6 @@
 
 __all__ = ["Scorer"]
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +11,11 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.guidance import Observation
 from diffusion_lab.metric import (
     coverage,
-    crps,
-    energy_score,
+    load_metrics,
     projections,
-    psnr,
     rank_histogram,
     ranks,
     spread_skill,
-    ssim,
     stein_discrepancy,
     tarp_ranks,
 )
@@ -42,7 +38,7 @@ class Scorer:
         noise: The noise model of y.
         num_samples: Number M of samples of each image.
         seed: Seed of random projections, tied ranks and the noise of the Stein discrepancy.
-        lpips: The network of LPIPS; None leaves LPIPS out.
+        size: The shorter side of the images, in pixels; some metrics need larger images.
     """
 
     def __init__(
@@ -52,10 +48,12 @@ class Scorer:
         noise: Noise,
         num_samples: int,
         seed: int,
-        lpips: nn.Module | None,
+        size: int,
     ) -> None:
         self.denoiser, self.operator, self.noise = denoiser, operator, noise
-        self.num_samples, self.seed, self.lpips = num_samples, seed, lpips
+        self.num_samples, self.seed = num_samples, seed
+        self.image_metrics = load_metrics("image", size)
+        self.sample_metrics = load_metrics("samples", size)
 
     def __call__(
         self,
@@ -79,8 +77,8 @@ class Scorer:
         scores = self._pointwise(x_0, y, samples, estimates)
         results: list[dict[str, Any]] = [{} for _ in x_0]
         if self.num_samples > 1:
-            scores["posterior", "crps"] = crps(samples, x_0)
-            scores["posterior", "energy_score"] = energy_score(samples, x_0)
+            for metric, function in self.sample_metrics.items():
+                scores["posterior", metric] = function(samples, x_0)
             scores["posterior", "ksd"] = self._stein(y, samples, index, batch_size)
             for result, found in zip(results, self._ranks(x_0, samples, index), strict=True):
                 result |= found
@@ -93,11 +91,10 @@ class Scorer:
         self, x_0: Tensor, y: Tensor, samples: Tensor, estimates: dict[str, Tensor]
     ) -> dict[tuple[str, str], Tensor]:
         """Metrics between two images, by estimate and metric."""
-        metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
-        if self.lpips is not None:
-            metrics["lpips"] = self.lpips.to(x_0.device)
         scores: dict[tuple[str, str], Tensor] = {}
-        for metric, function in metrics.items():
+        for metric, function in self.image_metrics.items():
+            if isinstance(function, nn.Module):
+                function.to(x_0.device)
             if y.shape == x_0.shape:
                 scores["noisy", metric] = function(y, x_0)
             each = [function(sample, x_0) for sample in samples.unbind(1)]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.metric import (
+    METRICS,
     EfficientNetLite0,
     Moments,
     extract,
     frechet_distance,
-    nominal,
+    nominal_coverage,
     rank_chi2,
     spread_skill_ratio,
 )
@@ -26,7 +27,6 @@ from diffusion_lab.task.results import Row, average
 
 COVERAGE_LEVEL = 0.9  # of the central intervals whose coverage is in the table
 MIN_FRECHET = 16  # smallest number of images for the Fréchet distance
-METRICS = ("psnr", "ssim", "lpips", "crps", "energy_score", "ksd")
 ESTIMATES = {
     "noisy": "the observation y itself, unclipped",
     "sample": "one posterior sample (averaged over the samples of an image)",
@@ -57,9 +57,9 @@ def result_rows(results: Sequence[dict[str, Any]], num_samples: int) -> list[Row
     rows = [Row("sample", "nonfinite", float(failed), NAN, len(results))]
     if not graded:
         return rows
-    order = list(ESTIMATES)
+    order, metrics = list(ESTIMATES), [metric.name for metric in METRICS]
     keys = sorted(
-        graded[0]["scores"], key=lambda key: (METRICS.index(key[1]), order.index(key[0]))
+        graded[0]["scores"], key=lambda key: (metrics.index(key[1]), order.index(key[0]))
     )
     for estimate, metric in keys:
         values = [result["scores"][estimate, metric] for result in graded]
@@ -91,8 +91,8 @@ def exact_values(num_samples: int) -> str:
         return ""
     return (
         "coverage_90 is the share of pixels in the central interval, ideally "
-        f"{nominal(num_samples, COVERAGE_LEVEL):.3f} for {num_samples} samples; spread_skill is "
-        "ideally 1."
+        f"{nominal_coverage(num_samples, COVERAGE_LEVEL):.3f} for {num_samples} samples; "
+        "spread_skill is ideally 1."
     )
 
 

@@ -16,14 +16,13 @@ from diffusion_lab.metric import (
     crps,
     energy_score,
     expected_coverage,
-    nominal,
+    nominal_coverage,
     projections,
     rank_chi2,
     rank_histogram,
     ranks,
     spread_skill,
     spread_skill_ratio,
-    tarp,
     tarp_ranks,
 )
 from diffusion_lab.rng import KeyedGenerator, make_key
@@ -197,7 +196,7 @@ def test_chi2_is_that_of_its_formula() -> None:
      (2, 0.01, 1 / 3), (3, 0.01, 0.5)],
 )  # fmt: skip
 def test_coverage_of_uniform_ranks_is_nominal(m: int, level: float, share: float) -> None:
-    assert nominal(m, level) == pytest.approx(share)
+    assert nominal_coverage(m, level) == pytest.approx(share)
     every_rank = torch.arange(m + 1)[None]
     assert float(coverage(every_rank, m, level)[0]) == pytest.approx(share)
     outermost = torch.tensor([[0, m]])
@@ -226,7 +225,7 @@ def test_coverage_of_samples(spread: float) -> None:
 @pytest.mark.parametrize("m, level", [(1, 0.9), (9, 0.0), (9, 1.0), (9, 90.0)])
 def test_intervals_that_cannot_be_are_refused(m: int, level: float) -> None:
     with pytest.raises(ValueError, match=f"samples_count={m} and level={level}"):
-        nominal(m, level)
+        nominal_coverage(m, level)
 
 
 # Projections
@@ -301,6 +300,14 @@ def test_projections_that_cannot_be_are_refused() -> None:
 
 N = 3000
 BAND = 1.95 / math.sqrt(N)  # Kolmogorov-Smirnov, one in a thousand
+
+
+def tarp(
+    samples: Tensor, truth: Tensor, references: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Levels and expected coverage."""
+    found = tarp_ranks(samples, truth, references=references)
+    return expected_coverage(found, samples.shape[1])
 
 
 def departure(levels: Tensor, found: Tensor) -> float:

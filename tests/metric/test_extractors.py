@@ -29,7 +29,7 @@ from diffusion_lab.metric import (
 )
 from diffusion_lab.metric.dinov2 import _positions
 from diffusion_lab.metric.feature_statistics import PooledPixels
-from diffusion_lab.metric.features import title
+from diffusion_lab.metric.features import metric_name
 from diffusion_lab.pixels import to_model, to_uint8
 from diffusion_lab.runs import compose
 from diffusion_lab.runs.instantiate import instantiate
@@ -209,15 +209,15 @@ def test_weights_of_ones_own_are_not_called_fid(weights: Path) -> None:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     name = Inception(str(weights)).name
     assert name == f"inception-{digest[:8]}"
-    assert title("frechet", name, 5000) == "frechet_inception_5k"
+    assert metric_name("frechet", name, 5000) == "frechet_inception_5k"
 
 
 def test_names_carry_the_features_and_the_number() -> None:
-    assert title("frechet", features.INCEPTION, 50_000) == "fid_50k"
-    assert title("kernel", features.INCEPTION, 1234) == "kid_1234"
-    assert title("precision", features.INCEPTION, 1000) == "precision_inception_1k"
-    assert title("frechet", EfficientNetLite0.name, 256) == "frechet_efficientnet_256"
-    assert title("kernel", "dinov2-large-0a1b2c3d", 2000) == "kernel_dinov2_2k"
+    assert metric_name("frechet", features.INCEPTION, 50_000) == "fid_50k"
+    assert metric_name("kernel", features.INCEPTION, 1234) == "kid_1234"
+    assert metric_name("precision", features.INCEPTION, 1000) == "precision_inception_1k"
+    assert metric_name("frechet", EfficientNetLite0.name, 256) == "frechet_efficientnet_256"
+    assert metric_name("kernel", "dinov2-large-0a1b2c3d", 2000) == "kernel_dinov2_2k"
 
 
 class Code:
@@ -236,11 +236,13 @@ def test_weights_that_cannot_be_used_are_named(
         for name in ("short.pth", "code.pth", "other.pth"):
             with pytest.raises(ConfigError, match=rf"{name} cannot be used .*extractor\.weights="):
                 make(weights=name)
-        with pytest.raises(ConfigError, match=r"extractor\.weights=nowhere is no file.*a copy of"):
+        with pytest.raises(
+            ConfigError, match=r"extractor\.weights=nowhere is not a file.*copy of"
+        ):
             make(weights="nowhere")
     assert not Path("broken-in").exists()
     with pytest.raises(
-        ConfigError, match=r"extractor\.size=huge; it is one of small, base, large"
+        ValueError, match="size=huge is not allowed; it must be one of small, base, large"
     ):
         DINOv2("huge")
 

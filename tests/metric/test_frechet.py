@@ -42,7 +42,7 @@ def test_distance_of_a_shift_and_a_scale() -> None:
     assert frechet_distance(moments(a), moments(a + shift)) == pytest.approx(5.25, rel=1e-9)
     variance = float(a.var(0).sum())
     assert frechet_distance(moments(a), moments(1.5 * a)) == pytest.approx(variance / 4, rel=1e-9)
-    with pytest.raises(ValueError, match="1 and 100 images have no covariance"):
+    with pytest.raises(ValueError, match="1 and 100 images are not enough"):
         frechet_distance(moments(a[:1]), moments(a))
 
 

@@ -20,7 +20,7 @@ def test_three_points_by_hand() -> None:
     xx, yy = 1.0, (-1.0 + 1.0 + 1.0) / 3
     xy = (3 * 1.0 + 8.0 - 1.0 + 1.0) / 6
     assert kernel_distance(x, y)[0] == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
-    with pytest.raises(ValueError, match="1 and 3 images have no pairs"):
+    with pytest.raises(ValueError, match="1 and 3 images are not enough"):
         kernel_distance(x[:1], y)
 
 

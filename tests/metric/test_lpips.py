@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-from diffusion_lab.metric import LEAST, find_lpips
+from diffusion_lab.metric import find_lpips
+from diffusion_lab.metric.lpips import MIN_SIZE
 
 
 def test_it_is_there_where_the_weights_are(
@@ -21,7 +22,7 @@ def test_it_is_there_where_the_weights_are(
     torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "checkpoints" / name)
     lpips = find_lpips()
     assert lpips is not None
-    a, b = 2 * torch.rand(2, 3, 3, LEAST, LEAST) - 1
+    a, b = 2 * torch.rand(2, 3, 3, MIN_SIZE, MIN_SIZE) - 1
     expected = learned_perceptual_image_patch_similarity(a, b, net_type="alex", reduction="none")
     torch.testing.assert_close(lpips(a, b), expected.flatten())
     assert float(lpips(a, b).min()) > 0 and bool((lpips(a, a) == 0).all())

@@ -19,7 +19,7 @@ from diffusion_lab.metric import feature_statistics as statistics
 from diffusion_lab.metric.feature_statistics import (
     Moments,
     PooledPixels,
-    reference,
+    load_reference,
     reference_features,
 )
 
@@ -206,7 +206,7 @@ def make(
     images = kwargs.pop("images", None) or Memory()
     positions = kwargs.pop("positions", POSITIONS)
     split = Split(images, positions)
-    result, path = reference(split, content, extractor or PooledPixels(2), root, **kwargs)
+    result, path = load_reference(split, content, extractor or PooledPixels(2), root, **kwargs)
     return result, path, images.asked
 
 
@@ -298,7 +298,7 @@ def damage(path: Path, kind: str) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
     _, path, _ = make(tmp_path)
     damage(path, kind)
-    with pytest.raises(DataError, match=f"^{path} is damaged .*; remove it to make it again$"):
+    with pytest.raises(DataError, match=f"^{path} is damaged .*; delete it to compute it again$"):
         make(tmp_path)
 
 
@@ -376,7 +376,7 @@ def test_the_features_are_kept_and_spare_the_moments_a_pass(tmp_path: Path) -> N
     other, path, asked = make(tmp_path, batch_size=7)
     assert asked == [] and equal(result, other) and len(files(tmp_path)) == 2
     damage(next(file for file in files(tmp_path) if file != path), "truncated")
-    with pytest.raises(DataError, match=r"is damaged .*; remove it to make it again"):
+    with pytest.raises(DataError, match=r"is damaged .*; delete it to compute it again"):
         keep(tmp_path)
 
 
