@@ -77,7 +77,8 @@ def main() -> None:
     images, samples = config["num_images"], config["num_samples"]
     lines.append(
         f"{images} images, {samples} posterior samples of each; PSNR in dB. Coverage is that of "
-        f"the central interval, ideally {nominal_coverage(samples, 0.9):.3f}; spread / skill is ideally 1."
+        f"the central interval, ideally {nominal_coverage(samples, 0.9):.3f}; "
+        "spread / skill is ideally 1."
     )
     path = RESULTS / f"{name}.md"
     path.write_text("\n".join(lines) + "\n")
