@@ -27,10 +27,14 @@ test: .venv/.done  ## Run the tests (minutes)
 test-slow: .venv/.done  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-lint: .venv/.done  ## Style, and the layers of the package
+# The word list is not applied to diffusion_lab, conf and tests yet: some words remain there.
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md benchmarks $(filter-out docs/configuration.md,$(wildcard docs/*.md))
+
+lint: .venv/.done  ## Style, words, and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell --dictionary docs/words.txt $(PROSE)
 
 types: .venv/.done  ## Check types
 	$(BIN)/mypy

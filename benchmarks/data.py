@@ -1,13 +1,13 @@
-"""How fast images come, and how much memory streaming them takes.
+"""Speed of loading images, and memory of streaming them.
 
     python benchmarks/data.py
 
 Draws 1,500 photo-like images of 256x256 (noise with a spectrum like that of photographs, and
 shapes), stores them as JPEG, PNG and parquet files in a temporary directory, and times all ways
 through the data module and, beside them, a torch DataLoader over the same files. The files are in
-the page cache, nothing is done with the batches, and the ways take turns, so that whatever else
-the machine does meets all of them. Then a set ten times larger than data.memory is streamed in a
-process of its own, whose resident memory is watched. Writes benchmarks/results/data.md.
+the page cache, batches are discarded, and the paths run alternately, so that other processes
+affect all of them. Then a set ten times larger than data.memory is streamed in a process of its
+own, whose resident memory is recorded. Writes benchmarks/results/data.md.
 """
 
 import io
@@ -127,7 +127,7 @@ def ways(root: Path) -> dict[tuple[str, str], Callable[[], Callable[[], int]]]:
         return lambda: len(run().names)
 
     def ours(source: Path, workers: int, epochs: int = 1, **changes: Any) -> Callable[[], int]:
-        # Opened anew every time: an open module keeps the row groups that it has read.
+        # Opened every time: an open module keeps the row groups that it has read.
         loader = data_module(source, workers, **changes).train_dataloader()
         return lambda: read(loader, epochs)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion_lab.analytic import Gaussian
 from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.guidance import MMPS, Guidance, Observation, TruncatedReverseSDE
-from diffusion_lab.guidance.jacobian import denoised_and_vjp
+from diffusion_lab.guidance.jacobian import tweedie_moments
 from diffusion_lab.nn import UNet, unet
 from diffusion_lab.nn.blocks import initialise
 from diffusion_lab.operator import BoxInpainting, Identity, Operator
@@ -75,9 +75,9 @@ def test_only_the_blocks_are_reduced(dtype: torch.dtype) -> None:
     inside = Inside(network)
     denoiser = NetworkDenoiser(inside, Linear(), V())
     x_t, t = torch.randn(2, 3, 8, 8, dtype=dtype), torch.tensor(0.4, dtype=torch.float64)
-    denoised, vjp = denoised_and_vjp(denoiser, x_t, t)
+    denoised, covariance = tweedie_moments(denoiser, x_t, t)
     assert inside.types == (torch.float32,) * 3
-    for value in (denoised, vjp(torch.ones_like(denoised)), denoiser.score(x_t, t)):
+    for value in (denoised, covariance(torch.ones_like(denoised)), denoiser.score(x_t, t)):
         assert value.dtype == dtype
 
 

@@ -39,7 +39,7 @@ from diffusion_lab.callback.throughput import count_flops
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.denoiser import NetworkDenoiser
-from diffusion_lab.guidance.jacobian import denoised_and_vjp
+from diffusion_lab.guidance.jacobian import tweedie_moments
 from diffusion_lab.interop.diffusers import load_unet
 from diffusion_lab.metric import EfficientNetLite0
 from diffusion_lab.metric.features import extract
@@ -270,7 +270,7 @@ def sample(
 
 
 def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -> Workload:
-    """E[x_0 | x_t] and Jᵀ v, as in methods that use the network's derivative."""
+    """E[x_0 | x_t] and Cov[x_0 | x_t] v, as in methods that use the network's derivative."""
     network = load(side, setting, folder, device).eval().requires_grad_(False)
     x_t, v, _ = _inputs(side, setting, batch, device)
     schedule = Linear()
@@ -279,8 +279,8 @@ def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -
         denoiser = NetworkDenoiser(network, schedule, Epsilon()).eval()
 
         def ours() -> tuple[Tensor, Tensor]:
-            denoised, vjp = denoised_and_vjp(denoiser, x_t, t)
-            return denoised, vjp(v)
+            denoised, covariance = tweedie_moments(denoiser, x_t, t)
+            return denoised, covariance(v)
 
         return Workload(ours)
     alpha_t, sigma_t = (float(c) for c in schedule(t))
@@ -289,7 +289,8 @@ def guided(side: str, setting: Setting, folder: Path, batch: int, device: str) -
     def theirs() -> tuple[Tensor, Tensor]:
         x = x_t.detach().requires_grad_()
         denoised = (x - sigma_t * predict(network, x, index)) / alpha_t
-        return denoised.detach(), torch.autograd.grad(denoised, x, v)[0]
+        product = torch.autograd.grad(denoised, x, v)[0]
+        return denoised.detach(), sigma_t**2 / alpha_t * product
 
     return Workload(theirs)
 
