@@ -20,7 +20,8 @@ from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.command import launcher, worker
+from diffusion_lab.command import launcher
+from diffusion_lab.command.process import exit_with_parent
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.report.sweep_report import read_jobs
 from diffusion_lab.runs import hydra_plugins as plugins
@@ -189,7 +190,7 @@ def test_a_signal_goes_to_every_rank(
 
 def _follower(pid: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker.follow(pid)
+    exit_with_parent(pid)
     time.sleep(600)
 
 
@@ -210,7 +211,7 @@ def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> N
     os.environ.update({name: value.format(k=k) for name, value in variables.items()})
     rank_zero_only.rank = k
     rank_info._store.cache_clear()
-    queue.put((k, rank_info.agree(f"directory of {k}")))
+    queue.put((k, rank_info.broadcast_from_rank_zero(f"directory of {k}")))
     everyone.wait()  # the others may still be asking rank 0
 
 
@@ -237,7 +238,7 @@ def test_ranks_from_outside_take_the_directory_of_rank_0(variables: dict[str, st
     assert found == dict.fromkeys(range(3), "directory of 0")
     for process in ranks:
         process.join()
-    assert rank_info.agree("my own") == "my own"
+    assert rank_info.broadcast_from_rank_zero("my own") == "my own"
 
 
 # --- with the plugins ---------------------------------------------------------------------------

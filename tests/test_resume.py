@@ -82,7 +82,7 @@ def test_what_a_continuation_was_asked_for_holds_for_the_next_one(
     assert config["checkpoint"]["every_n_steps"] == 3 and config["ema"]["decay"] != 0.1
     assert config["trainer"]["max_steps"] == 6
     asked = ["trainer.max_steps=4", "ema.decay=0.5"]  # what was asked for before counts again
-    with runs.continuing(Path("a"), ["resume=a", *asked]):
+    with runs.remember_overrides(Path("a"), ["resume=a", *asked]):
         pass
     assert OmegaConf.load("a/.hydra/continued.yaml")[-2:] == asked
 
@@ -110,6 +110,6 @@ def test_a_run_that_goes_on_is_not_finished(
     evaluated = lab("eval", "run=a", "task=generate", "hydra.run.dir=a")
     assert evaluated.code == 1 and "a holds a training" in evaluated.text
     assert Path("a/finished.json").exists()
-    monkeypatch.setattr(runs, "finish", lambda *_, **__: None)  # cut off before it
+    monkeypatch.setattr(runs, "mark_finished", lambda *_, **__: None)  # cut off before it
     assert lab("train", "resume=a", "trainer.max_steps=3").code == 0
     assert not Path("a/finished.json").exists()

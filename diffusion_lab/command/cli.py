@@ -3,6 +3,7 @@
 __all__ = ["evaluate", "train"]
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from diffusion_lab.command.fit import fit
 from diffusion_lab.command.launcher import launch
 from diffusion_lab.command.process import set_up_process
 from diffusion_lab.command.validation import check_eval, check_train
+from diffusion_lab.deprecated import current_overrides
 from diffusion_lab.errors import RunError
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.compose import CONFIG_PATH
@@ -26,35 +28,40 @@ log = logging.getLogger(__name__)
 
 
 def train() -> None:
-    """Trains a prior, continues a run, or trains one for each job of a sweep."""
-    set_up_process()
-    with sweep.concluded():
-        hydra.main(config_path=CONFIG_PATH, config_name="train", version_base="1.3")(_train)()
+    """Trains a prior, resumes a run, or trains one for each job of a sweep."""
+    _run("train", _train)
 
 
 def evaluate() -> None:
     """Evaluates a trained prior, or grades all methods on priors in closed form."""
+    _run("eval", _evaluate)
+
+
+def _run(config_name: str, function: Callable[[DictConfig], float | None]) -> None:
+    """Composes the configuration of the command line and calls the function for every job."""
     set_up_process()
-    with sweep.concluded():
-        hydra.main(config_path=CONFIG_PATH, config_name="eval", version_base="1.3")(_evaluate)()
+    sys.argv[1:] = current_overrides(sys.argv[1:])
+    main = hydra.main(config_path=CONFIG_PATH, config_name=config_name, version_base="1.3")
+    with sweep.write_summary_on_exit():
+        main(function)()
 
 
 def _train(config: DictConfig) -> float | None:
-    """One run; returns what a sweep minimizes."""
+    """One training run; returns the objective of a sweep."""
     directory = Path(config.paths.output_dir)
-    with sweep.job(directory):
+    with sweep.sweep_job(directory):
         if config.resume:
             overrides = list(HydraConfig.get().overrides.task)
             config = runs.resumed_config(Path(config.resume), overrides)
         check_train(config)
         last = directory / "checkpoints" / "last.ckpt"
-        if not config.resume and last.exists() and ranks.is_first():
+        if not config.resume and last.exists() and ranks.is_rank_zero():
             raise RunError(
                 f"{directory} already holds a run; continue it with resume={directory}, "
                 "or choose another hydra.run.dir"
             )
-        if config.resume and ranks.is_first():
-            with runs.continuing(directory, overrides):
+        if config.resume and ranks.is_rank_zero():
+            with runs.remember_overrides(directory, overrides):
                 _on_all_devices("train", fit, config)
         else:
             _on_all_devices("train", fit, config)
@@ -64,7 +71,7 @@ def _train(config: DictConfig) -> float | None:
 def _evaluate(config: DictConfig) -> None:
     """One evaluation."""
     directory = Path(config.paths.output_dir)
-    with sweep.job(directory):
+    with sweep.sweep_job(directory):
         if config.resume:
             overrides = list(HydraConfig.get().overrides.task)
             config = runs.resumed_evaluation(Path(config.resume), overrides)
@@ -78,11 +85,11 @@ def _evaluate(config: DictConfig) -> None:
 def _on_all_devices(
     command: str, function: Callable[[DictConfig], None], config: DictConfig
 ) -> None:
-    """Calls the function here, or in a process for each device."""
-    count = ranks.processes(config.trainer)
-    if count > 1 and not ranks.external():
+    """Calls the function in this process, or in one process per device."""
+    count = ranks.num_processes(config.trainer)
+    if count > 1 and not ranks.launched_externally():
         launch(command, config, count)
         return
-    if not ranks.is_first():
-        logging.getLogger().setLevel(logging.ERROR)  # rank 0 says it
+    if not ranks.is_rank_zero():
+        logging.getLogger().setLevel(logging.ERROR)  # rank 0 logs the rest
     function(config)

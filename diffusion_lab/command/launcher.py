@@ -25,18 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.errors import RunError
 
-ROOT = Path(__file__).parents[2]  # an uninstalled checkout is not on the path by itself
+ROOT = Path(__file__).parents[2]  # a checkout that is not installed is not on sys.path
 PROGRAM = [
     sys.executable, "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
     "from diffusion_lab.command.worker import main; main(*sys.argv[1:])",
 ]  # fmt: skip
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-GRACE = 10.0  # seconds that ranks have to end by themselves when one has failed
+TERMINATE_TIMEOUT = 10.0  # seconds after a rank has failed until the others are killed
 
 
 def launch(command: str, config: DictConfig, count: int) -> None:
-    """Runs a command on several devices of this machine, and waits for its end.
+    """Runs a command on several devices of this machine and waits for its end.
 
     Arguments:
         command: "train" or "eval".
@@ -44,7 +44,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
         count: The number of devices.
 
     Raises:
-        RunError: If a rank fails; with its message.
+        RunError: If a rank fails; with the message of that rank.
         SystemExit: If a signal has ended the ranks.
     """
     with TemporaryDirectory(prefix="diffusion_lab_") as folder:
@@ -64,7 +64,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
                     subprocess.Popen(
                         [*PROGRAM, command, folder],
                         env={**environment, "LOCAL_RANK": str(k)},
-                        start_new_session=True,  # Ctrl-C reaches them from here, and once
+                        start_new_session=True,  # Ctrl-C is forwarded by this process, once
                     )
                 )
             died = _wait(ranks)
@@ -82,7 +82,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[signal.Signals]]:
-    """Passes signals on to all ranks; the second one kills them. Yields what was received."""
+    """Forwards signals to all ranks; a second signal kills them. Yields the received signals."""
     received: list[signal.Signals] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -96,22 +96,22 @@ def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[signal.Signals]]
         yield received
     finally:
         for process in ranks:
-            process.kill()  # whoever is left, if something went wrong here
+            process.kill()  # ranks that are left if an exception was raised here
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int | None:
-    """Waits for the end of all ranks; returns the first that failed.
+    """Waits for the end of all ranks; returns the first one that failed, or None.
 
-    The others may hang in a conversation with it, and then are killed after a while.
+    The others may hang in a collective operation with it, and are killed after a timeout.
     """
     died, deadline = None, float("inf")
     while any(process.poll() is None for process in ranks):
         time.sleep(0.1)
         died = _first_failed(ranks) if died is None else died
         if died is not None and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + TERMINATE_TIMEOUT
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
@@ -119,7 +119,7 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int | None:
 
 
 def _first_failed(ranks: Sequence[subprocess.Popen]) -> int | None:
-    """One that was killed rather than one that gave up, maybe because of it."""
+    """The first rank that was killed, otherwise the first that exited with an error."""
     codes = [process.poll() for process in ranks]
     failed = [k for k, code in enumerate(codes) if code]
     return min(failed, key=lambda k: codes[k] > 0) if failed else None

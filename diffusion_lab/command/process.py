@@ -1,8 +1,12 @@
 """Settings of the process that a command runs in."""
 
-__all__ = ["set_up_process"]
+__all__ = ["exit_with_parent", "set_up_process"]
 
 import logging
+import os
+import signal
+import threading
+import time
 import warnings
 
 from diffusion_lab.allocator import keep_memory
@@ -27,3 +31,29 @@ def set_up_process() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def exit_with_parent(pid: int) -> None:
+    """Ends this process when its parent has ended in any way: first by SIGTERM, then by SIGKILL.
+
+    Arguments:
+        pid: The parent, a process on this machine.
+    """
+
+    def watch() -> None:
+        while _alive(pid):
+            time.sleep(0.5)
+        for _ in range(60):  # until a handler is installed, which saves the state
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="exit_with_parent").start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:  # gone, or the number now belongs to another user
+        return False
+    return True

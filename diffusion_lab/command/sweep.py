@@ -1,13 +1,13 @@
-"""Sweeps: each job ends for itself, and a summary says how all of them ended.
+"""Sweeps: jobs fail independently, and a summary lists the outcome of each.
 
-A job that fails notes why in its directory (`failed.json`) and lets the others go on; the command
-then ends with code 1. Whatever starts the jobs (in this process, in others, on other machines),
-the summary is made of their directories alone, and can be made again:
+A job that fails records the reason in its directory (`failed.json`) and does not stop the others;
+the command then exits with code 1. The summary is computed from the directories of the jobs alone,
+wherever they ran, and can be rebuilt:
 
     python -m diffusion_lab.command.sweep outputs/train/ddpm_faces/2026-11-24_10-00-00
 """
 
-__all__ = ["Sweep", "concluded", "job", "main"]
+__all__ = ["Sweep", "main", "sweep_job", "write_summary_on_exit"]
 
 import argparse
 import gc
@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from diffusion_lab import runs
+from diffusion_lab.command.process import exit_with_parent
 from diffusion_lab.errors import ConfigError, LabError
 from diffusion_lab.report.sweep_report import summarize
 from diffusion_lab.runs import ranks
@@ -39,27 +40,27 @@ from diffusion_lab.runs.hydra_plugins import check_plugins
 
 log = logging.getLogger(__name__)
 
-PARENT = "DIFFUSION_LAB_SWEEP"  # host and process of a sweep whose jobs are on the same machine
+PARENT = "DIFFUSION_LAB_SWEEP"  # host and process of a sweep whose jobs run on the same machine
 LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
 class Sweep(Callback):
-    """Told by Hydra that a sweep begins, before any of its jobs.
+    """Hydra callback, called once before the first job of a sweep.
 
     Attributes:
-        directory: That of the sweep which is going on in this process.
+        directory: Directory of the sweep that runs in this process.
     """
 
     directory: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuses what would fail in every job."""
+        """Refuses a sweep that would fail in every job."""
         try:
             check_plugins(config.hydra)
             _check(config)
         except ConfigError as error:
             sys.stderr.write(f"{error}\n")
-            sys.exit(1)  # Hydra turns exceptions of a callback into warnings
+            sys.exit(1)  # Hydra turns exceptions in a callback into warnings
         Sweep.directory = Path(config.hydra.sweep.dir)
         if config.hydra.launcher._target_.endswith(LOCAL):
             os.environ[PARENT] = f"{socket.gethostname()} {os.getpid()}"
@@ -72,24 +73,26 @@ def _check(config: DictConfig) -> None:
     resumed = [text for text in overrides if text.startswith("resume=")]
     if resumed:
         raise ConfigError(
-            f"{resumed[0]} continues one run, in its own directory; leave -m away, and give each "
-            "run a command of its own"
+            f"{resumed[0]} continues one run in its own directory; remove -m, and resume each run "
+            "with its own command"
         )
     directory = Path(config.hydra.sweep.dir)
-    if any(directory.glob(f"*/{runs.MARKER}")) or any(directory.glob("*/checkpoints/last.ckpt")):
+    if any(directory.glob(f"*/{runs.FINISHED_FILE}")) or any(
+        directory.glob("*/checkpoints/last.ckpt")
+    ):
         raise ConfigError(
-            f"hydra.sweep.dir={directory} holds the jobs of a sweep already; choose another, or "
+            f"hydra.sweep.dir={directory} already holds the jobs of a sweep; choose another, or "
             "continue single jobs with resume="
         )
-    if ranks.external():
+    if ranks.launched_externally():
         raise ConfigError(
-            "a sweep starts the processes of its jobs itself: leave torchrun or srun away, and "
-            "set trainer.devices; on a cluster also launcher=slurm"
+            "a sweep starts the processes of its jobs itself: run it without torchrun or srun, "
+            "and set trainer.devices; on a cluster also launcher=slurm"
         )
     if launcher.endswith("SlurmLauncher") and config.trainer.devices == "auto":
         raise ConfigError(
-            "launcher=slurm asks for as many GPUs as trainer.devices; that must be a number, not "
-            "auto: trainer.devices=4"
+            "launcher=slurm requests trainer.devices GPUs, which must be a number and not auto; "
+            "set for example trainer.devices=4"
         )
 
 
@@ -98,8 +101,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def concluded() -> Iterator[None]:
-    """Around a command: if it was a sweep, writes its summary.
+def write_summary_on_exit() -> Iterator[None]:
+    """Context of a command that writes the summary if the command was a sweep.
 
     Raises:
         SystemExit: With code 1 if a job has failed.
@@ -122,8 +125,8 @@ def concluded() -> Iterator[None]:
 
 
 @contextmanager
-def job(directory: Path) -> Iterator[None]:
-    """Around a run: in a sweep, a failure is noted and goes no further.
+def sweep_job(directory: Path) -> Iterator[None]:
+    """Context of a run; in a sweep it records a failure and does not raise it.
 
     Arguments:
         directory: The run's directory.
@@ -136,22 +139,22 @@ def job(directory: Path) -> Iterator[None]:
         return
     host, _, pid = os.environ.get(PARENT, "").partition(" ")
     if host == socket.gethostname() and int(pid) != os.getpid():
-        ranks.follow(int(pid))
-    (directory / runs.FAILED).unlink(missing_ok=True)
+        exit_with_parent(int(pid))
+    (directory / runs.FAILED_FILE).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         if not isinstance(error, LabError):
             traceback.print_exc()
-        runs.fail(directory, error)
+        runs.mark_failed(directory, error)
         log.error("failed: %s: %s", directory, error)
     except SystemExit:
-        # Stopped by a signal. Here that ends the sweep; in a launcher's process it ends the job,
-        # which the launcher must see to return like any other.
+        # Stopped by a signal. In this process that ends the sweep; in the process of a launcher it
+        # ends the job, which must return normally.
         if Sweep.directory is not None:
             raise
     finally:
-        # What a job has left in this process must not be in the way of the next one.
+        # Free the memory of this job for the next one in this process.
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -91,16 +91,18 @@ def _read(directory: Path) -> Job:
                 losses[0].append(step)
                 losses[1].append(float(row[LOSS]))
     status, error = "unfinished", UNKNOWN
-    if (path := directory / runs.FAILED).exists():
+    if (path := directory / runs.FAILED_FILE).exists():
         status, error = "failed", json.loads(path.read_text())["error"]
-    elif (directory / runs.MARKER).exists() or _evaluated(directory):
+    elif (directory / runs.FINISHED_FILE).exists() or _evaluated(directory):
         status, error = "finished", ""
     return Job(directory, overrides, status, error, step, figures, losses)
 
 
 def _evaluated(directory: Path) -> bool:
     """Whether the directory holds a finished evaluation."""
-    note, partial, page = (directory / n for n in (runs.EVALUATION, runs.PARTIAL, "report.html"))
+    note, partial, page = (
+        directory / n for n in (runs.EVALUATION_FILE, runs.PARTIAL_DIR, "report.html")
+    )
     return note.exists() and page.exists() and not partial.exists()
 
 

@@ -30,7 +30,7 @@ from diffusion_lab.report.page import (
     write_report,
 )
 from diffusion_lab.report.trajectory import evenly_spaced
-from diffusion_lab.runs import MARKER
+from diffusion_lab.runs import FINISHED_FILE
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def write_training_report(directory: Path) -> Path:
         ) from error
     metrics = read_metrics(directory)
     steps = max((series[0][-1] for series in metrics.values()), default=0)
-    finished = (directory / MARKER).exists()
+    finished = (directory / FINISHED_FILE).exists()
     name = config.get("name", directory.name)
     sections = [
         *_pictures(directory / "samples", "grid"),

@@ -1,30 +1,56 @@
 """Runs on disk: layout, checkpoints, loading, resuming."""
 
 __all__ = [
-    "EVALUATION", "FAILED", "MARKER", "OBJECTIVE", "PARTIAL", "AtomicCheckpointIO", "Run",
-    "begin_evaluation", "check_same", "compose", "conditioned", "continuing", "fail", "finish",
-    "load_checkpoint", "load_run", "newest_run", "objective", "pretrained", "rebuild",
-    "resumed_config", "resumed_evaluation", "start_from",
-]  # fmt: skip
+    "EVALUATION_FILE",
+    "FAILED_FILE",
+    "FINISHED_FILE",
+    "OBJECTIVE",
+    "PARTIAL_DIR",
+    "AtomicCheckpointIO",
+    "Run",
+    "check_resume_compatible",
+    "compose",
+    "load_checkpoint",
+    "load_pretrained",
+    "load_pretrained_weights",
+    "load_run",
+    "mark_failed",
+    "mark_finished",
+    "newest_run",
+    "objective",
+    "rebuild",
+    "record_evaluation",
+    "remember_overrides",
+    "resumed_config",
+    "resumed_evaluation",
+    "with_class_label",
+]
 
 from diffusion_lab.runs.checkpoint import AtomicCheckpointIO, load_checkpoint
 from diffusion_lab.runs.compose import compose
 from diffusion_lab.runs.layout import (
-    EVALUATION,
-    FAILED,
-    MARKER,
+    EVALUATION_FILE,
+    FAILED_FILE,
+    FINISHED_FILE,
     OBJECTIVE,
-    PARTIAL,
-    fail,
-    finish,
+    PARTIAL_DIR,
+    mark_failed,
+    mark_finished,
     newest_run,
     objective,
 )
-from diffusion_lab.runs.load import Run, conditioned, load_run, pretrained, rebuild, start_from
+from diffusion_lab.runs.load import (
+    Run,
+    load_pretrained,
+    load_pretrained_weights,
+    load_run,
+    rebuild,
+    with_class_label,
+)
 from diffusion_lab.runs.resume import (
-    begin_evaluation,
-    check_same,
-    continuing,
+    check_resume_compatible,
+    record_evaluation,
+    remember_overrides,
     resumed_config,
     resumed_evaluation,
 )

@@ -7,25 +7,26 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.runs.hydra_plugins import register_stand_ins
-from diffusion_lab.runs.ranks import agree, gpus, is_first
+from diffusion_lab.deprecated import current_overrides
+from diffusion_lab.runs.hydra_plugins import register_placeholders
+from diffusion_lab.runs.ranks import broadcast_from_rank_zero, gpus, is_rank_zero
 
 PACKAGE = Path(__file__).parents[1]
-# In a wheel the configuration lies inside the package, in a checkout beside it.
+# conf/ is inside the package in a wheel, and beside it in a checkout.
 CONFIG_PATH = str(next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()))
 
 
 def _run_dir(resume: str | None, new: str) -> str:
-    # A resolver must not raise: main checks. Naming the new path for a directory that does not
-    # exist keeps Hydra from creating the misspelt one.
-    return resume if resume and Path(resume).is_dir() else agree(new)
+    # A resolver must not raise; the command checks `resume`. The new path is returned for a
+    # directory that does not exist, so that Hydra does not create a misspelled one.
+    return resume if resume and Path(resume).is_dir() else broadcast_from_rank_zero(new)
 
 
 def _output_subdir(resume: str | None, directory: str) -> str | None:
-    if not is_first():
+    if not is_rank_zero():
         return None  # rank 0 writes it
     if not resume or not Path(resume).is_dir():
-        # Hydra writes before the command is refused: not over the record of the run that is there.
+        # Hydra writes before the command can refuse; the record of an existing run is kept.
         taken = Path(directory, "checkpoints", "last.ckpt").exists()
         return ".hydra/refused" if taken else ".hydra"
     count = len(list(Path(resume).glob(".hydra/resumed-*")))
@@ -33,11 +34,11 @@ def _output_subdir(resume: str | None, directory: str) -> str | None:
 
 
 def register_resolvers() -> None:
-    """Registers the resolvers of conf/, and stand-ins for missing plugins.
+    """Registers the resolvers of conf/, and placeholders for plugins that are not installed.
 
-    Must precede `hydra.main`.
+    Must be called before `hydra.main`.
     """
-    register_stand_ins()
+    register_placeholders()
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     OmegaConf.register_new_resolver("output_subdir", _output_subdir, replace=True)
     OmegaConf.register_new_resolver("gpus", gpus, replace=True)
@@ -48,8 +49,8 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
     Arguments:
         config_name: "train" or "eval".
-        overrides: As on the command line.
+        overrides: Overrides, as on the command line.
     """
     register_resolvers()
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        return hydra.compose(config_name, overrides)
+        return hydra.compose(config_name, current_overrides(overrides))

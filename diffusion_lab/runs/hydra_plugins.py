@@ -1,11 +1,11 @@
-"""Hydra's plugins for sweeps: stand-ins for those that are not installed.
+"""Hydra's launcher and sweeper plugins, and placeholders for those that are not installed.
 
-A plugin is an extra. Without a stand-in Hydra could not even compose what names one of them; with
-it everything composes, and only a sweep that would use it is refused, with the command that
-installs it.
+A plugin is an optional dependency. With a placeholder, a configuration that names a missing plugin
+can still be composed; only a sweep that would use it is refused, with the command that installs
+it.
 """
 
-__all__ = ["check_plugins", "register_stand_ins"]
+__all__ = ["check_plugins", "register_placeholders"]
 
 import re
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from diffusion_lab.errors import ConfigError
 
-PLUGINS = {  # what it is called in Hydra's group -> its package, the extra that installs it
+PLUGINS = {  # name in Hydra's group -> package, extra that installs it
     "hydra/launcher": {
         "joblib": ("hydra_joblib_launcher", "joblib"),
         "submitit_local": ("hydra_submitit_launcher", "slurm"),
@@ -27,15 +27,15 @@ PLUGINS = {  # what it is called in Hydra's group -> its package, the extra that
 
 
 def installed(package: str) -> bool:
-    """Whether a plugin is there."""
+    """Whether a plugin is installed."""
     try:
         return find_spec(f"hydra_plugins.{package}") is not None
-    except ModuleNotFoundError:  # there is not one plugin
+    except ModuleNotFoundError:  # no plugin at all
         return False
 
 
-def register_stand_ins() -> None:
-    """Lets configurations name plugins that are missing; must precede composing."""
+def register_placeholders() -> None:
+    """Registers a placeholder for every missing plugin; must be called before composing."""
     for group, names in PLUGINS.items():
         for name, (package, _) in names.items():
             if not installed(package):

@@ -1,18 +1,19 @@
 """Conversion of configuration nodes to objects; the only place that calls `_target_`."""
 
-__all__ = ["check_node", "find_target", "instantiate"]
+__all__ = ["check_node", "constraints_of", "find_target", "instantiate"]
 
 import functools
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import hydra
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.constraints import allows, annotations, describe
+from diffusion_lab.constraints import allows, annotations, describe, unpacked_keywords
 from diffusion_lab.deprecated import current_target
 from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.runs.external import EXTERNAL
@@ -43,7 +44,7 @@ def find_target(node: Node, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key} needs a _target_, the name of a class or function")
     name = current_target(name)
     try:
-        return hydra.utils.get_object(name)
+        return pkgutil.resolve_name(name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={name} cannot be found: {error}") from error
 
@@ -79,8 +80,17 @@ def check_node(node: Node, key: str, names: Mapping[str, str] | None = None) -> 
             raise ConfigError(f"{full} is not a key of {owner}; its keys: {options or 'none'}")
         if isinstance(value, Mapping) and "_target_" in value:
             check_node(value, full, names)
-        elif name in hints and not allows(hints[name], value):
-            raise ConfigError(str(ArgumentError(full, value, describe(hints[name]))))
+        elif name in hints:
+            _check_value(hints[name], full, value)
+
+
+def _check_value(annotation: Any, key: str, value: Any) -> None:
+    """Checks one value; of a mapping each value by itself, so that its own key is named."""
+    if isinstance(value, Mapping) and get_origin(annotation) in (dict, Mapping):
+        for name, inner in value.items():
+            _check_value(get_args(annotation)[1], f"{key}.{name}", inner)
+    elif not allows(annotation, value):
+        raise ConfigError(str(ArgumentError(key, value, describe(annotation))))
 
 
 def _parameters(target: Callable[..., Any]) -> list[str] | None:
@@ -89,9 +99,16 @@ def _parameters(target: Callable[..., Any]) -> list[str] | None:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [p.name for p in parameters]
+    names = []
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            more = unpacked_keywords(target, parameter.name)
+            if more is None:
+                return None
+            names += more
+        else:
+            names.append(parameter.name)
+    return names
 
 
 def instantiate(node: Node, key: str, **arguments: Any) -> Any:

@@ -1,23 +1,23 @@
-r"""Runs on disk: where they are, how one is rebuilt, and how one is continued.
+"""Layout of a run's directory, and the files that mark its state.
 
 outputs/train/<experiment>/<time>/
     .hydra/                   configuration and overrides
     checkpoints/last.ckpt     the newest state; best.ckpt the one of least validation loss
-    metrics.csv  samples/     what was logged
+    metrics.csv  samples/     logged metrics and sample grids
     ema/                      snapshots of averaged weights, if ema.widths asks for them
-    report.html               all of it in one page
-    finished.json             written when training has reached its end
-    failed.json               written when a job of a sweep has failed; why
+    report.html               summary of the run in one page
+    finished.json             written when training is complete
+    failed.json               written when a job of a sweep has failed, with the reason
 """
 
 __all__ = [
-    "EVALUATION",
-    "FAILED",
-    "MARKER",
+    "EVALUATION_FILE",
+    "FAILED_FILE",
+    "FINISHED_FILE",
     "OBJECTIVE",
-    "PARTIAL",
-    "fail",
-    "finish",
+    "PARTIAL_DIR",
+    "mark_failed",
+    "mark_finished",
     "newest_run",
     "objective",
 ]
@@ -29,44 +29,44 @@ from typing import Any
 from diffusion_lab.atomic_io import write_atomic
 from diffusion_lab.errors import RunError
 
-MARKER = "finished.json"
-FAILED = "failed.json"
-OBJECTIVE = "val/loss_ema"  # what a sweep minimizes
-EVALUATION = "evaluation.json"  # which prior an evaluation is of
-PARTIAL = "partial"  # the folder of what is done of it; it goes when it is finished
+FINISHED_FILE = "finished.json"
+FAILED_FILE = "failed.json"
+OBJECTIVE = "val/loss_ema"  # the metric that a sweep minimizes
+EVALUATION_FILE = "evaluation.json"  # the prior that an evaluation uses
+PARTIAL_DIR = "partial"  # results of an unfinished evaluation; removed at its end
 ROOT = Path("outputs/train")
 
 
-def finish(directory: Path, **facts: Any) -> None:
-    """Marks a run as finished; `newest_run` looks for the mark."""
-    write_atomic(directory / MARKER, (json.dumps(facts, indent=2) + "\n").encode())
-    (directory / FAILED).unlink(missing_ok=True)  # of a run that was resumed
+def mark_finished(directory: Path, **facts: Any) -> None:
+    """Marks a run as finished, so that `newest_run` can find it."""
+    write_atomic(directory / FINISHED_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+    (directory / FAILED_FILE).unlink(missing_ok=True)  # from before the run was resumed
 
 
-def fail(directory: Path, error: Exception) -> None:
-    """Notes why a job of a sweep has failed, for the sweep's summary."""
+def mark_failed(directory: Path, error: Exception) -> None:
+    """Records why a job of a sweep has failed, for the summary of the sweep."""
     note = {"error": str(error) or type(error).__name__, "type": type(error).__name__}
-    write_atomic(directory / FAILED, (json.dumps(note, indent=2) + "\n").encode())
+    write_atomic(directory / FAILED_FILE, (json.dumps(note, indent=2) + "\n").encode())
 
 
 def objective(directory: Path) -> float | None:
-    """Returns what a sweep minimizes: the last validation loss of the averaged weights.
+    """Returns the objective of a sweep: the last validation loss of the averaged weights.
 
-    None if the run has not finished.
+    None if the run is not finished.
     """
-    mark = directory / MARKER
-    if (directory / FAILED).exists() or not mark.exists():
+    mark = directory / FINISHED_FILE
+    if (directory / FAILED_FILE).exists() or not mark.exists():
         return None
     return json.loads(mark.read_text())["metrics"].get(OBJECTIVE)
 
 
 def newest_run(root: Path = ROOT) -> Path:
-    """Returns the run under `root` that was finished last.
+    """Returns the run under `root` that finished last.
 
     Raises:
-        RunError: If there is none; says which command makes one.
+        RunError: If there is none.
     """
-    marks = sorted(root.rglob(MARKER), key=lambda path: path.stat().st_mtime_ns)
+    marks = sorted(root.rglob(FINISHED_FILE), key=lambda path: path.stat().st_mtime_ns)
     if not marks:
         raise RunError(
             f"there is no finished run under {root.resolve()}; train one with: python train.py, "

@@ -1,6 +1,14 @@
 """Loading the prior of a run, of a checkpoint, or of a U-Net in diffusers' format."""
 
-__all__ = ["PRETRAINED", "Run", "conditioned", "load_run", "pretrained", "rebuild", "start_from"]
+__all__ = [
+    "PRETRAINED",
+    "Run",
+    "load_pretrained",
+    "load_pretrained_weights",
+    "load_run",
+    "rebuild",
+    "with_class_label",
+]
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +18,7 @@ import hydra
 from torch import nn
 
 from diffusion_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
-from diffusion_lab.deprecated import current_config
+from diffusion_lab.deprecated import current_config, current_target
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import diffusers as interop
 from diffusion_lab.parameterization import Epsilon
@@ -19,20 +27,20 @@ from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.post_hoc_ema import reconstruct
 
-PRETRAINED = "weights from elsewhere, which very likely saw the test images"
+PRETRAINED = "pretrained weights, which were very likely trained on the test images"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, rebuilt.
+    """The prior of a run.
 
     Attributes:
-        checkpoint: The file that it comes from.
-        config: The run's resolved configuration.
-        origin: What the weights are, for reports.
+        checkpoint: The checkpoint file.
+        config: The resolved configuration of the run.
+        origin: Description of the weights for reports.
         denoiser: E[x_0 | x_t], in evaluation mode.
-        classes: The names of the classes that it knows.
+        classes: Names of the classes that the network is conditioned on; empty if there are none.
     """
 
     checkpoint: Path
@@ -49,13 +57,14 @@ class Run:
 
 
 def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
-    """Makes a part of the model that a checkpoint's configuration describes.
+    """Builds a part of the model from a checkpoint's configuration.
 
-    Only classes of modules: a checkpoint that came by mail must not get to call anything else.
+    Only subclasses of torch.nn.Module are accepted: an untrusted checkpoint must not be able to
+    call anything else.
     """
     node = config[key]
     try:
-        target = hydra.utils.get_class(node["_target_"])
+        target = hydra.utils.get_class(current_target(node["_target_"]))
     except (ImportError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{path}: {key}._target_ cannot be found ({error})") from error
     if not issubclass(target, nn.Module):
@@ -64,15 +73,15 @@ def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
 
 
 def rebuild(path: str | Path, ema: bool | float = True) -> Run:
-    """Rebuilds a run from its directory or from a lone checkpoint file.
+    """Loads the prior of a run from its directory or from a checkpoint file.
 
     Arguments:
-        path: The run's directory (then `checkpoints/last.ckpt` is taken) or a checkpoint.
-        ema: Whether to take the averaged weights, or the raw ones; or the relative width σ_rel of
-            an average that is made of the run's snapshots at the checkpoint's step.
+        path: The run's directory, for `checkpoints/last.ckpt` in it, or a checkpoint file.
+        ema: True for the averaged weights, False for the raw weights, or the relative width σ_rel
+            of an average that is reconstructed from the run's snapshots at the checkpoint's step.
 
     Raises:
-        RunError: If there is no such run or its checkpoint cannot be used.
+        RunError: If the run does not exist, or its checkpoint cannot be used.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -116,12 +125,12 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
     return Run(file, config, origin, denoiser, tuple(saved.get("classes", ())))
 
 
-def pretrained(path: str | None, data: dict[str, Any]) -> Run:
-    """Makes a prior of a U-Net in diffusers' format.
+def load_pretrained(path: str | None, data: dict[str, Any]) -> Run:
+    """Loads a prior from a U-Net in diffusers' format.
 
     Arguments:
-        path: The folder, or the name of one on the hub.
-        data: The configuration of the images that it was trained on.
+        path: A folder, or the name of a model on the Hugging Face hub.
+        data: The configuration of the data that it was trained on.
 
     Raises:
         ConfigError: If no path is given.
@@ -139,65 +148,70 @@ def pretrained(path: str | None, data: dict[str, Any]) -> Run:
     return Run(Path(path), config, PRETRAINED, denoiser)
 
 
-def conditioned(run: Run, label: str | int, strength: float) -> Run:
-    """Makes the prior of a run one of a class, by classifier-free guidance.
+def with_class_label(run: Run, label: str | int, scale: float) -> Run:
+    """Conditions the prior of a run on a class, by classifier-free guidance.
 
     Arguments:
-        run: The run, of a network that knows classes.
+        run: The run of a class-conditional network.
         label: The class, by name or number.
-        strength: The strength w of the guidance; 1 is p(x_0 | class) itself.
+        scale: The guidance scale w; 1 samples p(x_0 | class).
 
     Raises:
-        ConfigError: If the network knows no classes, or not this one; names them.
+        ConfigError: If the network has no classes, or not this one.
     """
     prior, names = run.denoiser, run.classes
     if not names:
         raise ConfigError(
-            f"label={label}: the network of {run.checkpoint} knows no classes; train one with "
-            "data.label and network.classes (experiment=ddpm_faces_classes)"
+            f"label={label}: the network of {run.checkpoint} has no classes; train a "
+            "class-conditional network with data.label and network.classes "
+            "(experiment=ddpm_faces_classes)"
         )
     number = names.index(str(label)) if str(label) in names else label
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(names):
         raise ConfigError(
-            f"label={label} is none of the {len(names)} classes of {run.checkpoint}: "
+            f"label={label} is not one of the {len(names)} classes of {run.checkpoint}: "
             + ", ".join(names)
         )
     conditional = NetworkDenoiser(prior.network, prior.schedule, prior.parameterization, number)
-    guided = ClassifierFree(conditional, prior, strength)
-    origin = f"{run.origin}; class {names[number]}, guidance {strength}"
+    guided = ClassifierFree(conditional, prior, scale)
+    origin = f"{run.origin}; class {names[number]}, guidance scale {scale}"
     return replace(run, denoiser=guided.eval(), origin=origin)
 
 
-def start_from(module: DiffusionModule, path: str) -> None:
-    """Gives a module that is to be trained the weights of a U-Net in diffusers' format.
+def load_pretrained_weights(module: DiffusionModule, path: str) -> None:
+    """Initializes a module from the weights of a U-Net in diffusers' format.
+
+    Arguments:
+        module: The module to be trained.
+        path: A folder, or the name of a model on the Hugging Face hub.
 
     Raises:
-        RunError: If the folder cannot be used, or its network is another; names the first tensor
-            that differs.
+        RunError: If the folder cannot be used, or its network has another architecture; names the
+            first tensor that differs.
     """
     state = interop.load_unet(path).state_dict()
     for name, tensor in module.network.state_dict().items():
         theirs = state.get(name)
         if theirs is None or theirs.shape != tensor.shape:
             raise RunError(
-                f"pretrained={path} does not fit network: {name} is {tuple(tensor.shape)} here, "
-                f"{'missing' if theirs is None else tuple(theirs.shape)} there; choose the "
+                f"pretrained={path} does not fit network: {name} has shape {tuple(tensor.shape)} "
+                f"here, {'missing' if theirs is None else tuple(theirs.shape)} there; choose the "
                 "network= of the folder's config.json"
             )
     if more := sorted(state.keys() - module.network.state_dict().keys()):
-        raise RunError(f"pretrained={path} does not fit network: {more[0]} is only there")
+        raise RunError(f"pretrained={path} does not fit network: {more[0]} is missing in network")
     module.network.load_state_dict(state)
     module.network_ema.load_state_dict(state)
 
 
 def load_run(path: str | Path, ema: bool | float = True) -> NetworkDenoiser:
-    """Returns the denoiser of a run, by its averaged weights and in evaluation mode.
+    """Returns the denoiser of a run in evaluation mode, with its averaged weights by default.
 
     Arguments:
         path: The run's directory or a checkpoint file.
-        ema: As in `rebuild`: true, false, or a relative width.
+        ema: True, False or a relative width, see `rebuild`.
 
     Raises:
-        RunError: If there is no such run or its checkpoint cannot be used.
+        RunError: If the run does not exist, or its checkpoint cannot be used.
     """
     return rebuild(path, ema).denoiser

@@ -1,10 +1,17 @@
 """Ranks of a distributed command: which process is rank 0, and how many there are.
 
-Ranks that torchrun or srun start are left as they are. Each of them runs the whole command; rank 0
-decides where the run is.
+Ranks that torchrun or srun started run the whole command each; rank 0 decides the directory of the
+run.
 """
 
-__all__ = ["agree", "external", "gpus", "is_first", "processes", "set_up_ddp"]
+__all__ = [
+    "broadcast_from_rank_zero",
+    "gpus",
+    "is_rank_zero",
+    "launched_externally",
+    "num_processes",
+    "set_up_ddp",
+]
 
 import os
 from functools import cache
@@ -22,27 +29,27 @@ from omegaconf import DictConfig
 from torch.distributed import TCPStore
 
 
-def external() -> bool:
-    """Whether this process is a rank that something else has started: torchrun, srun, or us."""
+def launched_externally() -> bool:
+    """Whether this process is a rank that torchrun, srun or `command.launcher` has started."""
     return "LOCAL_RANK" in os.environ or _srun()
 
 
 def _srun() -> bool:
-    """Whether srun has started this process; Lightning's own check warns where it has not."""
+    """Whether srun has started this process. Lightning's own check warns if it has not."""
     shell = SLURMEnvironment.job_name() in ("bash", "interactive")
     return "SLURM_NTASKS" in os.environ and not shell
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, or no rank at all."""
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, or the only one."""
     return rank_zero_only.rank == 0
 
 
-def processes(trainer: DictConfig) -> int:
-    """Returns how many devices of this machine a trainer is to use.
+def num_processes(trainer: DictConfig) -> int:
+    """Returns the number of devices of this machine that a trainer uses.
 
     Arguments:
-        trainer: The configuration's node `trainer`.
+        trainer: The node `trainer` of the configuration.
     """
     if trainer.devices != "auto":
         return trainer.devices
@@ -50,14 +57,14 @@ def processes(trainer: DictConfig) -> int:
 
 
 def set_up_ddp(batches: int, start_method: str = "popen") -> None:
-    """Says what `trainer.strategy=ddp` is, which `auto` takes for several devices, too.
+    """Registers the strategy of `trainer.strategy=ddp`, also used by auto on several devices.
 
-    Gradients live in the buckets that are summed over the devices, so that nothing is copied.
-    Which parameters have one is settled by the first step; but not if that is of several batches:
-    torch counts from the first batch, and there hears of a gradient in the last one only.
+    Gradients are views of the buckets that are reduced over the devices, which saves a copy. The
+    set of parameters with a gradient is fixed after the first step (`static_graph`), except with
+    gradient accumulation, where torch would see no gradient in the first batches.
 
     Arguments:
-        batches: Batches of an optimizer step.
+        batches: Number of batches per optimizer step.
         start_method: See `DDPStrategy`.
     """
     StrategyRegistry.register(
@@ -67,11 +74,11 @@ def set_up_ddp(batches: int, start_method: str = "popen") -> None:
 
 
 def gpus(accelerator: str, devices: int | str) -> int:
-    """Returns how many GPUs a job needs, by the keys of its trainer.
+    """Returns the number of GPUs that a job needs.
 
     Arguments:
-        accelerator: auto, gpu and cuda need one for each device.
-        devices: Their number; auto are all of this machine.
+        accelerator: `trainer.accelerator`; auto, gpu and cuda need one GPU per device.
+        devices: `trainer.devices`; auto uses all GPUs of this machine.
     """
     if accelerator not in ("auto", "gpu", "cuda"):
         return 0
@@ -80,7 +87,7 @@ def gpus(accelerator: str, devices: int | str) -> int:
 
 @cache
 def _store() -> TCPStore | None:
-    """What ranks from outside have in common before there is a process group."""
+    """The key-value store of externally launched ranks before there is a process group."""
     environment: ClusterEnvironment
     if _srun():
         environment, world = SLURMEnvironment(), int(os.environ["SLURM_NTASKS"])
@@ -90,22 +97,22 @@ def _store() -> TCPStore | None:
         world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return None
-    # torchrun has a server of its own; else it is rank 0's, which the process group uses later.
+    # torchrun serves a store itself; otherwise rank 0 does, and the process group reuses it.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return TCPStore(
-        environment.main_address, environment.main_port, is_master=is_first() and not served,
+        environment.main_address, environment.main_port, is_master=is_rank_zero() and not served,
         wait_for_workers=False, multi_tenant=True,
     )  # fmt: skip
 
 
-def agree(value: str) -> str:
-    """Returns rank 0's value on all ranks that were started from outside.
+def broadcast_from_rank_zero(value: str) -> str:
+    """Returns the value of rank 0 on all externally launched ranks.
 
-    The run's directory bears the time, and the ranks do not start in the same second.
+    The run's directory is named by the time, and ranks do not start in the same second.
     """
-    store = _store() if external() else None
+    store = _store() if launched_externally() else None
     if store is None:
         return value
-    if is_first():
+    if is_rank_zero():
         store.set("diffusion_lab/agreed", value)
     return store.get("diffusion_lab/agreed").decode()

@@ -1,6 +1,12 @@
 """Resuming a training run or an evaluation."""
 
-__all__ = ["begin_evaluation", "check_same", "continuing", "resumed_config", "resumed_evaluation"]
+__all__ = [
+    "check_resume_compatible",
+    "record_evaluation",
+    "remember_overrides",
+    "resumed_config",
+    "resumed_evaluation",
+]
 
 import hashlib
 import json
@@ -13,19 +19,19 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.atomic_io import write_atomic
-from diffusion_lab.deprecated import current_config
+from diffusion_lab.deprecated import current_config, current_overrides
 from diffusion_lab.errors import ConfigError, RunError
-from diffusion_lab.runs.layout import EVALUATION, PARTIAL
+from diffusion_lab.runs.layout import EVALUATION_FILE, PARTIAL_DIR
 from diffusion_lab.runs.load import Run
 
-CONTINUED = "continued.yaml"  # in .hydra: overrides of the commands that have continued a run
-# A resumed run must be the same model on the same images; the rest may change.
-FIXED = ("network", "schedule", "parameterization", "data", "seed")
-# The data's own hashes tell whether images that come from elsewhere are the same.
-FREE = (
+CONTINUED_FILE = "continued.yaml"  # in .hydra: overrides of the commands that resumed a run
+# A resumed run must have the same model and data; other keys may change.
+IMMUTABLE_KEYS = ("network", "schedule", "parameterization", "data", "seed")
+# Hashes of the data decide whether images from another place are the same.
+OVERRIDABLE_KEYS = (
     "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.image_column",
     "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
-    "network.checkpointing",  # the same numbers, to the last bit
+    "network.checkpointing",  # changes no result
 )  # fmt: skip
 
 
@@ -39,24 +45,24 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
-    """Returns the configuration of a run to be continued.
+    """Returns the configuration of a run that is resumed.
 
-    It is composed again from the overrides of the run's own command, then those of the commands
-    that have continued it, then those of this one.
+    It is composed from the overrides of the original command, then those of the commands that
+    resumed it, then those of this command.
 
     Arguments:
         directory: The run's directory.
-        overrides: The overrides of this command; `resume` among them is dropped.
+        overrides: The overrides of this command; `resume=` is ignored.
 
     Raises:
         RunError: If the directory is not a run with a checkpoint.
-        ConfigError: If what is fixed (model, schedule, data, seed) would change; shows what.
+        ConfigError: If model, schedule, data or seed would change; lists the differences.
     """
     if not directory.is_dir():
         raise RunError(f"resume={directory} does not exist; give the directory of a run")
     if not (directory / "checkpoints" / "last.ckpt").exists():
         raise RunError(
-            f"resume={directory} holds no checkpoints/last.ckpt; there is nothing to continue"
+            f"resume={directory} holds no checkpoints/last.ckpt; there is nothing to resume"
         )
     try:
         old = list(OmegaConf.load(directory / ".hydra" / "overrides.yaml"))
@@ -64,34 +70,37 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
     except OSError as error:
         raise RunError(
             f"resume={directory} holds no .hydra/config.yaml and .hydra/overrides.yaml; "
-            "the run cannot be rebuilt without them"
+            "the run cannot be resumed without them"
         ) from error
     new = [text for text in overrides if not text.startswith("resume=")]
-    config = hydra.compose("train", [*old, *_continued(directory), *new, f"resume='{directory}'"])
-    check_same(directory, OmegaConf.to_container(_without_paths(saved), resolve=True), config)
+    overrides = current_overrides([*old, *_continued(directory), *new])
+    config = hydra.compose("train", [*overrides, f"resume='{directory}'"])
+    check_resume_compatible(
+        directory, OmegaConf.to_container(_without_paths(saved), resolve=True), config
+    )
     return config
 
 
-def check_same(directory: Path, before: dict[str, Any], config: DictConfig) -> None:
-    """Holds a configuration to go on with against one that a run was begun with.
+def check_resume_compatible(directory: Path, before: dict[str, Any], config: DictConfig) -> None:
+    """Checks that a resumed run keeps its model, schedule, data and seed.
 
     Arguments:
         directory: The run's directory.
         before: The configuration of the run, or of its checkpoint.
-        config: That to go on with.
+        config: The configuration of the command that resumes it.
 
     Raises:
-        ConfigError: If what is fixed (model, schedule, data, seed) would change; shows what.
+        ConfigError: If one of them would change; lists the differences.
     """
     after = OmegaConf.to_container(_without_paths(config), resolve=True)
     before = current_config(before)
-    old, new = (_flat({key: each.get(key) for key in FIXED}) for each in (before, after))
-    # A key that is newer than the run is off in it: false, zero or null.
+    old, new = (_flat({key: each.get(key) for key in IMMUTABLE_KEYS}) for each in (before, after))
+    # A key that was added after the run was made counts as off: false, zero or null.
     old |= {key: value for key, value in new.items() if key not in old and not value}
     changed = [
         f"  {key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in FREE
+        if old.get(key) != new.get(key) and key not in OVERRIDABLE_KEYS
     ]
     if changed:
         raise ConfigError(
@@ -102,22 +111,23 @@ def check_same(directory: Path, before: dict[str, Any], config: DictConfig) -> N
 
 
 def _continued(directory: Path) -> list[str]:
-    """The overrides of the commands that have continued a run."""
-    path = directory / ".hydra" / CONTINUED
+    """The overrides of the commands that resumed a run."""
+    path = directory / ".hydra" / CONTINUED_FILE
     return list(OmegaConf.load(path)) if path.exists() else []
 
 
 @contextmanager
-def continuing(directory: Path, overrides: list[str]) -> Iterator[None]:
-    """Around the continuation of a run: its overrides hold for later ones, too.
+def remember_overrides(directory: Path, overrides: list[str]) -> Iterator[None]:
+    """Context in which a run is resumed: records the overrides for later commands.
 
-    Not those of a command that ends before it has taken a step: it may have been refused for them.
+    They are dropped again if the command fails before it has saved a step, since it may have
+    failed because of them.
 
     Arguments:
         directory: The run's directory.
         overrides: The overrides of the command.
     """
-    path, last = directory / ".hydra" / CONTINUED, directory / "checkpoints" / "last.ckpt"
+    path, last = directory / ".hydra" / CONTINUED_FILE, directory / "checkpoints" / "last.ckpt"
     before, saved = _continued(directory), last.stat().st_mtime_ns
     new = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
     if not new:
@@ -134,7 +144,7 @@ def continuing(directory: Path, overrides: list[str]) -> Iterator[None]:
         yield
     except Exception:
         if last.stat().st_mtime_ns == saved:
-            path.unlink()  # also on a full disk
+            path.unlink()  # works on a full disk as well
             if before:
                 write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(before)).encode())
         raise
@@ -148,19 +158,19 @@ def _fingerprint(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def begin_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
-    """Notes which prior an evaluation is of, or holds a resumed one against the note.
+def record_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
+    """Records the prior of an evaluation, or checks that a resumed evaluation still has it.
 
     Arguments:
         directory: The evaluation's directory.
         run: The prior.
-        resumed: Whether the evaluation was begun before.
+        resumed: Whether the evaluation is resumed.
 
     Raises:
-        RunError: If the directory holds another unfinished evaluation, or the checkpoint is not
-            the one that it was begun with.
+        RunError: If the directory holds another unfinished evaluation, or the checkpoint has
+            changed since the evaluation was started.
     """
-    note = directory / EVALUATION
+    note = directory / EVALUATION_FILE
     if (directory / "checkpoints").exists():
         raise RunError(f"{directory} holds a training; choose another hydra.run.dir")
     found = {
@@ -168,9 +178,9 @@ def begin_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
         "origin": run.origin,
     }  # fmt: skip
     if not resumed:
-        if (directory / PARTIAL).exists():
+        if (directory / PARTIAL_DIR).exists():
             raise RunError(
-                f"{directory} holds an unfinished evaluation; go on with it: python eval.py "
+                f"{directory} holds an unfinished evaluation; continue it with: python eval.py "
                 f"resume={directory}, or choose another hydra.run.dir"
             )
         write_atomic(note, (json.dumps(found, indent=2) + "\n").encode())
@@ -178,28 +188,29 @@ def begin_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
     begun = json.loads(note.read_text())
     if begun["sha256"] != found["sha256"]:
         raise RunError(
-            f"{run.checkpoint} is not what it was when {directory} was begun ({begun['origin']}; "
+            f"{run.checkpoint} has changed since {directory} was started ({begun['origin']}; "
             f"now {found['origin']}); start a new evaluation without resume="
         )
 
 
 def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
-    """Returns the configuration of an evaluation to go on with.
+    """Returns the configuration of an evaluation that is resumed.
 
     Arguments:
         directory: The evaluation's directory.
-        overrides: The overrides of this command; `resume` among them is dropped.
+        overrides: The overrides of this command; `resume=` is ignored.
 
     Raises:
         RunError: If the directory is not an unfinished evaluation.
         ConfigError: If an override would change the results.
     """
-    note, old = directory / EVALUATION, directory / ".hydra" / "overrides.yaml"
+    note, old = directory / EVALUATION_FILE, directory / ".hydra" / "overrides.yaml"
     if not note.exists() or not old.exists():
         raise RunError(
-            f"resume={directory} is not the directory of an evaluation; it holds no {EVALUATION}"
+            f"resume={directory} is not the directory of an evaluation; it has no "
+            f"{EVALUATION_FILE}"
         )
-    if (directory / "report.html").exists() and not (directory / PARTIAL).exists():
+    if (directory / "report.html").exists() and not (directory / PARTIAL_DIR).exists():
         raise RunError(f"resume={directory} is finished; see {directory / 'report.html'}")
     new = [text for text in overrides if not text.startswith("resume=")]
     fixed = [
@@ -207,16 +218,16 @@ def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
     ]
     if fixed:
         raise ConfigError(
-            f"resume={directory} goes on with the same evaluation; {', '.join(fixed)} would "
-            "change it. Drop that, or start a new one without resume="
+            f"resume={directory} continues the same evaluation; {', '.join(fixed)} would "
+            "change its results. Drop that, or start a new evaluation without resume="
         )
     before = [t for t in OmegaConf.load(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
     if not any(text.startswith("model=") for text in before):
         before.append(f"ckpt='{json.loads(note.read_text())['checkpoint']}'")
-    return hydra.compose("eval", [*before, *new, f"resume='{directory}'"])
+    return hydra.compose("eval", [*current_overrides([*before, *new]), f"resume='{directory}'"])
 
 
 def _without_paths(config: DictConfig) -> DictConfig:
-    """The fixed parts alone: the others may refer to Hydra's own state of another command."""
-    parts = {key: config[key] for key in FIXED}
+    """The immutable parts alone: others may refer to the Hydra state of another command."""
+    parts = {key: config[key] for key in IMMUTABLE_KEYS}
     return OmegaConf.create({**parts, "paths": {"cache_dir": "", "output_dir": ""}})

@@ -13,7 +13,7 @@ import logging
 import pickle
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Required, TypedDict
 
@@ -28,7 +28,7 @@ from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.errors import RunError
 from diffusion_lab.logger.log import log_results
 from diffusion_lab.runs import Run
-from diffusion_lab.runs.layout import PARTIAL
+from diffusion_lab.runs.layout import PARTIAL_DIR
 from diffusion_lab.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,17 @@ class Task(LightningModule, ABC):
         self.seed, self.auto = seed, batch_size == "auto"
         self.batch_size = AUTO_ELSEWHERE if isinstance(batch_size, str) else batch_size
 
+    @classmethod
+    def check_keys(cls, keys: Mapping[str, Any]) -> None:
+        """Checks constraints between the task's own keys, before the run is loaded.
+
+        Arguments:
+            keys: The keys of the task in the configuration.
+
+        Raises:
+            ConfigError: If keys contradict each other.
+        """
+
     def setup(self, stage: str) -> None:
         """Chooses the first batch size of "auto", which depends on the device."""
         if self.auto:
@@ -130,7 +141,7 @@ class Task(LightningModule, ABC):
     def _saved_results(self) -> list[dict[str, Any]]:
         """The results that are written already, in order; the first of each image."""
         results: dict[int, dict[str, Any]] = {}
-        for path in sorted((self.directory / PARTIAL).glob("*.pt")):
+        for path in sorted((self.directory / PARTIAL_DIR).glob("*.pt")):
             try:
                 part = torch.load(path, map_location="cpu", weights_only=True)
                 for result in part:
@@ -172,7 +183,7 @@ class Task(LightningModule, ABC):
         torch.save(results, buffer)
         name = f"{numbers[0]:08d}-{len(numbers)}.pt"
         try:
-            write_atomic(self.directory / PARTIAL / name, buffer.getvalue())
+            write_atomic(self.directory / PARTIAL_DIR / name, buffer.getvalue())
         except OSError as error:
             raise RunError(
                 f"cannot write results to {self.directory}: {error}; free space there and resume "
@@ -233,4 +244,4 @@ class Task(LightningModule, ABC):
                 f"with: python eval.py resume={self.directory}"
             ) from error
         log_results(trainer.loggers, self.directory)
-        shutil.rmtree(self.directory / PARTIAL)
+        shutil.rmtree(self.directory / PARTIAL_DIR)
