@@ -1,6 +1,7 @@
 """A table of a sweep of restorations.
 
-    python eval.py -m task=denoise sigma_t=0.1,0.3,0.5,0.7 truth=data,model hydra.sweep.dir=a
+    python eval.py -m task=denoise sigma_t=0.1,0.3,0.5,0.7 truth_source=data,model \\
+        hydra.sweep.dir=a
     python eval.py -m task=inpaint_box,deblur guidance=mmps,pigdm,dps hydra.sweep.dir=b
     python benchmarks/restorations.py calibration a
     python benchmarks/restorations.py restorations b
@@ -18,7 +19,14 @@ from diffusion_lab.metric import nominal_coverage
 from diffusion_lab.report.sweep_report import Job, read_jobs
 
 RESULTS = Path(__file__).parent / "results"
-KEYS = ("task", "guidance", "sigma_t", "sigma_y", "truth", "settings")  # what tells jobs apart
+KEYS = (
+    "task",
+    "guidance",
+    "sigma_t",
+    "sigma_y",
+    "truth_source",
+    "settings",
+)  # what tells jobs apart
 SAME = ("run", "num_images", "num_samples", "batch_size")  # what is no setting of a method
 CLOSENESS = "posterior/crps"
 FIGURES = {

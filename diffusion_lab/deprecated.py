@@ -102,6 +102,21 @@ KEYS: dict[str, str] = {
     "guidance.reference": "guidance.reference_steps",
     "guidance.shares": "guidance.share_particles",
     "guidance.until": "guidance.t_stop",
+    "strength": "guidance_scale",
+    "rate": "poisson_rate",
+    "truth": "truth_source",
+    "task.weights": "operator.weights",
+    "task.keep": "operator.keep",
+    "task.seed": "operator.seed",
+    "task.std": "operator.std",
+    "task.length": "operator.length",
+    "task.angle": "operator.angle",
+    "task.size": "operator.size",
+    "task.factor": "operator.factor",
+    "task.fraction": "operator.fraction",
+    "task.center": "operator.center",
+    "task.quality": "operator.quality",
+    "task.oversampling": "operator.oversampling",
 }
 
 # New key -> old value -> new value.

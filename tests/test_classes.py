@@ -222,7 +222,7 @@ def test_a_class_is_drawn_by_its_name(lab: Command) -> None:
     small = ["task=generate", "num_samples=3", "sampler.steps=2", "trainer.accelerator=cpu"]
     for name, options in {
         "name": ["label=curly"], "number": ["label=4"], "other": ["label=bald"], "none": [],
-        "strong": ["label=4", "strength=3"], "weak": ["label=4", "strength=0"],
+        "strong": ["label=4", "guidance_scale=3"], "weak": ["label=4", "guidance_scale=0"],
     }.items():  # fmt: skip
         result = lab("eval", "run=run", f"hydra.run.dir={name}", *options, *small)
         assert result.code == 0, result.text

@@ -69,11 +69,13 @@ def test_poisson_noise_is_that_of_its_rate(lab: Command, run: Path) -> None:
     """y = 2 K / rate - 1: E (y - x_0)² = 2 (x_0 + 1) / rate."""
     image = np.full((16, 16, 3), 191, dtype=np.uint8)
     Image.fromarray(image).save("flat.png")
-    result = lab("eval", "task=deblur", "image=flat.png", "rate=50", "hydra.run.dir=e", *SMALL)
+    result = lab(
+        "eval", "task=deblur", "image=flat.png", "poisson_rate=50", "hydra.run.dir=e", *SMALL
+    )
     assert result.code == 0, result.text
     expected = 10 * np.log10(4 / (2 * (191 / 127.5) / 50))  # a blur leaves a flat image alone
     assert table("e")["noisy", "psnr"][0] == pytest.approx(expected, abs=0.8)
-    refused = lab("eval", "task=denoise", "rate=50", *SMALL)
+    refused = lab("eval", "task=denoise", "poisson_rate=50", *SMALL)
     assert refused.code == 1 and "noise of one standard deviation" in refused.text
 
 
@@ -118,9 +120,9 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
             ["task=phase_retrieval", "guidance=truncated"],
             "ReverseSDE is for a noisy image",
         ),
-        (["task=super_resolution", "task.factor=5"], "factor=5 is not allowed"),
+        (["task=super_resolution", "operator.factor=5"], "factor=5 is not allowed"),
         (["task=inpaint_box", "sigma_t=0.5"], "sigma_t"),
-        (["task=deblur", "rate=-1"], "rate=-1 is not allowed"),
+        (["task=deblur", "poisson_rate=-1"], "poisson_rate=-1 is not allowed"),
         (["guidance=tds", "guidance.particles=0"], "particles=0"),
         (["resume=nowhere"], "is not the directory of an evaluation"),
     ],

@@ -6,10 +6,12 @@ Both draw posterior samples and grade them, see `diffusion_lab.task.restoration`
 __all__ = ["Denoise", "Restore"]
 
 import logging
-from typing import Literal, Unpack
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 import torch
 
+from diffusion_lab import noise_level
 from diffusion_lab.constraints import (
     NonEmptyStr,
     NonNegative,
@@ -20,8 +22,8 @@ from diffusion_lab.constraints import (
     PositiveUnit,
     checked,
 )
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.guidance import Guidance
-from diffusion_lab.noise_level import resolve
 from diffusion_lab.operator import Gaussian, Identity, Operator, Poisson
 from diffusion_lab.operator.noise_model import Noise
 from diffusion_lab.pixels import to_model
@@ -36,6 +38,16 @@ from diffusion_lab.task.restoration import Restoration
 from diffusion_lab.task.user_images import read_image, read_observation
 
 log = logging.getLogger(__name__)
+
+
+def _check_files(keys: Mapping[str, Any]) -> None:
+    """Checks that at most one of `image` and `observation` is given."""
+    image, observation = keys.get("image"), keys.get("observation")
+    if image is not None and observation is not None:
+        raise ConfigError(
+            f"image={image} and observation={observation} exclude each other: noise is added to "
+            "the first, the second is used as it is"
+        )
 
 
 class Restore(Restoration):
@@ -58,6 +70,10 @@ class Restore(Restoration):
             or the method is not defined for the operator and the noise.
     """
 
+    @classmethod
+    def check_keys(cls, keys: Mapping[str, Any]) -> None:
+        _check_files(keys)
+
     @checked
     def __init__(
         self,
@@ -73,6 +89,7 @@ class Restore(Restoration):
         resize: bool = False,
         **common: Unpack[TaskArguments],
     ) -> None:
+        _check_files({"image": image, "observation": observation})
         noise = Gaussian(sigma_y) if poisson_rate is None else Poisson(poisson_rate)
         source = _source(operator, noise, image, observation, resize, num_images, common)
         single = image is not None or observation is not None
@@ -111,6 +128,11 @@ class Denoise(Restoration):
             `Restore`.
     """
 
+    @classmethod
+    def check_keys(cls, keys: Mapping[str, Any]) -> None:
+        noise_level.chosen({key: keys.get(key) for key in noise_level.KEYS})
+        _check_files(keys)
+
     @checked
     def __init__(
         self,
@@ -130,8 +152,9 @@ class Denoise(Restoration):
         resize: bool = False,
         **common: Unpack[TaskArguments],
     ) -> None:
+        _check_files({"image": image, "observation": observation})
         run = common["run"]
-        level = resolve(
+        level = noise_level.resolve(
             run.denoiser.schedule,
             {"sigma_t": sigma_t, "t": t, "sigma_y": sigma_y, "snr_db": snr_db},
         )
@@ -166,11 +189,6 @@ def _source(
 ) -> ObservationSource:
     """The observations of the user's file, or of the test images."""
     shape = common["run"].shape
-    if image is not None and observation is not None:
-        raise ValueError(
-            f"image={image} and observation={observation} exclude each other: noise is added to "
-            "the first, the second is used as it is"
-        )
     if observation is not None:
         return GivenObservation(read_observation(observation, operator, shape, resize))
     if image is not None:
