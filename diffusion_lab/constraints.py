@@ -17,6 +17,7 @@ __all__ = [
     "AtLeastTwo", "Decay", "Distinct", "Length", "Node", "NonEmptyStr", "NonNegative",
     "NonNegativeInt", "Number", "OpenUnit", "Positive", "PositiveInt", "PositiveUnit", "Range",
     "UnitInterval", "allows", "annotations", "check_arguments", "checked", "describe",
+    "unpacked_keywords",
 ]  # fmt: skip
 
 import functools
@@ -32,6 +33,7 @@ from typing import (
     ParamSpec,
     TypeVar,
     Union,
+    Unpack,
     get_args,
     get_origin,
     get_type_hints,
@@ -142,6 +144,8 @@ def allows(annotation: Any, value: Any) -> bool:
         value: The value; lists and dictionaries as Python's own.
     """
     kind, conditions = _conditions(annotation)
+    if kind is Any:
+        return True
     if _is_union(kind):
         return any(allows(part, value) for part in get_args(kind))
     if kind is None or kind is type(None):
@@ -189,6 +193,8 @@ def describe(annotation: Any) -> str:
         ordered = sorted(parts, key=lambda part: part is not type(None))
         texts = [describe(part) for part in ordered]
         return "" if "" in texts else " or ".join(dict.fromkeys(texts))
+    if kind is Any:
+        return ""
     if kind is None or kind is type(None):
         return "null"
     if get_origin(kind) is Literal:
@@ -245,6 +251,18 @@ def annotations(function: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
     single = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: hints[p.name] for p in single if p.name in hints}
+
+
+def unpacked_keywords(function: Callable[..., Any], name: str) -> list[str] | None:
+    """Returns the keywords that `**name: Unpack[SomeTypedDict]` stands for; None if it has none.
+
+    Arguments:
+        function: A function or class.
+        name: The name of the argument.
+    """
+    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    hint = get_type_hints(inspect.unwrap(target)).get(name)
+    return list(get_args(hint)[0].__annotations__) if get_origin(hint) is Unpack else None
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -117,9 +117,9 @@ def test_without_a_run_it_says_which_command_makes_one(lab: Command) -> None:
 
 BAD = [
     (["sigma_t=0.5", "t=0.5"], "sigma_t=0.5 and t=0.5"),
-    (["sigma_t=1"], "sigma_t=1 is not allowed; it is null or a number in (0, 1)"),
+    (["sigma_t=1"], "sigma_t=1 is not allowed; it must be null or a number in (0, 1)"),
     (["sigma_t=0"], "sigma_t=0 is not allowed"),
-    (["sigma_t=abc"], "sigma_t=abc is not allowed; it is null or a number in (0, 1)"),
+    (["sigma_t=abc"], "sigma_t=abc is not allowed; it must be null or a number in (0, 1)"),
     (["t=1.5"], "t=1.5 is not allowed"),
     (["sigma_y=-1"], "sigma_y=-1 is not allowed"),
     (["sigma_tt=0.5"], "sigma_tt"),

@@ -115,7 +115,7 @@ def test_killed_and_resumed_it_has_the_same_table(lab: Command, run: Path) -> No
 BAD = [
     (["num_samples=0"], "num_samples=0 is not allowed"),
     (["num_seeds=0"], "num_seeds=0 is not allowed"),
-    (["reference=trian"], "reference=trian is not allowed; it is one of train, val, test"),
+    (["reference=trian"], "reference=trian is not allowed; it must be one of train, val, test"),
     (["extractor=inceptoin"], "inceptoin"),
     (["extractor=dinov2", "extractor.size=huge"], "extractor.size=huge is not allowed"),
     (["task=generate", "extractor=inception"], "extractor"),

@@ -156,10 +156,10 @@ def test_wandb_works_offline_without_an_account(tiny: Command) -> None:
 
 
 BAD = [
-    ("trainer.max_steps=abc", "trainer.max_steps=abc", "whole number"),
-    ("trainer.max_steps=0", "trainer.max_steps=0", "whole number"),
-    ("data.batch_size=0", "data.batch_size=0", "whole number >= 1"),
-    ("data.batch_size=2.5", "data.batch_size=2.5", "whole number >= 1"),
+    ("trainer.max_steps=abc", "trainer.max_steps=abc", "integer"),
+    ("trainer.max_steps=0", "trainer.max_steps=0", "integer"),
+    ("data.batch_size=0", "data.batch_size=0", "integer >= 1"),
+    ("data.batch_size=2.5", "data.batch_size=2.5", "integer >= 1"),
     ("data.batch_size=65", "data.batch_size=65", "data.splits.train=64"),
     ("data.size=9", "data.size=9", "multiple of 2"),
     ("data.size=12", "data.size=12", "power of two"),

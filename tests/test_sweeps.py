@@ -24,7 +24,7 @@ def summary(directory: Path) -> list[dict[str, str]]:
 def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tiny: Command) -> None:
     result = tiny("-m", "optimizer.lr=1e-3,-1,1e-4", "trainer.max_steps=2", "hydra.sweep.dir=s")
     assert result.code == 1
-    reason = "optimizer.lr=-1 is not allowed; it is a number > 0"
+    reason = "optimizer.lr=-1 is not allowed; it must be a number > 0"
     assert "3 jobs, 2 finished, 1 failed: s/summary.csv and s/report.html" in result.text
     assert f"failed: job 1 (optimizer.lr=-1): {reason}" in result.text
     assert "Traceback" not in result.text

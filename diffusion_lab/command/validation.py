@@ -1,196 +1,251 @@
-r"""Finding and checking the configuration, before any data or weights are touched.
+"""Validation of a configuration before any data or weights are opened.
 
-Hydra refuses unknown keys and options by itself; here every value is held against its range, and
-keys against each other. An error names the key, the value, what is allowed and the way out.
+Hydra refuses unknown options and keys by itself. The arguments of every node with a `_target_` are
+checked against the annotations of that class or function (see `diffusion_lab.constraints`), and
+schedule, sampler and the other inexpensive parts are built, so that constraints between their
+arguments hold as well. The keys of the command itself are declared here.
 """
 
-__all__ = ["check_eval", "check_sampler", "check_train", "join", "walk"]
+__all__ = [
+    "EVAL_KEYS",
+    "TRAIN_KEYS",
+    "check_eval",
+    "check_train",
+    "check_values",
+    "find_constraint",
+]
 
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from diffusion_lab import noise_level
-from diffusion_lab.command.rules import COUNT, EVAL, TRAIN, Rules, find_rule
-from diffusion_lab.errors import ConfigError
-from diffusion_lab.training.module import check_variance
+from diffusion_lab.command.parts import make_sampler
+from diffusion_lab.constraints import (
+    Node,
+    NonEmptyStr,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    UnitInterval,
+    allows,
+    describe,
+)
+from diffusion_lab.errors import ArgumentError, ConfigError
+from diffusion_lab.nn.unet import UNet, check_size
+from diffusion_lab.runs.instantiate import check_node, constraints_of, find_target, instantiate
+from diffusion_lab.training.compatibility import check_model
+from diffusion_lab.training.post_hoc_ema import Width
+
+TRAIN_KEYS: Mapping[str, Any] = {
+    "name": NonEmptyStr,
+    "seed": NonNegativeInt,
+    "resume": NonEmptyStr | None,
+    "pretrained": NonEmptyStr | None,
+    "compile": bool,
+    "label_dropout": UnitInterval,
+    "paths.output_dir": NonEmptyStr,
+    "paths.cache_dir": NonEmptyStr,
+}
+EVAL_KEYS: Mapping[str, Any] = {
+    "resume": NonEmptyStr | None,
+    "run": NonEmptyStr | None,
+    "ckpt": NonEmptyStr | None,
+    "ema": bool | Width,
+    "seed": NonNegativeInt,
+    "label": NonEmptyStr | NonNegativeInt | None,
+    "guidance_scale": NonNegative,
+    "batch_size": PositiveInt | Literal["auto"],
+    "precision": Literal["float32", "bfloat16"],
+    "compile": bool,
+    "cuda_graphs": bool,
+    "data.source": NonEmptyStr | None,
+    "data.cache_dir": NonEmptyStr,
+    "model.path": NonEmptyStr | None,
+    "paths.output_dir": NonEmptyStr,
+    "guidance": Node | None,
+    "operator": Node | None,
+}
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def walk(config: DictConfig, group: str = "") -> Iterator[tuple[str, str, str, DictConfig]]:
-    """Yields every key of a configuration but `_target_`: its group, class, name and node.
-
-    What a key refers to (`sampler: ${sampler}`) is not entered.
-    """
-    target = str(config.get("_target_") or "")
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields full keys and unresolved values of everything that is not a group of keys."""
     for name in map(str, config):
-        if name == "_target_":
-            continue
-        yield group, target, name, config
-        inner = config._get_node(name)
-        if isinstance(inner, DictConfig) and not inner._is_none():
-            yield from walk(inner, join(group, name))
+        node = config._get_node(name)
+        key = f"{prefix}{name}"
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            yield from _leaves(node, f"{key}.")
+        else:
+            yield key, None if node is None else node._value()
 
 
-def join(group: str, name: str) -> str:
-    """Returns the full key."""
-    return f"{group}.{name}" if group else name
+def _references(config: DictConfig) -> dict[str, str]:
+    """Keys whose value is that of another key, `${other}`, and the key where it is set."""
+    found = {}
+    for key, value in _leaves(config):
+        match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if match:
+            found[key] = match[1]
+    for key in found:
+        while found[key] in found:
+            found[key] = found[found[key]]
+    return found
 
 
-def _check_values(config: DictConfig, rules: Rules) -> None:
-    groups = {key.rpartition(".")[0] for key in rules}
-    for group, target, name, node in walk(config):
-        key = join(group, name)
-        rule = find_rule(rules, group, target, name)
-        if rule is None and key not in groups:
-            continue  # of a class of one's own, which checks it
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, without what Hydra alone can resolve in a command."""
+    values: dict[str, Any] = {}
+    for name in map(str, config):
         try:
-            value = node[name]
-            if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
+            value = config[name]
         except InterpolationResolutionError:
             if HydraConfig.initialized():
                 raise
-            continue  # what Hydra alone knows, such as the run's directory
-        if rule is None:
-            if value is not None and not isinstance(value, dict):
-                inner = next(k for k in rules if k.startswith(f"{key}."))
-                raise ConfigError(f"{key}={value} is not allowed; it has keys: {inner}=...")
-        elif not rule.check(value):
-            raise ConfigError(f"{key}={value} is not allowed; it is {rule.allowed}")
+            continue
+        if isinstance(value, DictConfig):
+            values[name] = _resolved(value)
+        elif OmegaConf.is_config(value):
+            values[name] = OmegaConf.to_container(value, resolve=True)
+        else:
+            values[name] = value
+    return values
 
 
-def _check_schedule(schedule: DictConfig) -> None:
-    """Holds the two ends of a schedule against each other."""
-    for low, high in (("beta_min", "beta_max"), ("sigma_min", "sigma_max"), ("start", "end")):
-        if schedule.get(low, -math.inf) >= schedule.get(high, math.inf):
-            raise ConfigError(
-                f"schedule.{low}={schedule[low]} must be below schedule.{high}={schedule[high]}"
-            )
+def check_values(config: DictConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks every key and value of a configuration by itself; returns it as plain containers.
 
-
-def check_sampler(config: DictConfig, steps: int) -> None:
-    """Checks the sampler against the number of steps of the schedule.
+    Arguments:
+        config: The composed configuration.
+        keys: `TRAIN_KEYS` or `EVAL_KEYS`.
 
     Raises:
-        ConfigError: If it takes more.
+        ConfigError: If a key is unknown or a value is not allowed; names the key.
     """
-    if config.sampler.steps > steps and not config.sampler.get("adaptive"):
-        raise ConfigError(
-            f"sampler.steps={config.sampler.steps} is more than the {steps} steps of the "
-            f"schedule (schedule.steps); lower it to at most {steps}"
-        )
+    values, references = _resolved(config), _references(config)
+    used = set(references.values())
+
+    def check_group(group: Mapping[str, Any], prefix: str) -> None:
+        for name, value in group.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, Mapping) and "_target_" in value:
+                check_node(value, key, references)
+            elif key in keys:
+                if not allows(keys[key], value):
+                    raise ConfigError(str(ArgumentError(key, value, describe(keys[key]))))
+            elif isinstance(value, Mapping):
+                check_group(value, f"{key}.")
+            elif value is not None and any(k.startswith(f"{key}.") for k in (*used, *keys)):
+                raise ConfigError(
+                    f"{key}={value} is not allowed; it is a group of keys: {key}.<key>=<value>"
+                )
+            elif value is not None and not any(_within(key, other) for other in used):
+                raise ConfigError(f"{key} is not a key of this command")
+
+    check_group(values, "")
+    return values
 
 
-def _check_learned(config: DictConfig) -> None:
-    """Holds what has to do with a learned variance against each other."""
-    learns, hybrid = config.network.get("learn_variance", False), "vlb_weight" in config.loss
-    check_variance(learns, hybrid)
-    if hybrid and "steps" not in config.schedule:
-        raise ConfigError(
-            "loss=hybrid is the bound of a chain of T steps, and "
-            f"schedule={_name(config.schedule)} has none; choose schedule=linear, quadratic, "
-            "cosine, sigmoid or laplace"
-        )
-    if hybrid and _name(config.time) != "Uniform":
-        raise ConfigError(
-            f"loss=hybrid is a sum over the T steps of the chain, which time={_name(config.time)} "
-            "does not draw from; set time=uniform"
-        )
-    if config.sampler.get("variance") == "learned" and not learns:
+def _within(key: str, group: str) -> bool:
+    return key == group or key.startswith(f"{group}.")
+
+
+def find_constraint(config: DictConfig, key: str, keys: Mapping[str, Any]) -> Any:
+    """Returns the annotation that constrains a key; None if there is none.
+
+    Arguments:
+        config: The composed configuration that contains the key.
+        key: The full key.
+        keys: `TRAIN_KEYS` or `EVAL_KEYS`.
+    """
+    if key in keys:
+        return keys[key]
+    for user, origin in _references(config).items():
+        if origin == key and user != key:
+            return find_constraint(config, user, keys)
+    names = key.split(".")
+    for depth in range(len(names) - 1, 0, -1):
+        node = OmegaConf.select(config, ".".join(names[:depth]))
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            continue
+        hints = constraints_of(find_target(node, key))
+        annotation = hints.get(names[depth])
+        if depth + 1 < len(names) and get_origin(annotation) in (dict, Mapping):
+            return get_args(annotation)[1]
+        return annotation
+    return None
+
+
+def check_train(config: DictConfig) -> None:
+    """Checks the configuration of a training run.
+
+    Arguments:
+        config: The composed configuration.
+
+    Raises:
+        ConfigError: If a key is unknown, a value is not allowed, or values contradict each other.
+    """
+    values = check_values(config, TRAIN_KEYS)
+    parts = {
+        key: instantiate(values[key], key)
+        for key in ("schedule", "parameterization", "loss", "time", "data")
+    }
+    with torch.device("meta"):  # shapes without memory
+        network = instantiate(values["network"], "network")
+    data = parts.pop("data")
+    check_model(network, **parts)
+    if isinstance(network, UNet):
+        try:
+            check_size((data.size, data.size), len(network.down))
+        except ValueError as error:
+            raise ConfigError(f"data.size={data.size} does not fit network: {error}") from error
+    samplers = {"sampler": values["sampler"], "fid.sampler": values["fid"]["sampler"]}
+    for key, sampler in samplers.items():
+        make_sampler(sampler, parts["schedule"], key)
+    if values["sampler"].get("variance") == "learned" and not getattr(
+        network, "learn_variance", False
+    ):
         raise ConfigError(
             "sampler.variance=learned, but the network learns no variance; set "
             "sampler.variance=small or large, or network.learn_variance=true loss=hybrid"
         )
 
 
-def _name(node: DictConfig) -> str:
-    """The class that a node makes."""
-    return node._target_.rpartition(".")[2]
-
-
-def check_train(config: DictConfig) -> None:
-    """Checks the configuration of a training run.
-
-    Raises:
-        ConfigError: If a value is not allowed, or values do not go together.
-    """
-    _check_values(config, TRAIN)
-    _check_learned(config)
-    check_sampler(config, config.schedule.get("steps", config.sampler.steps))
-    data, network = config.data, config.network
-    if "multipliers" in network:
-        multiple = 2 ** (len(network.multipliers) - 1)
-        if data.size % multiple:
-            raise ConfigError(
-                f"data.size={data.size} does not fit network.multipliers="
-                f"{list(network.multipliers)}: {len(network.multipliers)} levels need a multiple "
-                f"of {multiple}; change data.size, or choose another network="
-            )
-        widths = [network.channels * m for m in network.multipliers]
-        if any(width % network.groups for width in widths):
-            raise ConfigError(
-                f"network.groups={network.groups} does not divide the widths {widths} that "
-                "network.channels and network.multipliers make; choose a divisor of "
-                f"network.channels={network.channels}"
-            )
-    if data.source == "faces":
-        size, train = data.size, data.splits.train
-        if size & (size - 1) or not 8 <= size <= 1024:
-            raise ConfigError(
-                f"data.size={size} is not allowed for data.source=faces; it is a power of two "
-                "from 8 to 1024"
-            )
-        for split, count in data.splits.items():
-            if not COUNT.check(count):
-                raise ConfigError(
-                    f"data.splits.{split}={count} is not allowed for data.source=faces; it is a "
-                    "whole number of images"
-                )
-        devices = config.trainer.devices if config.trainer.devices != "auto" else 1
-        if data.batch_size * devices > train:
-            raise ConfigError(
-                f"data.batch_size={data.batch_size} on trainer.devices={devices} is more than "
-                f"data.splits.train={train} images; lower data.batch_size"
-            )
-    _check_schedule(config.schedule)
-    if config.schedule.get("zero_terminal_snr") and config.parameterization._target_.endswith(
-        (".Epsilon", ".Score")
-    ):
-        raise ConfigError(
-            "schedule.zero_terminal_snr=true leaves no image at t = 1, where the noise tells "
-            "nothing of x_0; set parameterization=v, x0 or flow"
-        )
-
-
 def check_eval(config: DictConfig) -> None:
-    """Checks the configuration of an evaluation, as far as it goes without the run.
+    """Checks the configuration of an evaluation, as far as that is possible without the run.
+
+    Arguments:
+        config: The composed configuration.
 
     Raises:
-        ConfigError: If a value is not allowed, or the noise level is stated twice.
+        ConfigError: If a key is unknown, a value is not allowed, or values contradict each other.
     """
-    _check_values(config, EVAL)
-    sources = {key: config[key] for key in ("run", "ckpt") if config[key] is not None}
-    if config.get("model") is not None:
-        sources["model.path"] = config.model.path
-        if config.ema is not True:
-            raise ConfigError(f"ema={config.ema} is of a run; model=pretrained has one set")
+    values = check_values(config, EVAL_KEYS)
+    sources = {key: values[key] for key in ("run", "ckpt") if values[key] is not None}
+    if values.get("model") is not None:
+        sources["model.path"] = values["model"]["path"]
+        if values["ema"] is not True:
+            raise ConfigError(
+                f"ema={config.ema} selects weights of a run; model=pretrained has only one set"
+            )
     if len(sources) > 1:
         text = " and ".join(f"{key}={value}" for key, value in sources.items())
         raise ConfigError(f"{text} exclude each other; each names the prior")
-    if config.get("schedule") is not None:
-        _check_schedule(config.schedule)
-    if "sigma_y" in config:
-        if config.sigma_y is None and "sigma_t" not in config:
-            raise ConfigError("sigma_y=null is not allowed; it is a number >= 0")
-        if config.guidance is None:
-            raise ConfigError("guidance=none samples the prior; choose guidance=truncated")
-        if config.image is not None and config.observation is not None:
-            raise ConfigError(
-                f"image={config.image} and observation={config.observation} exclude each other: "
-                "noise is added to the one, the other is used as it is"
-            )
-    if "sigma_t" in config:
-        noise_level.chosen({key: config[key] for key in noise_level.KEYS})
+    for key in ("schedule", "sampler", "guidance"):
+        if values.get(key) is not None:
+            instantiate(values[key], key)
+    task = find_target(values["task"], "task")
+    task.check_keys(values["task"])
+    if not task.uses_operator:
+        return
+    if values["operator"] is None:
+        raise ConfigError("operator=none, but this task needs an operator; set operator=identity")
+    if values["guidance"] is None:
+        raise ConfigError(
+            "guidance=none samples the prior, but this task samples a posterior; set "
+            "guidance=truncated"
+        )

@@ -10,7 +10,7 @@ that the loss per noise level has a small variance.
 A step whose loss or gradient is not finite is skipped.
 """
 
-__all__ = ["DiffusionModule", "check_variance", "should_log"]
+__all__ = ["DiffusionModule", "should_log"]
 
 import copy
 from collections.abc import Callable, Iterable
@@ -32,6 +32,7 @@ from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.tensor import broadcast
 from diffusion_lab.timesteps import TimestepSampler, Uniform
+from diffusion_lab.training.compatibility import check_model
 from diffusion_lab.training.loss_bins import BINS, LossBins, bin_index, bin_name
 
 GOLDEN_RATIO = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
@@ -41,28 +42,6 @@ def should_log(trainer: Trainer, step: int) -> bool:
     """Returns whether a step writes a row of the log: every N-th step and the last."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
     return step % every == 0 or step == trainer.max_steps
-
-
-def check_variance(network: bool, loss: bool) -> None:
-    """Checks that network and loss agree on a learned variance.
-
-    Arguments:
-        network: Whether the network outputs a variance.
-        loss: Whether the loss trains a variance.
-
-    Raises:
-        ConfigError: If only one of them does.
-    """
-    if network and not loss:
-        raise ConfigError(
-            "network.learn_variance=true, but the loss does not train the variance; add "
-            "loss=hybrid, or set network.learn_variance=false"
-        )
-    if loss and not network:
-        raise ConfigError(
-            "loss=hybrid trains the variance, but network.learn_variance=false; add "
-            "network.learn_variance=true, or choose loss=simple"
-        )
 
 
 class DiffusionModule(LightningModule):
@@ -106,7 +85,7 @@ class DiffusionModule(LightningModule):
         run_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_variance(getattr(network, "learn_variance", False), loss.learns_variance)
+        check_model(network, schedule, parameterization, loss, time or Uniform())
         self.network = network
         self.network_ema = copy.deepcopy(network).requires_grad_(False).eval()
         self.schedule = schedule

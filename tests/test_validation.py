@@ -1,0 +1,140 @@
+"""Every key of conf/ is constrained, and a value outside of its constraint is refused by name.
+
+Wrong values are derived from the annotations themselves: just outside of a range, and of another
+type. The annotations are tested in `test_constraints.py`, the ranges by the reference page.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from conftest import Command
+from omegaconf import DictConfig, OmegaConf
+from reference import CONF, ONLY_EVAL, entries, files
+
+from diffusion_lab.command.validation import (
+    EVAL_KEYS,
+    TRAIN_KEYS,
+    check_eval,
+    check_train,
+    check_values,
+    find_constraint,
+)
+from diffusion_lab.constraints import Range, allows, describe
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.runs import compose
+
+FITS = {  # overrides that an option needs beside it
+    "network=unet_256": ["data=celeba"],
+    "loss=hybrid": ["network.learn_variance=true"],
+    "guidance=none": ["task=generate"],
+    "operator=none": ["task=generate"],
+    "schedule=subvp": ["sampler=euler_maruyama"],
+}
+
+
+def composed(path: Path) -> tuple[str, DictConfig]:
+    """A configuration that the file is part of, and its command."""
+    group = "/".join(path.parent.relative_to(CONF).parts)
+    if path.parent == CONF:
+        return path.stem, compose(path.stem, ["++paths.output_dir=out"])
+    option = f"{group}={path.stem}"
+    command = "eval" if path.relative_to(CONF).parts[0] in ONLY_EVAL else "train"
+    return command, compose(command, [*FITS.get(option, []), option, "++paths.output_dir=out"])
+
+
+def wrong_values(annotation: Any) -> list[Any]:
+    """Values that the annotation does not allow: of other types, and just outside of ranges."""
+    candidates: list[Any] = [{"wrong": 1}, "wrong", 3.25, [1.5, "x"], -1, True, math.nan]
+    parts = [annotation]
+    while parts:
+        part = parts.pop()
+        if get_origin(part) is Annotated:
+            for limits in get_args(part)[1:]:
+                if isinstance(limits, Range):
+                    step = 1 if get_args(part)[0] is int else 1e-3
+                    low = limits.low if limits.low_open else limits.low - step
+                    high = limits.high if limits.high_open else limits.high + step
+                    kind = get_args(part)[0]
+                    candidates += [kind(v) for v in (low, high) if math.isfinite(v)]
+        elif get_origin(part) is not Literal:
+            parts += [p for p in get_args(part) if p is not type(None)]
+    return [value for value in candidates if not allows(annotation, value)]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(CONF).with_suffix("")))
+def test_every_key_is_constrained_and_wrong_values_are_named(path: Path) -> None:
+    command, config = composed(path)
+    keys, check = (EVAL_KEYS, check_eval) if command == "eval" else (TRAIN_KEYS, check_train)
+    check(config)
+    problems = []
+    for entry in entries(path):
+        if entry.name.startswith("_") or str(entry.value).startswith("${"):
+            continue
+        annotation = find_constraint(config, entry.key, keys)
+        if annotation is None or not describe(annotation):
+            problems.append(f"{entry.key} is not constrained by its class")
+            continue
+        if not entry.comment:
+            problems.append(f"{entry.key} has no comment")
+        node = OmegaConf.select(config, entry.group) if entry.group else config
+        raw = copy.deepcopy(node._get_node(entry.name))
+        wrong = wrong_values(annotation)
+        assert len(wrong) > 2, entry.key
+        value = wrong[-1]  # all of them are refused alike
+        OmegaConf.update(config, entry.key, value, merge=False)
+        try:
+            check_values(config, keys)
+            problems.append(f"{entry.key}={value} passes the check")
+        except ConfigError as error:
+            if not str(error).startswith((f"{entry.key}=", f"{entry.key}.")):
+                problems.append(f"{entry.key}={value} is reported as: {error}")
+        node._set_item_impl(entry.name, raw)
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("command", "override"),
+    [
+        ("train", "callbacks.progress.refresh_rate=-1"),
+        ("train", "optimizer.betas=[0.9]"),
+        ("train", "ema.decay=2"),
+        ("eval", "operator.std=0"),
+        ("eval", "num_images=0"),
+        ("eval", "sampler.clip=maybe"),
+    ],
+)
+def test_a_value_is_refused_before_data_or_weights_are_opened(
+    command: str, override: str, lab: Command
+) -> None:
+    nowhere = ["data.source=/nowhere"] if command == "train" else ["run=/nowhere", "task=deblur"]
+    result = lab(command, *nowhere, override)
+    assert result.code == 1
+    message = result.text.split("\n", 1)[1]  # after the line with the overrides
+    key, _ = override.split("=")
+    assert message.startswith(f"{key}=") and " is not allowed; it must be " in message
+    assert "/nowhere" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+schedule.mine=-1", "schedule.mine is not a key of Cosine; its keys: s, steps"),
+        ("+trainer.max_step=3", "trainer.max_step is not a key of Trainer"),
+        ("+callbacks.samples.number=3", "callbacks.samples.number is not a key of SampleGrid"),
+        ("+sed=3", "sed is not a key of this command"),
+        ("+ema.deacy=0.5", "ema.deacy is not a key of this command"),
+    ],
+)
+def test_unknown_keys_are_refused(override: str, message: str, lab: Command) -> None:
+    result = lab("train", override)
+    assert result.code == 1 and message in result.text, result.text
+
+
+def test_a_group_of_keys_is_not_a_value() -> None:
+    config = compose("train", ["++paths.output_dir=out"])
+    OmegaConf.update(config, "ema", 3, merge=False)
+    with pytest.raises(ConfigError, match=r"^ema(=3|\.)"):
+        check_train(config)
