@@ -31,8 +31,8 @@ def report(directory: Path) -> Path:
         raise RunError(f"{directory} is not a directory; give the directory of a run")
     if (directory / "multirun.yaml").exists():
         summarize(directory)
-    elif (directory / runs.EVALUATION).exists():
-        if (directory / runs.PARTIAL).exists() or not page.exists():
+    elif (directory / runs.EVALUATION_FILE).exists():
+        if (directory / runs.PARTIAL_DIR).exists() or not page.exists():
             raise RunError(
                 f"{directory} holds an evaluation that is not finished; continue it with: "
                 f"python eval.py resume={directory}"
