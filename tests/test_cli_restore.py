@@ -23,7 +23,7 @@ def picture(path: str, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
     return pixels
 
 
-TASKS = ["inpaint_box", "super_resolution", "deblur", "colorize", "compressed_sensing", "hdr"]
+TASKS = ("inpaint_box super_resolution deblur colorize compressed_sensing hdr tomography").split()
 
 
 @pytest.mark.parametrize("task", TASKS)
