@@ -11,7 +11,7 @@ then a fraction for each element of x_t, which `with_variance` returns.
 __all__ = ["ClassifierFree", "Clipped", "Denoiser", "NetworkDenoiser", "Rescheduled"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class Denoiser(nn.Module, ABC):
         schedule: The schedule of α_t and σ_t.
     """
 
-    __call__: Callable[[Tensor, Tensor], Tensor]
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()

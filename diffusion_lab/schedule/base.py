@@ -35,7 +35,8 @@ __all__ = ["MAX_RATIO", "MIN_LOG_ALPHA_BAR", "Schedule", "check_order"]
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,10 @@ class Schedule(nn.Module, ABC):
     steps: int = 1000
     variance_preserving = False
     _device_marker: Tensor
-    __call__: Callable[[Tensor | float], tuple[Tensor, Tensor]]
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]: ...
 
     def __init__(self) -> None:
         super().__init__()
