@@ -7,13 +7,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
-from diffusion_lab.callback.trainer_state import is_debug_run
+from diffusion_lab.callback.trainer_state import diffusion_module, is_debug_run
 from diffusion_lab.constraints import NonEmptyStr, PositiveInt, checked
-from diffusion_lab.training.module import DiffusionModule
 
 
 class TrainingInterrupted(BaseException):
@@ -58,7 +57,7 @@ class LastCheckpoint(Checkpoint):
         self.stopping = False  # whether all devices agreed to stop
         self.handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             # Lightning's handlers lose the steps after the last checkpoint, or communicate with
@@ -73,8 +72,9 @@ class LastCheckpoint(Checkpoint):
         self.received = signal.Signals(number).name
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module = diffusion_module(module)
         step = trainer.global_step
         if step == self.saved_step:
             return
@@ -95,13 +95,18 @@ class LastCheckpoint(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: DiffusionModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Not right after saving, because the loggers write the step later.
         self._stop_if_saved(trainer)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: DiffusionModule, *batch: Any
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.world_size == 1 and self.received and self.saved_step == trainer.global_step:
             self.stopping = True  # a resumed run starts with this validation
@@ -113,13 +118,13 @@ class LastCheckpoint(Checkpoint):
                 self.received or "a signal to another process", trainer.global_step
             )
 
-    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.saved_step:
             self._save(trainer)
         self._restore_handlers()
 
     def on_exception(
-        self, trainer: Trainer, module: DiffusionModule, exception: BaseException
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
         self._restore_handlers()
 
@@ -143,7 +148,7 @@ class ElasticResume(Callback):
     repeated, because it is unknown whether it was complete.
     """
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         loop = trainer.fit_loop.epoch_loop
         if not loop.restarting:
             return
@@ -164,7 +169,7 @@ class FinalValidation(Callback):
     """Validates after the last step of a training."""
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True

@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from diffusion_lab.callback.trainer_state import is_debug_run
+from diffusion_lab.callback.trainer_state import diffusion_module, is_debug_run
 from diffusion_lab.constraints import Decay, checked
 from diffusion_lab.errors import RunError
-from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.post_hoc_ema import gamma_of_width, save_snapshot, snapshots
 
 
@@ -69,7 +68,8 @@ class EMA(Callback):
         self.averages: list[Tensor] = []
         self.parameters: list[Tensor] = []
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module = diffusion_module(module)
         self.step = trainer.global_step
         # Listed once, because the search through all modules takes longer than the update.
         self.averages = list(module.network_ema.parameters())
@@ -77,8 +77,9 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module = diffusion_module(module)
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = n = trainer.global_step
@@ -137,7 +138,8 @@ class PowerEMA(Callback):
             for width, average in zip(state["widths"], state["averages"], strict=True)
         }
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module = diffusion_module(module)
         n = trainer.global_step
         # The names in a compiled network have the prefix.
         parameters = {
@@ -186,8 +188,9 @@ class PowerEMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module = diffusion_module(module)
         n = trainer.global_step
         if not self.widths or n == self.step:  # gradients are still being accumulated
             return
@@ -199,7 +202,7 @@ class PowerEMA(Callback):
         if n % self.every_n_steps == 0 or n == trainer.max_steps:
             self._write(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.widths and self.step != self.written_step:
             self._write(trainer)
 

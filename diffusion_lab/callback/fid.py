@@ -20,11 +20,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion_lab.callback.trainer_state import data_module, image_shape, is_debug_run
+from diffusion_lab.callback.trainer_state import (
+    data_module,
+    diffusion_module,
+    image_shape,
+    is_debug_run,
+)
 from diffusion_lab.constraints import AtLeastTwo, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.metric.feature_statistics import Moments, load_reference
@@ -88,13 +93,14 @@ class FID(Callback):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.measured_step = state["measured_step"]
 
-    def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Checks the sampler under the schedule.
 
         Raises:
             ConfigError: If it is not defined under the schedule, or takes more steps than the
                 schedule has.
         """
+        module = diffusion_module(module)
         if self.extractor is None:
             return
         schedule, steps = module.schedule, self.sampler.steps
@@ -108,7 +114,7 @@ class FID(Callback):
                 f"schedule (schedule.steps); lower it to at most {schedule.steps}"
             )
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Loads the statistics of the training images, or computes and stores them."""
         if self.extractor is None:
             return
@@ -130,7 +136,8 @@ class FID(Callback):
             ),
         )  # fmt: skip
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module = diffusion_module(module)
         step = trainer.global_step
         if self.every_n_steps is None or self.reference is None or trainer.sanity_checking:
             return

@@ -9,12 +9,13 @@ __all__ = ["NaNGuard"]
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from diffusion_lab.callback.checkpoint import LastCheckpoint
+from diffusion_lab.callback.trainer_state import diffusion_module
 from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.errors import RunError
-from diffusion_lab.training.module import DiffusionModule, should_log
+from diffusion_lab.training.module import should_log
 
 
 class NaNGuard(Callback):
@@ -43,12 +44,13 @@ class NaNGuard(Callback):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.total = torch.tensor(state["total"])
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module = diffusion_module(module)
         if trainer.global_step == self.step:  # gradients are still being accumulated
             return
         self.step = trainer.global_step

@@ -2,13 +2,12 @@
 
 __all__ = ["OverfitSubset"]
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from diffusion_lab.callback.trainer_state import data_module
 from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.data.images import Split
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.training.module import DiffusionModule
 
 
 class OverfitSubset(Callback):
@@ -25,7 +24,7 @@ class OverfitSubset(Callback):
     def __init__(self, count: PositiveInt) -> None:
         self.count = count
 
-    def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         data = data_module(trainer)
         if self.count < data.batch_size * trainer.world_size:
             raise ConfigError(

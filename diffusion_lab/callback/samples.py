@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -16,7 +16,12 @@ from diffusion_lab.callback.sample_animation import (
     nearest,
     progressive,
 )
-from diffusion_lab.callback.trainer_state import data_module, image_shape, is_debug_run
+from diffusion_lab.callback.trainer_state import (
+    data_module,
+    diffusion_module,
+    image_shape,
+    is_debug_run,
+)
 from diffusion_lab.constraints import NonEmptyStr, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.data.images import SourceImages
 from diffusion_lab.errors import SamplingError
@@ -78,7 +83,8 @@ class SampleGrid(Callback):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.drawn_step = state["drawn_step"]
 
-    def on_validation_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module = diffusion_module(module)
         step = trainer.global_step
         due = step - self.drawn_step >= self.every_n_steps or step == trainer.max_steps
         if trainer.sanity_checking or not (due or is_debug_run(trainer)):

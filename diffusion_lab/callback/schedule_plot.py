@@ -15,9 +15,10 @@ import logging
 from pathlib import Path
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 
 from diffusion_lab.callback.sample_animation import log_picture
+from diffusion_lab.callback.trainer_state import diffusion_module
 from diffusion_lab.constraints import NonEmptyStr, checked
 from diffusion_lab.report.chart import LineChart
 from diffusion_lab.report.chart_png import chart_png
@@ -88,9 +89,9 @@ class SchedulePlot(Callback):
     def __init__(self, directory: NonEmptyStr) -> None:
         self.path = Path(directory) / "schedule-0000000.png"  # of step 0
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step == 0:
-            charts = schedule_charts(module)
+            charts = schedule_charts(diffusion_module(module))
             _, ends = charts[1].series["ends of the loss bins"]
             log.info(
                 "the bins train/loss_bin/%s to %s end at log SNR %s",

@@ -25,11 +25,12 @@ import time
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_lab.callback.trainer_state import diffusion_module
 from diffusion_lab.constraints import Positive, checked
 from diffusion_lab.training.module import DiffusionModule, should_log
 
@@ -113,7 +114,7 @@ class Throughput(Callback):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.images = state["images"]
 
-    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step, self.counted = trainer.global_step, self.images
         self.start, self.seconds = None, 0.0
 
@@ -137,20 +138,21 @@ class Throughput(Callback):
         )  # fmt: skip
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: DiffusionModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        module = diffusion_module(module)
         if self.flops is None:
             self._prepare(trainer, module, batch["x_0"].shape[1:])
         if self.start is None:
             self.start = _now(module.device)
 
-    def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.start is not None:
             self.seconds += _now(module.device) - self.start
             self.start = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: DiffusionModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Over all devices: the weight is the share of this device in the global batch.
         self.images += round(len(batch["x_0"]) * trainer.world_size / batch["weight"])

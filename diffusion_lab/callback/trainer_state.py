@@ -1,8 +1,10 @@
-"""Typed access to attributes that Lightning sets on the trainer at run time."""
+"""Typed access to the module and to attributes that Lightning sets on the trainer."""
 
-__all__ = ["data_module", "image_shape", "is_debug_run"]
+__all__ = ["data_module", "diffusion_module", "image_shape", "is_debug_run"]
 
-from lightning import Trainer
+from typing import cast
+
+from lightning import LightningModule, Trainer
 
 from diffusion_lab.data.module import ImageDataModule
 from diffusion_lab.training.module import DiffusionModule
@@ -12,6 +14,11 @@ def data_module(trainer: Trainer) -> ImageDataModule:
     """Returns the data module of the training."""
     data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
     return data
+
+
+def diffusion_module(module: LightningModule) -> DiffusionModule:
+    """Returns the argument of a hook, which is a `DiffusionModule` in every training."""
+    return cast(DiffusionModule, module)
 
 
 def is_debug_run(trainer: Trainer) -> bool:
