@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -22,6 +22,7 @@ from diffusion_lab.nn.cuda_graph import capture
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.instantiate import find_target, instantiate
 from diffusion_lab.runs.load import PRETRAINED
+from diffusion_lab.runs.typed_config import to_dict
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.task import Task
 
@@ -74,12 +75,11 @@ def load_prior(config: DictConfig) -> runs.Run:
         RunError: If the run or checkpoint cannot be loaded.
     """
     if config.get("model") is not None:
-        data = OmegaConf.to_container(config.model.data, resolve=True)
-        run = runs.load_pretrained(config.model.path, data)
+        run = runs.load_pretrained(config.model.path, to_dict(config.model.data))
         log.warning("model=pretrained: %s; interpret the results accordingly", PRETRAINED)
     else:
         run = runs.rebuild(config.ckpt or config.run or runs.newest_run(), config.ema)
-    network = run.denoiser.network
+    network = run.network
     if config.precision == "bfloat16":
         require_unet(network, "precision=bfloat16").cast_blocks(torch.bfloat16)
         run = replace(run, origin=f"{run.origin}, in bfloat16")
@@ -135,10 +135,11 @@ def make_task(config: DictConfig, run: runs.Run, directory: Path) -> Task:
         "settings": OmegaConf.to_yaml(config, resolve=True),
         "open_data": partial(_open_data, config, run),
     }
-    if find_target(config.task, "task").uses_operator:
+    if cast(type[Task], find_target(config.task, "task")).uses_operator:
         arguments["operator"] = instantiate(config.operator, "operator", shape=run.shape)
         arguments["guidance"] = instantiate(config.guidance, "guidance")
-    return instantiate(config.task, "task", **arguments)
+    task: Task = instantiate(config.task, "task", **arguments)
+    return task
 
 
 def _open_data(config: DictConfig, run: runs.Run) -> ImageDataModule:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers.logger import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from diffusion_lab import runs
 from diffusion_lab.callback import TrainingInterrupted
@@ -19,6 +19,7 @@ from diffusion_lab.logger.log import close_loggers, log_config, make_loggers
 from diffusion_lab.report.training_report import try_write_training_report
 from diffusion_lab.runs import AtomicCheckpointIO, ranks
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.typed_config import to_dict
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.training import DiffusionModule
 
@@ -115,7 +116,7 @@ def _make_module(config: DictConfig) -> DiffusionModule:
     module = DiffusionModule(
         **parts,
         label_dropout=config.label_dropout,
-        run_config=OmegaConf.to_container(config, resolve=True),
+        run_config=to_dict(config),
     )
     if config.pretrained and not config.resume:
         runs.load_pretrained_weights(module, config.pretrained)

@@ -55,7 +55,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
             **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
             "NODE_RANK": "0", "WORLD_SIZE": str(count), "DIFFUSION_LAB_PARENT": str(os.getpid()),
         }  # fmt: skip
-        ranks: list[subprocess.Popen] = []
+        ranks: list[subprocess.Popen[bytes]] = []
         with _forwarding(ranks) as received:
             for k in range(count):
                 if received:
@@ -77,11 +77,12 @@ def launch(command: str, config: DictConfig, count: int) -> None:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @contextmanager
-def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[signal.Signals]]:
+def _forwarding(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[signal.Signals]]:
     """Forwards signals to all ranks; a second signal kills them. Yields the received signals."""
     received: list[signal.Signals] = []
 
@@ -101,7 +102,7 @@ def _forwarding(ranks: list[subprocess.Popen]) -> Iterator[list[signal.Signals]]
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen]) -> int | None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits for the end of all ranks; returns the first one that failed, or None.
 
     The others may hang in a collective operation with it, and are killed after a timeout.
@@ -118,11 +119,11 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int | None:
     return _first_failed(ranks) if died is None else died
 
 
-def _first_failed(ranks: Sequence[subprocess.Popen]) -> int | None:
+def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The first rank that was killed, otherwise the first that exited with an error."""
     codes = [process.poll() for process in ranks]
-    failed = [k for k, code in enumerate(codes) if code]
-    return min(failed, key=lambda k: codes[k] > 0) if failed else None
+    failed = {k: code for k, code in enumerate(codes) if code}
+    return min(failed, key=lambda k: failed[k] > 0) if failed else None
 
 
 def _reason(folder: Path, died: int, code: int, count: int) -> str:

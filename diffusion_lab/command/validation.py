@@ -17,7 +17,7 @@ __all__ = [
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -38,6 +38,7 @@ from diffusion_lab.constraints import (
 from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.nn.unet import UNet, check_size
 from diffusion_lab.runs.instantiate import check_node, constraints_of, find_target, instantiate
+from diffusion_lab.task import Task
 from diffusion_lab.training.compatibility import check_model
 from diffusion_lab.training.post_hoc_ema import Width
 
@@ -238,7 +239,7 @@ def check_eval(config: DictConfig) -> None:
     for key in ("schedule", "sampler", "guidance"):
         if values.get(key) is not None:
             instantiate(values[key], key)
-    task = find_target(values["task"], "task")
+    task = cast(type[Task], find_target(values["task"], "task"))
     task.check_keys(values["task"])
     if not task.uses_operator:
         return

@@ -9,12 +9,12 @@ import traceback
 from pathlib import Path
 
 from hydra.core.utils import configure_log
-from omegaconf import OmegaConf
 
 from diffusion_lab.command.evaluate import test
 from diffusion_lab.command.fit import fit
 from diffusion_lab.command.process import exit_with_parent, set_up_process
 from diffusion_lab.errors import LabError
+from diffusion_lab.runs.typed_config import read_config
 
 
 def main(command: str, folder: str) -> None:
@@ -28,10 +28,10 @@ def main(command: str, folder: str) -> None:
     set_up_process()
     number = int(os.environ["LOCAL_RANK"])
     if number == 0:
-        configure_log(OmegaConf.load(Path(folder) / "logs.yaml"))
+        configure_log(read_config(Path(folder) / "logs.yaml"))
     else:
         logging.getLogger().setLevel(logging.ERROR)
-    config = OmegaConf.load(Path(folder) / "config.yaml")
+    config = read_config(Path(folder) / "config.yaml")
     try:
         {"train": fit, "eval": test}[command](config)
     except Exception as error:

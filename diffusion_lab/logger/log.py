@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.typed_config import to_dict
 
 LOCAL_KEYS = {"paths", "logger", "resume"}  # not part of the experiment
 
@@ -47,7 +48,7 @@ def dashboard_config(config: DictConfig) -> dict[str, Any]:
             if key not in LOCAL_KEYS and not key.endswith(("dir", "directory", "dirpath"))
         }
 
-    return kept(OmegaConf.to_container(config, resolve=True))
+    return kept(to_dict(config))
 
 
 def log_config(loggers: Iterable[Logger], config: DictConfig) -> None:

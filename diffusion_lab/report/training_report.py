@@ -31,6 +31,7 @@ from diffusion_lab.report.page import (
 )
 from diffusion_lab.report.trajectory import evenly_spaced
 from diffusion_lab.runs import FINISHED_FILE
+from diffusion_lab.runs.typed_config import read_config, read_overrides
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,8 @@ def write_training_report(directory: Path) -> Path:
         RunError: If the directory is not that of a training.
     """
     try:
-        config = OmegaConf.load(directory / ".hydra" / "config.yaml")
-        overrides = OmegaConf.load(directory / ".hydra" / "overrides.yaml")
+        config = read_config(directory / ".hydra" / "config.yaml")
+        overrides = read_overrides(directory / ".hydra" / "overrides.yaml")
     except FileNotFoundError as error:
         raise RunError(
             f"{directory} holds no .hydra/config.yaml; give the directory of a training, an "
@@ -202,14 +203,14 @@ def _losses(metrics: Mapping[str, Series]) -> list[Section]:
             continue
         levels = [float(key.removeprefix(prefix)) for key in bins]
         # Validation losses are single measurements, training losses are means of intervals.
-        pieces = {key: _stretches(metrics[key], LEVELS) for key in bins}
+        parts = {key: _stretches(metrics[key], LEVELS) for key in bins}
         if split == "val":
-            pieces = {key: [([s], [v]) for s, v in evenly_spaced(
+            parts = {key: [([s], [v]) for s, v in evenly_spaced(
                 list(zip(*metrics[key], strict=True)), LEVELS)] for key in bins}  # fmt: skip
-        moments = min(map(len, pieces.values()))
+        moments = min(map(len, parts.values()))
         series = {
-            f"step {pieces[bins[0]][k][0][-1]:,}": (
-                levels, [fmean(pieces[key][k][1]) for key in bins]
+            f"step {parts[bins[0]][k][0][-1]:,}": (
+                levels, [fmean(parts[key][k][1]) for key in bins]
             ) for k in range(moments)
         }  # fmt: skip
         caption = "Each point is a tenth of the training's noise levels, at its upper end: " + (
@@ -246,7 +247,9 @@ def _figures(metrics: Mapping[str, Series]) -> Table:
     return Table("Figures", "Everything that was logged.", columns, rows)
 
 
-def _facts(directory: Path, config: DictConfig, overrides: Any, finished: bool) -> dict[str, str]:
+def _facts(
+    directory: Path, config: DictConfig, overrides: list[str], finished: bool
+) -> dict[str, str]:
     """Settings of the training."""
 
     def of(key: str) -> Any:
@@ -261,7 +264,7 @@ def _facts(directory: Path, config: DictConfig, overrides: Any, finished: bool) 
         "Command": " ".join(["train.py", *overrides]),
     }
     for k, path in enumerate(sorted(directory.glob(".hydra/resumed-*/overrides.yaml")), 1):
-        facts[f"Continued ({k})"] = " ".join(OmegaConf.load(path))
+        facts[f"Continued ({k})"] = " ".join(read_overrides(path))
     batch, devices, accumulate = (
         of(k) for k in ("data.batch_size", "trainer.devices", "trainer.accumulate_grad_batches")
     )

@@ -6,7 +6,7 @@ import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import hydra
 from hydra.errors import InstantiationException
@@ -17,6 +17,7 @@ from diffusion_lab.constraints import allows, annotations, describe, unpacked_ke
 from diffusion_lab.deprecated import current_target
 from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.runs.external import EXTERNAL
+from diffusion_lab.runs.typed_config import to_dict
 
 RESERVED = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -25,7 +26,7 @@ Node = DictConfig | Mapping[str, Any]
 
 def _plain(node: Node) -> dict[str, Any]:
     if OmegaConf.is_config(node):
-        return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+        return to_dict(cast(DictConfig, node))
     return dict(node)
 
 
@@ -44,9 +45,10 @@ def find_target(node: Node, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key} needs a _target_, the name of a class or function")
     name = current_target(name)
     try:
-        return pkgutil.resolve_name(name)
+        target: Callable[..., Any] = pkgutil.resolve_name(name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={name} cannot be found: {error}") from error
+    return target
 
 
 def constraints_of(target: Callable[..., Any]) -> Mapping[str, Any]:
@@ -71,7 +73,7 @@ def check_node(node: Node, key: str, names: Mapping[str, str] | None = None) -> 
     target = find_target(node, key)
     parameters = _parameters(target)
     hints = constraints_of(target)
-    for name, value in node.items():
+    for name, value in cast(Mapping[str, Any], node).items():  # its keys are strings
         if name in RESERVED:
             continue
         full = names.get(f"{key}.{name}", f"{key}.{name}")

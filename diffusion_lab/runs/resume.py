@@ -23,6 +23,7 @@ from diffusion_lab.deprecated import current_config, current_overrides
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.runs.layout import EVALUATION_FILE, PARTIAL_DIR
 from diffusion_lab.runs.load import Run
+from diffusion_lab.runs.typed_config import read_config, read_overrides, to_dict
 
 CONTINUED_FILE = "continued.yaml"  # in .hydra: overrides of the commands that resumed a run
 # A resumed run must have the same model and data; other keys may change.
@@ -65,8 +66,8 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             f"resume={directory} holds no checkpoints/last.ckpt; there is nothing to resume"
         )
     try:
-        old = list(OmegaConf.load(directory / ".hydra" / "overrides.yaml"))
-        saved = OmegaConf.load(directory / ".hydra" / "config.yaml")
+        old = read_overrides(directory / ".hydra" / "overrides.yaml")
+        saved = read_config(directory / ".hydra" / "config.yaml")
     except OSError as error:
         raise RunError(
             f"resume={directory} holds no .hydra/config.yaml and .hydra/overrides.yaml; "
@@ -75,9 +76,7 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
     new = [text for text in overrides if not text.startswith("resume=")]
     overrides = current_overrides([*old, *_continued(directory), *new])
     config = hydra.compose("train", [*overrides, f"resume='{directory}'"])
-    check_resume_compatible(
-        directory, OmegaConf.to_container(_without_paths(saved), resolve=True), config
-    )
+    check_resume_compatible(directory, to_dict(_without_paths(saved)), config)
     return config
 
 
@@ -92,7 +91,7 @@ def check_resume_compatible(directory: Path, before: dict[str, Any], config: Dic
     Raises:
         ConfigError: If one of them would change; lists the differences.
     """
-    after = OmegaConf.to_container(_without_paths(config), resolve=True)
+    after = to_dict(_without_paths(config))
     before = current_config(before)
     old, new = (_flat({key: each.get(key) for key in IMMUTABLE_KEYS}) for each in (before, after))
     # A key that was added after the run was made counts as off: false, zero or null.
@@ -113,7 +112,7 @@ def check_resume_compatible(directory: Path, before: dict[str, Any], config: Dic
 def _continued(directory: Path) -> list[str]:
     """The overrides of the commands that resumed a run."""
     path = directory / ".hydra" / CONTINUED_FILE
-    return list(OmegaConf.load(path)) if path.exists() else []
+    return read_overrides(path) if path.exists() else []
 
 
 @contextmanager
@@ -221,7 +220,7 @@ def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
             f"resume={directory} continues the same evaluation; {', '.join(fixed)} would "
             "change its results. Drop that, or start a new evaluation without resume="
         )
-    before = [t for t in OmegaConf.load(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
+    before = [t for t in read_overrides(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
     if not any(text.startswith("model=") for text in before):
         before.append(f"ckpt='{json.loads(note.read_text())['checkpoint']}'")
     return hydra.compose("eval", [*current_overrides([*before, *new]), f"resume='{directory}'"])
