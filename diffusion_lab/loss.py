@@ -59,6 +59,8 @@ class Loss(nn.Module, ABC):
         schedule: Schedule,
         parameterization: Parameterization,
         t: Tensor,
+        fraction: Tensor | None = None,
+        x_0: Tensor | None = None,
     ) -> Tensor:
         """Returns the loss of each x_0, a weighted mean over its elements, of shape (B,).
 
@@ -68,6 +70,8 @@ class Loss(nn.Module, ABC):
             schedule: The schedule.
             parameterization: The parameterization of the network.
             t: The times, of shape (B,).
+            fraction: The network's variance fraction; read by a loss that `learns_variance`.
+            x_0: The clean states; read by a loss that `learns_variance`.
         """
         error = (output.float() - target).square().flatten(1).mean(1)
         return self.output_weight(schedule, parameterization, t).to(error) * error
@@ -113,8 +117,8 @@ class Hybrid(Simple):
         schedule: Schedule,
         parameterization: Parameterization,
         t: Tensor,
-        fraction: Tensor,
-        x_0: Tensor,
+        fraction: Tensor | None = None,
+        x_0: Tensor | None = None,
     ) -> Tensor:
         """Returns the loss of each image, of shape (B,).
 
@@ -128,8 +132,10 @@ class Hybrid(Simple):
             x_0: The images, of 8 bits in [-1, 1], of shape (B, *).
 
         Raises:
-            ValueError: If the schedule is not discrete.
+            ValueError: If the schedule is not discrete, or `fraction` or `x_0` is missing.
         """
+        if fraction is None or x_0 is None:
+            raise ValueError("the hybrid loss needs the network's variance fraction, and x_0")
         simple = super().forward(output, target, schedule, parameterization, t)
         error = output.detach().float() - target
         alpha_t, sigma_t = (broadcast(c, error) for c in schedule(t))
