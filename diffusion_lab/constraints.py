@@ -260,7 +260,7 @@ def unpacked_keywords(function: Callable[..., Any], name: str) -> list[str] | No
         function: A function or class.
         name: The name of the argument.
     """
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    target = function.__init__ if inspect.isclass(function) else function
     hint = get_type_hints(inspect.unwrap(target)).get(name)
     return list(get_args(hint)[0].__annotations__) if get_origin(hint) is Unpack else None
 

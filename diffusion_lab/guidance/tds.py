@@ -154,7 +154,7 @@ class TDS(Guidance):
     def _denoised(self, denoiser: Denoiser, z: Tensor, t: Tensor) -> Tensor:
         """x̂ of all particles, (G, N, *)."""
         x_t = denoiser.schedule(t)[0].to(z) * z.flatten(0, 1)
-        parts = [denoiser(part, t) for part in x_t.split(self.batch_size)]
+        parts = [denoiser(part, t) for part in torch.split(x_t, self.batch_size)]
         return torch.cat(parts).reshape(z.shape)
 
     def _resampled(self, log_weights: Tensor, particles: ParticleSet) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 
 # What our U-Net is, in the keys of config.json. The first value of each is what we write.
-SUPPORTED = {
+SUPPORTED: dict[str, list[Any]] = {
     "_class_name": ["UNet2DModel"],
     "center_input_sample": [False],
     "time_embedding_type": ["positional"],
@@ -59,7 +59,7 @@ SUPPORTED = {
     "class_embed_type": [None],
     "num_class_embeds": [None],
 }
-SHAPE = {  # what may vary, as Ho et al. have it
+SHAPE: dict[str, Any] = {  # what may vary, as Ho et al. have it
     "in_channels": 3, "out_channels": 3, "block_out_channels": None, "layers_per_block": 2,
     "down_block_types": None, "up_block_types": None, "dropout": 0.0, "norm_num_groups": 32,
     "attn_norm_num_groups": None, "attention_head_dim": None, "time_embedding_dim": None,
@@ -73,7 +73,7 @@ IGNORED = {  # what the network does not depend on; most is left there by averag
     "sample_size", "num_train_timesteps", "decay", "min_decay", "optimization_step",
     "update_after_step", "use_ema_warmup", "inv_gamma", "power",
 }  # fmt: skip
-SUPPORTED_SCHEDULE = {
+SUPPORTED_SCHEDULE: dict[str, list[Any]] = {
     "beta_schedule": ["linear", "squaredcos_cap_v2"],
     "trained_betas": [None],
     "rescale_betas_zero_snr": [False],
@@ -121,7 +121,7 @@ def _refuse(where: str, key: str, value: Any, supported: str) -> RunError:
     )
 
 
-def _demand(where: str, settings: Mapping[str, Any], supported: Mapping[str, list]) -> None:
+def _demand(where: str, settings: Mapping[str, Any], supported: Mapping[str, list[Any]]) -> None:
     for key, values in supported.items():
         if settings[key] not in values:
             raise _refuse(where, key, settings[key], " or ".join(map(json.dumps, values)))
@@ -269,9 +269,8 @@ def _download(name: str, files: Sequence[str]) -> Path:
 def _find(source: str | Path, part: str, name: str, files: Sequence[str]) -> Path:
     """The file of a name in a folder, in its subfolder for a part, or downloaded with others."""
     folder = Path(source).expanduser()
-    is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
-    if is_name and not folder.exists():
-        folder = _download(source, files)
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        folder = folder if folder.exists() else _download(source, files)
     for path in (folder / name, folder / part / name):
         if path.is_file():
             return path
@@ -378,9 +377,10 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
         _rename(name, NAMES): tensor.detach().cpu().contiguous()
         for name, tensor in unet.state_dict().items()
     }
+    level: Any = unet.down[0]  # the first of a ModuleList
     config = _inferred(state) | {
         "norm_num_groups": unet.norm_out.num_groups,
-        "dropout": unet.down[0].block[0].dropout.p,
+        "dropout": level.block[0].dropout.p,
     }
     width, channels = config["block_out_channels"][0], unet.conv_in.out_channels
     if width != channels:

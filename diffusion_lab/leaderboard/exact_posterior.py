@@ -196,7 +196,8 @@ def _by_bed(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, An
 
 
 def _cost(row: dict[str, Any]) -> float:
-    return row["nfe"] + 2 * row["vjp"]
+    cost: float = row["nfe"] + 2 * row["vjp"]
+    return cost
 
 
 def _figure(value: Any) -> str:

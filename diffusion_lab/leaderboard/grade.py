@@ -62,7 +62,7 @@ def _sample(
     observation = Observation(y.repeat_interleave(n, 0), bed.sigma_y, bed.operator, group=n)
     generator = torch.Generator().manual_seed(seed)
     x_0 = method.guidance(bed)(denoiser, method.sampler, observation, generator=generator)
-    return x_0.unflatten(0, (len(y), n)), denoiser.counts
+    return torch.unflatten(x_0, 0, (len(y), n)), denoiser.counts
 
 
 def _distance(bed: Bed, posterior: Any, x: Tensor, exact: Tensor, seed: int) -> float:

@@ -84,7 +84,7 @@ class Counted(Denoiser):
         self.counts["nfe"] += len(x_t)
         denoised = self.denoiser(x_t, t)
         if denoised.requires_grad:
-            denoised.register_hook(self._backward)
+            denoised.register_hook(self._backward)  # type: ignore[no-untyped-call]  # untyped
         return denoised
 
     def _backward(self, gradient: Tensor) -> None:

@@ -60,7 +60,8 @@ class Bed:
     @property
     def nothing(self) -> Tensor:
         """What is seen of x_0 = 0, without noise: of the shape (1, *') of one observation."""
-        return self.operator(torch.zeros(1, *self.prior.shape, dtype=torch.float64))
+        y: Tensor = self.operator(torch.zeros(1, *self.prior.shape, dtype=torch.float64))
+        return y
 
     def observe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws x_0 and y = A(x_0) + σ_y n, float64, of shapes (count, *) and (count, *')."""

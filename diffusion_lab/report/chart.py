@@ -204,7 +204,11 @@ def _frame(
 
 def _line(points: Sequence[Point | None], style: str, label: str, joined: bool) -> Iterator[str]:
     """A line, interrupted where points are missing, and dots if the points are few."""
-    pieces = [list(run) for missing, run in groupby(points, lambda p: p is None) if not missing]
+    pieces = [
+        [point for point in run if point is not None]
+        for missing, run in groupby(points, lambda p: p is None)
+        if not missing
+    ]
     if len(points) > MAX_POINTS:
         size = math.ceil(2 * len(points) / MAX_POINTS)
         pieces = [_thin(piece, size) for piece in pieces]

@@ -42,7 +42,7 @@ def _draw(chart: LineChart) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     font, bold = (ImageFont.load_default(SCALE * size) for size in (FONT_SIZE - 1, FONT_SIZE))
     pen.text((SCALE * LEFT, SCALE * 8), _ascii(chart.title), INK, bold, "la")
-    left = SCALE * LEFT
+    left: float = SCALE * LEFT
     for label, colour in zip(chart.series, COLOURS, strict=False):
         pen.text((left, SCALE * 32), _ascii(label), colour, font, "la")
         left += pen.textlength(_ascii(label), font) + SCALE * 18
@@ -61,12 +61,12 @@ def _draw(chart: LineChart) -> Image.Image:
             place = at(shape.get("cx", ""), shape.get("cy", ""))
             pen.circle(place, 3 * SCALE, fill=COLOURS[series])
             continue
-        width, colour = SCALE, GRID if style[0] == "grid" else INK
+        width, ink = SCALE, GRID if style[0] == "grid" else INK
         if style[0] == "line":  # a later line must not hide an earlier one
-            width, colour = 2 * SCALE * max(1, len(chart.series) - series), COLOURS[series]
+            width, ink = 2 * SCALE * max(1, len(chart.series) - series), COLOURS[series]
         for piece in shape.get("d", "").split("M")[1:]:
             points = [at(*numbers) for numbers in re.findall(r"(-?[\d.]+) (-?[\d.]+)", piece)]
-            pen.line(points, colour, width, joint="curve")
+            pen.line(points, ink, width, joint="curve")
     return picture.reduce(SCALE)
 
 

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -56,7 +57,7 @@ def image_grid(images: Tensor, columns: int, pad: int = 2) -> Tensor:
     """
     if columns < 1 or pad < 0:
         raise ValueError(f"a grid needs columns >= 1 and pad >= 0, not {columns} and {pad}")
-    grid = make_grid(_levels(images, "images").cpu(), columns, pad, pad_value=255)
+    grid: Tensor = make_grid(_levels(images, "images").cpu(), columns, pad, pad_value=255)
     if len(images) == 1:  # make_grid returns a single image without its border
         grid = torch.nn.functional.pad(grid, [pad] * 4, value=255)
     return grid
@@ -105,7 +106,8 @@ def labelled_grid(
 
     # Wide pictures are scaled down on a page: larger captions stay legible.
     font_size = max(FONT_SIZE, min(2 * FONT_SIZE, width // 11))
-    font = ImageFont.load_default(font_size)
+    # A FreeType font, because a size is given.
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(font_size))
     captions = [_wrap(text, font, width) for text in columns]
     labels = [_wrap(text, font, ROW_LABEL_WIDTH * font_size) for text in row_labels or []]
     line = sum(font.getmetrics())
@@ -119,9 +121,9 @@ def labelled_grid(
     size = (left + step * len(columns) - GAP + MARGIN, top + row_step * len(rows) - GAP + MARGIN)
     picture = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(picture)
-    for j, text in enumerate(captions):
-        place = (left + j * step + width / 2, top - GAP)
-        draw.multiline_text(place, "\n".join(text), INK, font, "md", spacing=2, align="center")
+    for j, lines in enumerate(captions):
+        place: tuple[float, float] = (left + j * step + width / 2, top - GAP)
+        draw.multiline_text(place, "\n".join(lines), INK, font, "md", spacing=2, align="center")
     for i, row in enumerate(tiles):
         if labels:
             place = (left - GAP - 2, top + i * row_step + height / 2)
@@ -203,7 +205,8 @@ def _image(picture: Tensor) -> Image.Image:
     if picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"a picture must be of shape (3, H, W), not {tuple(picture.shape)}")
     levels = picture if picture.dtype == torch.uint8 else to_uint8(picture)
-    return to_pil_image(levels.cpu())
+    image: Image.Image = to_pil_image(levels.cpu())
+    return image
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -78,7 +78,9 @@ def read_jobs(directory: Path) -> list[Job]:
 def _read(directory: Path) -> Job:
     texts = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_text()) or []
     overrides = {key.lstrip("+~"): value for key, _, value in (t.partition("=") for t in texts)}
-    figures, losses, step = {}, ([], []), None
+    figures: dict[str, float] = {}
+    losses: tuple[list[float], list[float]] = ([], [])
+    step: int | None = None
     if (path := directory / "results.csv").exists():
         figures = {f"{row['estimate']}/{row['metric']}": float(row["mean"]) for row in _rows(path)}
     elif (path := directory / "metrics.csv").exists():
@@ -234,10 +236,10 @@ def _charts(jobs: Sequence[Job], keys: Sequence[str], figures: Sequence[str]) ->
                     xs.append(float(x))
                     ys.append(job.figures[name])
         if any(len(xs) > 1 for xs, _ in series.values()):
-            ordered = {
-                name: tuple(map(list, zip(*sorted(zip(xs, ys, strict=True)), strict=True)))
-                for name, (xs, ys) in series.items()
-            }
+            ordered = {}
+            for name, (xs, ys) in series.items():
+                points = sorted(zip(xs, ys, strict=True))
+                ordered[name] = ([x for x, _ in points], [y for _, y in points])
             title = f"{metric} over {x_label}"
             text = caption
             if metric in HIGHER_IS_BETTER:

@@ -59,9 +59,9 @@ class TrajectoryRecorder:
     def _record(self, state: State) -> None:
         alpha_t, sigma_t = self.schedule(torch.tensor(state.t, dtype=torch.float64))
         x_t, denoised = (x[: self.rows].float() for x in (state.x_t, state.denoised))
-        images = (to_unit_variance(x_t, alpha_t, sigma_t), denoised)
-        if all(bool(x.isfinite().all()) for x in images):
-            self.states.append((state.t, *(to_uint8(x).cpu() for x in images)))
+        x_t = to_unit_variance(x_t, alpha_t, sigma_t)
+        if all(bool(x.isfinite().all()) for x in (x_t, denoised)):
+            self.states.append((state.t, to_uint8(x_t).cpu(), to_uint8(denoised).cpu()))
 
     def result(self) -> dict[str, Any]:
         """Returns `t`, and `x_t` and `denoised` as uint8 images of shape (F, rows, 3, H, W)."""

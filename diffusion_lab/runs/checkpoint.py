@@ -20,7 +20,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         RunError: If it is missing, truncated, or holds anything but plain containers and tensors.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RunError(f"there is no checkpoint {path}") from error
     except pickle.UnpicklingError as error:
@@ -34,6 +34,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({reason}); it is truncated or damaged. Use another "
             "checkpoint of the run (ckpt=.../best.ckpt)"
         ) from error
+    return checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -57,7 +57,8 @@ def objective(directory: Path) -> float | None:
     mark = directory / FINISHED_FILE
     if (directory / FAILED_FILE).exists() or not mark.exists():
         return None
-    return json.loads(mark.read_text())["metrics"].get(OBJECTIVE)
+    value: float | None = json.loads(mark.read_text())["metrics"].get(OBJECTIVE)
+    return value
 
 
 def newest_run(root: Path = ROOT) -> Path:

@@ -12,7 +12,7 @@ __all__ = [
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from torch import nn
@@ -55,8 +55,13 @@ class Run:
         size = self.config["data"]["size"]
         return self.config["network"].get("image_channels", 3), size, size
 
+    @property
+    def network(self) -> nn.Module:
+        """The network; only before the denoiser is conditioned or its schedule is replaced."""
+        return cast(NetworkDenoiser, self.denoiser).network
 
-def _build(config: dict[str, Any], key: str, path: Path) -> nn.Module:
+
+def _build(config: dict[str, Any], key: str, path: Path) -> Any:
     """Builds a part of the model from a checkpoint's configuration.
 
     Only subclasses of torch.nn.Module are accepted: an untrusted checkpoint must not be able to
@@ -98,7 +103,7 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
             f"{file} has format {saved['format']}, newer than {FORMAT}; update diffusion_lab"
         )
     config = current_config(saved["config"])
-    network = _build(config, "network", file)
+    network: nn.Module = _build(config, "network", file)
     prefix = "network." if ema is False else "network_ema."
     weights = {
         name.removeprefix(prefix): tensor
@@ -159,7 +164,7 @@ def with_class_label(run: Run, label: str | int, scale: float) -> Run:
     Raises:
         ConfigError: If the network has no classes, or not this one.
     """
-    prior, names = run.denoiser, run.classes
+    prior, names = cast(NetworkDenoiser, run.denoiser), run.classes
     if not names:
         raise ConfigError(
             f"label={label}: the network of {run.checkpoint} has no classes; train a "
@@ -214,4 +219,4 @@ def load_run(path: str | Path, ema: bool | float = True) -> NetworkDenoiser:
     Raises:
         RunError: If the run does not exist, or its checkpoint cannot be used.
     """
-    return rebuild(path, ema).denoiser
+    return cast(NetworkDenoiser, rebuild(path, ema).denoiser)

@@ -17,16 +17,14 @@ import os
 from functools import cache
 
 import torch
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import DictConfig
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not declared as exported
 
 
 def launched_externally() -> bool:
@@ -42,7 +40,8 @@ def _srun() -> bool:
 
 def is_rank_zero() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return rank_zero_only.rank == 0
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]  # set by Lightning
+    return rank == 0
 
 
 def num_processes(trainer: DictConfig) -> int:
@@ -52,7 +51,8 @@ def num_processes(trainer: DictConfig) -> int:
         trainer: The node `trainer` of the configuration.
     """
     if trainer.devices != "auto":
-        return trainer.devices
+        count: int = trainer.devices
+        return count
     return max(1, gpus(trainer.accelerator, "auto"))
 
 
@@ -115,4 +115,5 @@ def broadcast_from_rank_zero(value: str) -> str:
         return value
     if is_rank_zero():
         store.set("diffusion_lab/agreed", value)
-    return store.get("diffusion_lab/agreed").decode()
+    agreed: bytes = store.get("diffusion_lab/agreed")
+    return agreed.decode()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -259,7 +260,7 @@ class DiffusionModule(LightningModule):
             self.log(f"val/loss_bin/{bin_name(k)}", metric.compute())
             metric.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes the optimizer and the learning-rate schedule, which is updated every step."""
         optimizer = self.make_optimizer(self.network.parameters())
         lr_schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
