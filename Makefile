@@ -36,7 +36,7 @@ lint: .venv/.done  ## Style, words, and the layers of the package
 	$(BIN)/lint-imports
 	$(BIN)/codespell --dictionary docs/words.txt $(PROSE)
 
-types: .venv/.done  ## Check types
+types: .venv/.done  ## Check the types of the package with mypy --strict
 	$(BIN)/mypy
 
 docs: .venv/.done reference  ## Build the pages in docs/_build/html
