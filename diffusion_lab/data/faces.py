@@ -1,19 +1,19 @@
-r"""Portraits of people who do not exist, drawn from (seed, index) alone.
+r"""Procedural faces: synthetic portraits, each a pure function of (seed, index).
 
-An embedded data set: no download and no licence, any number of images, and every one a pure
-function of its key. A face is a set of factors (skin, hair, glasses, smile, pose, light, ...),
-made from uniform numbers of the keyed stream (seed, "faces", index), and a drawing of them:
+The built-in dataset needs no download or licence and has any number of images. The factors of a
+face (skin, hair, glasses, smile, pose, light, ...) are computed from uniform numbers of the keyed
+stream (seed, "faces", index) and drawn in two coordinate systems:
 
-    frame   x to the right and y down, both in [-1, 1]; shoulders and background live here;
+    frame   x to the right and y down, both in [-1, 1], for shoulders and background;
     face    u, v: the frame shifted, scaled and tilted, so that the eyes are on v = 0, the chin is
             near v = 0.65, the crown near v = -0.6 and the cheeks are near u = +-0.47.
 
-Every part is a signed distance or a band between two curves; its coverage of a pixel is a ramp one
-pixel wide, which is the exact area for a straight edge. The parts are painted from front to back:
-each takes its coverage of what the parts before it left over. What is stored is how much of every
-palette colour a pixel shows, so that a part costs one plane instead of three, and a single matrix
-product with the palette of the face mixes the colours. Soft shading is a field in [-1, 1] that
-shares a part out among the dark, the plain and the light tone of its colour.
+Every part is given by a signed distance or by a band between two curves. Its coverage of a pixel
+is a ramp one pixel wide, which is the exact area for a straight edge. The parts are composited
+from front to back: each covers a part of the area that earlier parts left free. A pixel stores
+the weight of every palette colour, so that a part writes one plane instead of three; one matrix
+product with the palette of the face gives the colours. Shading is a field in [-1, 1] that mixes
+the dark, the plain and the light tone of a colour.
 """
 
 __all__ = ["HAIR_STYLES", "draw_faces", "face_factors", "render_faces"]
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from diffusion_lab.rng import KeyedGenerator, make_key
 
-CHUNK = 1 << 17  # pixels drawn at once: enough to hide the cost of a call, 15 MiB of planes
+CHUNK = 1 << 17  # pixels drawn at once: the overhead of a call is small, the planes take 15 MiB
 SIZES = tuple(1 << k for k in range(3, 11))
 
-# The random numbers of a face: a new one goes to the end, so that the others keep their values.
+# The random numbers of a face. A new one is appended, so that the others keep their values.
 UNIFORM = """
     shift_x shift_y scale tilt yaw width jaw chin feminine age tone undertone light_x light_y
     hair_style hair_colour hair_shade volume part hairline length strand_x strand_y
@@ -42,8 +42,8 @@ UNIFORM = """
     back_hue back_chroma back_value back_angle back_contrast back_shift blob_x blob_y blob
 """.split()
 
-# Colours from light to dark skin, of hair (the last two are grey and white) and of irises, and
-# how often each is met among fair, dark and old people.
+# Colours of skin (from light to dark), hair (the last two are grey and white) and irises, and
+# their probabilities for fair, dark and old people.
 SKIN = ("f8dbc8", "eec4a8", "dba884", "b67e5a", "855840", "58392c")
 HAIR = "1e1919 3a281f 5c3e2b 845e3e c49c64 e0c292 843c24 b66036 848282 cecbc8".split()
 HAIR_FAIR = (0.08, 0.17, 0.22, 0.17, 0.16, 0.08, 0.07, 0.05, 0.0, 0.0)
@@ -56,7 +56,7 @@ IRIS_DARK = (0.72, 0.26, 0.02, 0.0, 0.0, 0.0)
 HAIR_STYLES = ("bald", "receding", "crop", "swept", "curly", "bob", "long", "wavy", "bun")
 STYLES_MASCULINE = (0.08, 0.12, 0.32, 0.28, 0.1, 0.02, 0.05, 0.03, 0.0)
 STYLES_FEMININE = (0.0, 0.0, 0.04, 0.06, 0.14, 0.24, 0.24, 0.18, 0.1)
-STYLE_SHAPE = {  # one number a style, in the order of HAIR_STYLES; lengths in face units
+STYLE_SHAPE = {  # one number per style, in the order of HAIR_STYLES; lengths in face units
     "top": (0.0, 0.0, 0.08, 0.15, 0.22, 0.1, 0.09, 0.11, 0.06),  # rise over the crown
     "side": (0.0, 0.025, 0.025, 0.04, 0.17, 0.09, 0.07, 0.11, 0.01),  # width beyond the cheek
     "bottom": (-9.0, 0.13, 0.06, 0.06, 0.32, 0.5, 1.3, 1.2, 0.0),  # where it ends
@@ -93,16 +93,16 @@ def _mix(first: tuple[float, ...], second: tuple[float, ...], share: Tensor) -> 
 
 
 def face_factors(index: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-    """Returns the factors behind each face, for `render_faces`, for labels and for tests.
+    """Returns the factors of each face, for `render_faces`, for labels and for tests.
 
     Arguments:
-        index: Which faces, int64, of shape (N,).
-        seed: Which set of faces.
+        index: Indices of the faces, int64, of shape (N,).
+        seed: Seed of the dataset.
 
     Returns:
         Colours (N, 3) in [0, 1]: skin, hair, iris, lip, rim, cloth, collar, background. Bool (N,):
         glasses, sunglasses, beard, moustache, feminine. Category (N,), int64: hair_style, in
-        `HAIR_STYLES`. The rest is (N,): shares in [0, 1), shapes and pose in [-1, 1).
+        `HAIR_STYLES`. All others are (N,): fractions in [0, 1), shapes and pose in [-1, 1).
     """
     draw = KeyedGenerator(make_key(seed, "faces", index)).uniform(len(UNIFORM))
     u = dict(zip(UNIFORM, draw.unbind(1), strict=True))
@@ -168,7 +168,7 @@ def _palette(f: dict[str, Tensor]) -> Tensor:
 
 
 class _Canvas:
-    """A part of the frame: its coordinates, the palette's weights so far and what is left over."""
+    """A part of the frame: coordinates, weights of the palette, and the area not yet covered."""
 
     window: tuple[slice, slice, slice]
     s: Tensor
@@ -197,7 +197,7 @@ class _Canvas:
         self.weight = torch.zeros(count, len(PALETTE), size, size, device=device)
 
     def crop(self, top: float, bottom: float, side: float) -> "_Canvas":
-        """The rows from top to bottom and |x| < side, as shares of the frame."""
+        """The rows from top to bottom and |x| < side, as fractions of the frame."""
         size = self.left.shape[-1]
         rows = slice(math.floor(top * size), math.ceil(bottom * size))
         columns = slice(math.floor((0.5 - side) * size), math.ceil((0.5 + side) * size))
@@ -206,7 +206,7 @@ class _Canvas:
         part.x, part.y = self.x[..., columns], self.y[:, rows]
         part.u, part.v, part.left = (z[part.window] for z in (self.u, self.v, self.left))
         part.weight = self.weight[:, :, rows, columns]
-        # a turned head: the features move sideways, the outline stays
+        # A turned head moves the features sideways, but not the outline.
         part.s = part.u - 0.05 * self.f["yaw"] * (1 - (part.u / self.f["wide"]).square())
         return part
 
@@ -215,11 +215,11 @@ class _Canvas:
         return (distance * (-1 / (self.px + soft))).add_(0.5).clamp_(0, 1)
 
     def band(self, v: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
-        """Coverage of top < v < bottom; right for bands much thinner than a pixel as well."""
+        """Coverage of top < v < bottom, also correct for bands much thinner than a pixel."""
         return (self.inside(top - v) + self.inside(v - bottom) - 1).clamp_(min=0)
 
     def paint(self, name: str, cover: Tensor, shade: Tensor | None = None) -> None:
-        """Paints behind all that is there; shade < 0 is the dark tone and shade > 0 the light."""
+        """Paints behind all earlier parts; shade < 0 is the dark tone and shade > 0 the light."""
         taken = cover * self.left
         self.left -= taken
         plane = PALETTE.index(name)
@@ -249,7 +249,7 @@ def _head(c: _Canvas) -> tuple[Tensor, Tensor]:
 
 
 def _strands(c: _Canvas) -> Tensor:
-    """Waves in [-1, 1] that run down the hair; sums of products, as those need few sines."""
+    """Waves in [-1, 1] along the hair, as sums of products, which need few sines."""
     f = c.f
     bend = 2.5 * torch.sin(5 * c.y + 3 * f["strand_y"]) * (0.3 + c.style["wave"] * 15)
     kx = (16 + 4 * f["strand_x"]) * c.x + 3 * f["strand_x"]
@@ -262,7 +262,7 @@ def _strands(c: _Canvas) -> Tensor:
 
 
 def _hair(c: _Canvas) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance to the hair before the face, coverage of that behind it, and the shade of both."""
+    """Distance to the hair in front, coverage of the hair behind the face, and shade of both."""
     f, s, wide = c.f, c.style, c.f["wide"]
     strands = _strands(c)
     below = (c.v - 0.02).clamp(min=0)
@@ -352,7 +352,7 @@ def _eyes(c: _Canvas) -> None:
 
 
 def _nose(c: _Canvas) -> None:
-    """Nostrils and the line of the wings; its shading is part of the skin's."""
+    """Nostrils and the line of the wings; the shading is part of the skin."""
     f, side = c.f, c.s.abs()
     wide = 0.092 + 0.014 * f["nose_width"] - 0.01 * f["feminine"] + 0.012 * f["tone"]
     y = c.v - f["tip"]
@@ -396,7 +396,7 @@ def _beard(c: _Canvas, outline: Tensor) -> None:
 
 
 def _relief(c: _Canvas, radius: Tensor) -> Tensor:
-    """The light on the face: a direction, the rounding of the head and the relief of the parts."""
+    """Light on the face: its direction, the curvature of the head and the relief of the parts."""
     f = c.f
     u, tip, place = c.s, f["tip"], f["mouth"]
     lx, side = f["light_x"], u.abs()
@@ -418,7 +418,7 @@ def _relief(c: _Canvas, radius: Tensor) -> Tensor:
 
 
 def _skin(c: _Canvas, hair: Tensor) -> None:
-    """Beard, cheeks, head and ears; the hair, given by its distance, throws a soft shadow."""
+    """Beard, cheeks, head and ears; the hair, given by its distance, casts a soft shadow."""
     f = c.f
     outline, radius = _head(c)
     _beard(c, outline)
@@ -432,7 +432,7 @@ def _skin(c: _Canvas, hair: Tensor) -> None:
 
 
 def _body(c: _Canvas, hair: Tensor, shade: Tensor) -> None:
-    """Neck and clothes with the hair behind: it falls over the shoulders, not down the front."""
+    """Neck and clothes, and the hair behind them, which falls over the shoulders."""
     f = c.f
     low = c.crop(0.6, 1, 0.5)
     x, y, side = low.x, low.y, low.x.abs()
@@ -465,7 +465,7 @@ def _background(c: _Canvas) -> None:
 
 def _draw(f: dict[str, Tensor], size: int) -> Tensor:
     """One chunk of `render_faces`."""
-    c = _Canvas(f, max(size, 32))  # parts are too small for the pixels of the smallest images
+    c = _Canvas(f, max(size, 32))  # smaller images are averaged, since their pixels are too large
     hair_front, hair_back, hair_shade = _hair(c)
     eyes, mouth, head = c.crop(0.27, 0.62, 0.32), c.crop(0.52, 0.85, 0.2), c.crop(0.12, 0.92, 0.35)
     _glasses(eyes)
@@ -489,7 +489,7 @@ def render_faces(factors: dict[str, Tensor], *, size: int = 32) -> Tensor:
     """Draws faces from their factors, which may have been edited.
 
     Arguments:
-        factors: What `face_factors` returns, for N faces.
+        factors: Result of `face_factors` for N faces.
         size: Height and width in pixels, a power of two from 8 to 1024.
 
     Returns:
@@ -499,7 +499,7 @@ def render_faces(factors: dict[str, Tensor], *, size: int = 32) -> Tensor:
         ValueError: The size is not one of these.
     """
     if size not in SIZES:
-        raise ValueError(f"Face size {size} is none of {', '.join(map(str, SIZES))}.")
+        raise ValueError(f"size={size} is not allowed; it must be {', '.join(map(str, SIZES))}")
     count = len(factors["skin"])
     images = factors["skin"].new_empty(count, size, size, 3, dtype=torch.uint8)
     step = max(1, CHUNK // size**2)
@@ -512,10 +512,10 @@ def draw_faces(index: Tensor, *, seed: int = 0, size: int = 32) -> Tensor:
     """Draws the faces of the given indices, each a pure function of (seed, index).
 
     Arguments:
-        index: Which faces, int64, of shape (N,).
-        seed: Which set of faces.
-        size: Height and width in pixels, a power of two from 8 to 1024; it does not change who
-            is drawn.
+        index: Indices of the faces, int64, of shape (N,).
+        seed: Seed of the dataset.
+        size: Height and width in pixels, a power of two from 8 to 1024; the faces do not depend
+            on it.
 
     Returns:
         Images, uint8 RGB, of shape (N, size, size, 3).

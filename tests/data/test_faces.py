@@ -75,7 +75,7 @@ def test_sizes_show_the_same_face(size: int, images: Tensor) -> None:
 
 @pytest.mark.parametrize("size", [48, 4, 2048, 0])
 def test_sizes_that_are_no_power_of_two_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"size {size} .*8, 16, 32.*1024"):
+    with pytest.raises(ValueError, match=rf"size={size} .*8, 16, 32.*1024"):
         draw_faces(torch.arange(1), size=size)
 
 
