@@ -167,7 +167,7 @@ def test_a_new_network_does_not_tell_the_classes_apart_but_learns_to() -> None:
     unet(x, 10.0, torch.tensor([0, 0, 2, 3])).square().sum().backward()
     rows = unet.class_embedding.weight.grad.abs().sum(1) > 0
     assert rows.tolist() == [True, False, True, True]
-    with pytest.raises(ConfigError, match="classes=3 cannot be written for diffusers"):
+    with pytest.raises(ConfigError, match="classes=3 is not supported by diffusers"):
         save_unet(unet, "nowhere")
 
 

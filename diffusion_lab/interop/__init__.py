@@ -1,4 +1,4 @@
-"""Networks and schedules in the file formats of others. One file a format."""
+"""Networks and schedules in the file formats of other libraries. One file per format."""
 
 __all__ = ["load_schedule", "load_unet", "save_unet"]
 

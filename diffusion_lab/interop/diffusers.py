@@ -1,17 +1,18 @@
-r"""U-Nets and schedules in the format of the library diffusers, read and written without it.
+r"""Conversion of U-Nets and schedules from and to the format of diffusers, without the library.
 
-Its `UNet2DModel` is our U-Net where config.json says what google/ddpm-celebahq-256 says:
+A `UNet2DModel` is equivalent to `nn.UNet` if config.json has the values of
+google/ddpm-celebahq-256:
 
     flip_sin_to_cos false, freq_shift 1     sinusoids [sin, cos], the last of frequency 1e-4
     norm_eps 1e-6                           the ε of the norms
     downsample_padding 0                    padding on the right and bottom only
     attention_head_dim null                 a single head
 
-None of them is the default there, and none shows in the weights. The tensors of both libraries are
-the same, bit by bit, under other names. Attention has two sets of names in the files of diffusers:
-query, key, value, proj_attn are the old one; we read both and write the new one. A network with
-twice as many `out_channels` as `in_channels` has learned the variance, in the way that their
-schedulers call `learned_range`.
+None of them is the default of diffusers, and none can be inferred from the weights. The tensors of
+both libraries are equal bit for bit and differ only in their names. Attention has two sets of
+names in diffusers: query, key, value, proj_attn are the old one; both are read and the new one is
+written. A network with twice as many `out_channels` as `in_channels` has learned the variance, in
+the form that the schedulers of diffusers call `learned_range`.
 
 Sources:
     diffusers 0.42.1: models/unets/unet_2d.py (defaults), models/modeling_utils.py (old names).
@@ -40,7 +41,7 @@ CONFIG, SCHEDULE = "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # best first
 BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 
-# What our U-Net is, in the keys of config.json. The first value of each is what we write.
+# Values of config.json that `nn.UNet` implements. The first value of each key is written.
 SUPPORTED: dict[str, list[Any]] = {
     "_class_name": ["UNet2DModel"],
     "center_input_sample": [False],
@@ -59,17 +60,17 @@ SUPPORTED: dict[str, list[Any]] = {
     "class_embed_type": [None],
     "num_class_embeds": [None],
 }
-SHAPE: dict[str, Any] = {  # what may vary, as Ho et al. have it
+SHAPE: dict[str, Any] = {  # keys that may vary, with the values of Ho et al.
     "in_channels": 3, "out_channels": 3, "block_out_channels": None, "layers_per_block": 2,
     "down_block_types": None, "up_block_types": None, "dropout": 0.0, "norm_num_groups": 32,
     "attn_norm_num_groups": None, "attention_head_dim": None, "time_embedding_dim": None,
 }  # fmt: skip
 OURS = {key: values[0] for key, values in SUPPORTED.items()} | SHAPE
-DEFAULTS = OURS | {  # what diffusers takes for a key that config.json lacks
+DEFAULTS = OURS | {  # defaults of diffusers for keys that are missing in config.json
     "freq_shift": 0, "flip_sin_to_cos": True, "downsample_padding": 1, "norm_eps": 1e-5,
     "attention_head_dim": 8,
 }  # fmt: skip
-IGNORED = {  # what the network does not depend on; most is left there by averaging weights
+IGNORED = {  # keys without an effect on the network; most are written by EMAModel of diffusers
     "sample_size", "num_train_timesteps", "decay", "min_decay", "optimization_step",
     "update_after_step", "use_ema_warmup", "inv_gamma", "power",
 }  # fmt: skip
@@ -77,8 +78,8 @@ SUPPORTED_SCHEDULE: dict[str, list[Any]] = {
     "beta_schedule": ["linear", "squaredcos_cap_v2"],
     "trained_betas": [None],
     "rescale_betas_zero_snr": [False],
-    "prediction_type": ["epsilon"],  # else ε would be read from what is not ε
-    # Not "learned", which is log Σ itself and not a share.
+    "prediction_type": ["epsilon"],  # the only parameterization of the converted networks
+    # Not "learned", which is log Σ itself and not a fraction.
     "variance_type": [
         "fixed_small",
         "fixed_large",
@@ -91,7 +92,7 @@ SUPPORTED_SCHEDULE: dict[str, list[Any]] = {
 
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAMES = [(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.") for old, new in ATTENTION.items()]
-NAMES = [  # from ours to theirs, in this order
+NAMES = [  # from diffusion_lab to diffusers, in this order
     (r"^(down|up)\.(\d+)\.resample\.", r"\1_blocks.\2.\1samplers.0."),
     (r"^(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
     (r"^(down|up)\.(\d+)\.attention\.", r"\1_blocks.\2.attentions."),
@@ -117,7 +118,7 @@ def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
 def _refuse(where: str, key: str, value: Any, supported: str) -> RunError:
     return RunError(
         f"{where}: {key}={json.dumps(value)} is not supported, only {supported}; "
-        "take another checkpoint, or run this one with diffusers"
+        "use another checkpoint, or run this one with diffusers"
     )
 
 
@@ -132,10 +133,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arguments of our U-Net for a complete config.json."""
+    """The arguments of `nn.UNet` for a complete config.json."""
     for key in sorted(settings.keys() - DEFAULTS.keys() - IGNORED):
         if not key.startswith("_") and settings[key] not in (None, False):
-            raise _refuse(where, key, settings[key], "null (it is no known key of a UNet2DModel)")
+            raise _refuse(where, key, settings[key], "null (the key of UNet2DModel is unknown)")
     _demand(where, settings, SUPPORTED)
     for key in ("in_channels", "layers_per_block", "norm_num_groups"):
         if not _is_count(settings[key]):
@@ -143,7 +144,7 @@ def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     widths, groups = settings["block_out_channels"], settings["norm_num_groups"]
     integers = isinstance(widths, list) and widths and all(map(_is_count, widths))
     if not integers or widths[0] % 2 or any(w % widths[0] for w in widths):
-        supported = "a list of multiples of its first, which is even"
+        supported = "a list of multiples of its first element, which is even"
         raise _refuse(where, "block_out_channels", widths, supported)
     if any(w % groups for w in widths):
         supported = f"a divisor of block_out_channels={widths}"
@@ -157,13 +158,13 @@ def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         supported = f"{len(widths)} names, one for each of block_out_channels"
         raise _refuse(where, "down_block_types", down, supported)
     levels = [level for level, name in enumerate(down) if name == BLOCKS[1]]
-    attending = {widths[-1], *(widths[level] for level in levels)}  # the last is the middle's too
+    attending = {widths[-1], *(widths[level] for level in levels)}  # the last: also the middle
     derived = {
         "up_block_types": [[name.replace("Down", "Up") for name in reversed(down)]],
         "out_channels": [settings["in_channels"], 2 * settings["in_channels"]],
         "time_embedding_dim": [None, 4 * widths[0]],
         "attn_norm_num_groups": [None, groups],
-        # A head as wide as its level is the only one there.
+        # A head as wide as its level is a single head.
         "attention_head_dim": [None, *attending] if len(attending) == 1 else [None],
     }
     _demand(where, settings, derived)
@@ -180,7 +181,7 @@ def _arguments(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _inferred(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A complete config.json for weights; what does not show in them is as in OURS."""
+    """A complete config.json for weights; values that they do not determine are those of OURS."""
     conv = re.compile(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
     found = [match.groups() for match in map(conv.fullmatch, state) if match]
     levels, blocks = (len({pair[k] for pair in found}) for k in (0, 1))
@@ -201,9 +202,9 @@ def _inferred(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _tensors(state: Any, file: str) -> dict[str, Tensor]:
-    """The state under the new names, or a refusal of what is none."""
+    """The state dict under the new names; raises RunError if it contains other objects."""
     if not isinstance(state, Mapping):
-        raise RunError(f"{file} holds a {type(state).__name__}, not tensors by their names")
+        raise RunError(f"{file} contains a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():
         if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
             kind = getattr(tensor, "dtype", type(tensor).__name__)
@@ -218,7 +219,7 @@ def _network(settings: Mapping[str, Any], where: str) -> UNet:
 
 
 def _fill(network: UNet, state: Mapping[str, Tensor], where: str, file: str) -> UNet:
-    """Gives the network of a configuration, `where`, the weights of a file."""
+    """Loads the weights of a file into a network; `where` names its configuration in errors."""
     own = network.state_dict()
     names = {_rename(name, NAMES): name for name in own}
     differences = {
@@ -234,7 +235,7 @@ def _fill(network: UNet, state: Mapping[str, Tensor], where: str, file: str) -> 
                 f"{file} does not fit {where}: {theirs} has the shape {tuple(state[theirs].shape)}"
                 f" and should have {tuple(own[name].shape)}"
             )
-    # Copied into the network's own order in memory, and sharing none with the state or the file.
+    # Copied into the memory layout of the network; shares no memory with the state or the file.
     weights = {
         name: torch.empty_like(own[name], dtype=torch.float32, device="cpu").copy_(state[theirs])
         for theirs, name in names.items()
@@ -248,11 +249,11 @@ def _download(name: str, files: Sequence[str]) -> Path:
         import huggingface_hub as hub
     except ImportError as error:
         raise RunError(
-            f"there is no folder {name}, and to download it from the hub needs huggingface_hub: "
+            f"there is no folder {name}, and its download from the hub needs huggingface_hub: "
             "pip install huggingface_hub"
         ) from error
     try:
-        for file in files:  # the first that there is: not the same weights in two formats
+        for file in files:  # only the first that exists, not the same weights in two formats
             wanted = ["*.json", file, f"unet/{file}"]
             folder = Path(hub.snapshot_download(name, allow_patterns=wanted))
             if any(folder.rglob(file)):
@@ -267,7 +268,7 @@ def _download(name: str, files: Sequence[str]) -> Path:
 
 
 def _find(source: str | Path, part: str, name: str, files: Sequence[str]) -> Path:
-    """The file of a name in a folder, in its subfolder for a part, or downloaded with others."""
+    """The file `name` in a folder or its subfolder `part`; downloads it and `files` otherwise."""
     folder = Path(source).expanduser()
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         folder = folder if folder.exists() else _download(source, files)
@@ -284,19 +285,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); it is damaged or no JSON") from error
+        raise RunError(f"{path} cannot be read ({error}); it is damaged or not JSON") from error
     if not isinstance(config, dict):
-        raise RunError(f"{path} holds no keys and values but a {type(config).__name__}")
+        raise RunError(f"{path} contains a {type(config).__name__}, not keys and values")
     return config
 
 
 def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """The file of the weights in a folder, and what it holds."""
+    """The file of the weights in a folder, and its tensors."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         parts = next(folder.glob("*.index.json"), None)
         raise RunError(
-            f"{parts} lists weights in several files, which are not read; write them into one: "
+            f"{parts} lists weights in several files, which is not supported; write one file: "
             "UNet2DModel.from_pretrained(...).save_pretrained(..., max_shard_size='99GB')"
             if parts
             else f"there is no {WEIGHTS[0]} or {WEIGHTS[1]} in {folder}"
@@ -308,8 +309,8 @@ def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(
-            f"{path} is not loaded: it holds code or objects besides tensors (or is damaged); "
-            f"use weights in {WEIGHTS[0]}, which cannot hold code"
+            f"{path} is not loaded: it contains code or objects besides tensors, or is damaged; "
+            f"use weights in {WEIGHTS[0]}, which cannot contain code"
         ) from error
     except (
         safetensors.SafetensorError,
@@ -321,7 +322,7 @@ def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     ) as error:
         reason = str(error).split("\n")[0]
         raise RunError(
-            f"{path} cannot be read ({reason}); it is truncated or damaged. Fetch it again"
+            f"{path} cannot be read ({reason}); it is truncated or damaged. Download it again"
         ) from error
     return str(path), _tensors(state, str(path))
 
@@ -329,18 +330,19 @@ def _read_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 def load_unet(
     source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> UNet:
-    """Returns a network of diffusers as ours, in float32, on the CPU and in evaluation mode.
+    """Loads a `UNet2DModel` as `nn.UNet`, in float32, on the CPU and in evaluation mode.
 
     Arguments:
-        source: A folder with config.json and weights (.safetensors before .bin), a pipeline's
-            folder, the hub's name of either (owner/name), or a state dict of a `UNet2DModel`.
-        config: Of a state dict only: keys of config.json. Others are inferred from the shapes;
-            what does not show there is as in google/ddpm-celebahq-256, with 32 groups of the
+        source: A folder with config.json and weights (.safetensors before .bin), the folder of a
+            pipeline, the name of either on the hub (owner/name), or a state dict of a
+            `UNet2DModel`.
+        config: For a state dict only: keys of config.json. Other keys are inferred from the
+            shapes, or else have the values of google/ddpm-celebahq-256, with 32 groups of the
             norms and no dropout.
 
     Raises:
-        RunError: If a file is missing, unreadable or holds code, a key of config.json asks for
-            what our U-Net is not, or names and shapes of the tensors do not fit.
+        RunError: If a file is missing, unreadable or contains code, if a key of config.json has a
+            value that `nn.UNet` does not implement, or if names or shapes of tensors do not match.
         ConfigError: If `config` is given for a folder.
     """
     if isinstance(source, Mapping):
@@ -350,7 +352,7 @@ def load_unet(
         network = _network(_inferred(state) | given, where)
         return _fill(network, state, where, "the state dict")
     if config is not None:
-        raise ConfigError(f"config= is for a state dict; {source} has its own {CONFIG}: leave it")
+        raise ConfigError(f"config= is for a state dict; remove it: {source} has its own {CONFIG}")
     path = _find(source, "unet", CONFIG, WEIGHTS)
     where = f"{path} (completed by diffusers' defaults)"
     network = _network(DEFAULTS | _read_config(path), where)
@@ -363,15 +365,15 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
 
     Arguments:
         unet: The network; each tensor keeps its type.
-        folder: Where config.json and the weights go; it is made if it is missing.
+        folder: Folder of config.json and the weights; it is created if it is missing.
 
     Raises:
-        ConfigError: If the first multiplier is not 1, or the network knows classes.
+        ConfigError: If the first multiplier is not 1, or the network is class-conditional.
     """
     if unet.classes:
         raise ConfigError(
-            f"classes={unet.classes} cannot be written for diffusers; only a network without "
-            "classes can"
+            f"classes={unet.classes} is not supported by diffusers; only a network without "
+            "classes can be saved"
         )
     state = {
         _rename(name, NAMES): tensor.detach().cpu().contiguous()
@@ -385,25 +387,25 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
     width, channels = config["block_out_channels"][0], unet.conv_in.out_channels
     if width != channels:
         raise ConfigError(
-            f"multipliers[0]={width / channels:g} cannot be written for diffusers, where the "
-            "first level is as wide as the first convolution; only 1 can"
+            f"multipliers[0]={width / channels:g} is not supported by diffusers, where the first "
+            "level is as wide as the first convolution; it must be 1"
         )
     write_atomic(Path(folder) / WEIGHTS[0], safetensors.torch.save(state, {"format": "pt"}))
     write_atomic(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_schedule(source: str | Path) -> Schedule:
-    """Returns the schedule of a scheduler_config.json; what it says of samplers is left.
+    """Returns the schedule of a scheduler_config.json; its settings of samplers are ignored.
 
     Arguments:
-        source: A folder that holds it, a pipeline's folder, or the hub's name of either.
+        source: The folder of the file, the folder of a pipeline, or the name of either on the hub.
 
     Raises:
-        RunError: If it is missing, or describes other noise increments than linear or cosine
-            ones, or a network that predicts anything but the noise.
+        RunError: If the file is missing, if its β are neither linear nor cosine, or if its
+            network does not predict the noise.
     """
     path = _find(source, "scheduler", SCHEDULE, [SCHEDULE])
-    # Steps and increments have other defaults in other classes of diffusers: null is refused.
+    # The defaults of these keys differ between the classes of diffusers: null is refused.
     named = dict.fromkeys(("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"))
     settings = {key: values[0] for key, values in SUPPORTED_SCHEDULE.items()} | named
     settings |= _read_config(path)

@@ -314,7 +314,7 @@ def refused(text: str, error: type[Exception] = RunError) -> Any:
         ("norm_num_groups", None, "only a positive integer"),
         ("norm_num_groups", 24, "only a divisor of block_out_channels=[32, 64]"),
         ("block_out_channels", [32, 48], "only a list of multiples of its first"),
-        ("block_out_channels", [33, 66], "only a list of multiples of its first, which is even"),
+        ("block_out_channels", [33, 66], "only a list of multiples of its first element"),
         ("block_out_channels", [], "only a list of multiples"),
         ("block_out_channels", "32, 64", "only a list of multiples"),
         ("dropout", 1.0, "only a number in [0, 1)"),
@@ -401,13 +401,13 @@ def test_groups_do_not_show_in_a_state_dict() -> None:
 
 
 def test_a_folder_has_its_own_configuration(tmp_path: Path) -> None:
-    with refused(f"config= is for a state dict; {tmp_path}", ConfigError):
+    with refused(f"config= is for a state dict; remove it: {tmp_path} has its own", ConfigError):
         load_unet(tmp_path, SMALL)
 
 
 def test_what_diffusers_cannot_be_told(tmp_path: Path) -> None:
     network = UNet(channels=8, multipliers=(2, 4), groups=4, attention_levels=())
-    with refused("multipliers[0]=2 cannot be written for diffusers", ConfigError):
+    with refused("multipliers[0]=2 is not supported by diffusers", ConfigError):
         save_unet(network, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -429,7 +429,7 @@ class Code:
 def test_code_in_a_bin_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
     folder, mark = folder_of(tmp_path / "net", SMALL), tmp_path / "ran"
     torch.save({"conv_in.weight": Code(mark)}, folder / BIN, _use_new_zipfile_serialization=zipped)
-    with refused(f"{folder / BIN} is not loaded: it holds code") as error:
+    with refused(f"{folder / BIN} is not loaded: it contains code") as error:
         load_unet(folder)
     assert f"use weights in {SAFETENSORS}" in str(error.value)
     assert not mark.exists()
@@ -453,7 +453,7 @@ def test_truncated_weights(tmp_path: Path, name: str) -> None:
 def test_a_bin_file_of_something_else(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "net", SMALL)
     torch.save([torch.zeros(2)], folder / BIN)
-    with refused(f"{folder / BIN} holds a list, not tensors by their names"):
+    with refused(f"{folder / BIN} contains a list, not tensors by name"):
         load_unet(folder)
 
 
@@ -461,7 +461,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     reference(SMALL).save_pretrained(tmp_path, max_shard_size="500KB")
     index = tmp_path / f"{SAFETENSORS}.index.json"
     assert index.exists()
-    with refused(f"{index} lists weights in several files, which are not read"):
+    with refused(f"{index} lists weights in several files, which is not supported"):
         load_unet(tmp_path)
 
 
