@@ -2,11 +2,10 @@ r"""Calibration of posterior samples: ranks, coverage, TARP, CRPS, energy score,
 
 The M samples x_m ~ p(x_0 | y) of an observation and the truth x_0 behind it are draws of one
 distribution. Hence the rank of the truth among them is uniform on 0..M, and the error of their
-mean is as large as their spread implies. All functions take the samples
-of N observations, of shape (N, M, *), and the truths, of shape (N, *), and are exact for any
-finite M. All but `tarp_ranks` with
-its default box treat observations independently. torchmetrics has only the CRPS, in the biased
-form with M² in place of M (M - 1).
+mean is as large as their spread implies. All functions take the samples of N observations, of
+shape (N, M, *), and the truths, of shape (N, *), and are exact for any finite M. All but
+`tarp_ranks` with its default box treat observations independently. torchmetrics has only the CRPS,
+in the biased form with M² in place of M (M - 1).
 
 Uniform ranks do not imply an exact sampler: samples of the prior have them too. The scores (CRPS,
 energy) detect it, since their means are minimal for the posterior only.
@@ -325,8 +324,8 @@ def _tail(samples_count: int, level: float) -> int:
     """The number k of ranks on each side of a central interval."""
     if samples_count < 2 or not 0 < level < 1:
         raise ValueError(
-            f"samples_count={samples_count} and level={level} make no interval; at least 2 "
-            "samples and a level between 0 and 1 do"
+            f"samples_count={samples_count} and level={level} are not allowed; an interval needs "
+            "at least 2 samples and a level between 0 and 1"
         )
     # k = 0 would include every truth, and k > M / 2 none.
     return min(max(round((1 - level) / 2 * (samples_count + 1)), 1), samples_count // 2)
@@ -337,8 +336,8 @@ def _check(samples: Tensor, truth: Tensor, minimum: int = 1) -> int:
     shape, expected = tuple(samples.shape), tuple(truth.shape)
     if len(shape) < 2 or shape[:1] + shape[2:] != expected:
         raise ValueError(
-            f"samples of shape {shape} and truths of {expected} do not belong together; "
-            "(N, M, *) and (N, *) do"
+            f"samples of shape {shape} and truths of {expected} are not allowed; the shapes must "
+            "be (N, M, *) and (N, *)"
         )
     if shape[1] < minimum:
         raise ValueError(f"{shape[1]} samples of an observation; at least {minimum} are needed")

@@ -10,7 +10,7 @@ only with each other.
 
 Source:
     Tan, Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019,
-    table 1; the Lite variant leaves out squeeze-and-excitation and swish.
+    table 1; the Lite variant omits squeeze-and-excitation and swish.
 """
 
 __all__ = ["EfficientNetLite0"]

@@ -4,8 +4,8 @@ Two parts with counts n, means μ and scatter matrices M = Σ (f - μ)(f - μ)^T
 
     δ = μ_b - μ_a,    μ = μ_a + δ n_b / n,    M = M_a + M_b + δ δ^T n_a n_b / n,    n = n_a + n_b,
 
-all in float64; the covariance is M / (n - 1). Raw moments Σ f f^T in float32
-have an error of 3e-5.
+all in float64; the covariance is M / (n - 1). Raw moments Σ f f^T in float32 have an error of
+3e-5.
 
 Source:
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample

@@ -1,49 +1,49 @@
 r"""Kernel Stein discrepancy of samples and the posterior p(x_0 | y), without a reference sample.
 
 A distribution with score s has E[s(x) f(x) + ∇ f(x)] = 0 for every smooth f. The kernel Stein
-discrepancy is the worst failure of samples over all f of a ball of functions. With the kernel
+discrepancy is the largest violation by the samples over all f in a unit ball. With the kernel
 
     k(x, x') = q^{-1/2},    q = 1 + |x - x'|² / h²
 
-(inverse multiquadric, which detects samples that escape to infinity) its square is the
-mean over pairs of samples of
+(inverse multiquadric, which detects samples that escape to infinity) its square is the mean over
+pairs of samples of
 
     u(x, x') = s·s' k + s·∇' k + s'·∇ k + ∇·∇' k
              = s·s' q^{-1/2} + ((s - s')·(x - x') + d) q^{-3/2} / h² - 3 |x - x'|² q^{-5/2} / h⁴,
 
-s = s(x), s' = s(x'). The score of a posterior is that of the prior, which a denoiser knows at any
-noise level, plus that of the likelihood. So the samples get noise of a level t > 0,
-x_t = α_t x_0 + σ_t z, and are compared with
+s = s(x), s' = s(x'). The score of a posterior is that of the prior, which a denoiser gives at any
+noise level, plus that of the likelihood. Noise of a level t > 0 is therefore added to the samples,
+x_t = α_t x_0 + σ_t z, which are compared with
 
     ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t).
 
-For y = x_0 + σ_y n this is exact: x_t / α_t and y are two noisy images of one x_0, equivalent to
-their mean with weights 1 / r_t² and 1 / σ_y², an image of the noise level r_c,
-1 / r_c² = 1 / r_t² + 1 / σ_y², so that E[x_0 | x_t, y] is what the denoiser makes of that mean.
-Any other observation takes, with x̂ = E[x_0 | x_t] and J = ∂x̂ / ∂x_t,
+For y = x_0 + σ_y n this is exact: x_t / α_t and y are two noisy images of one x_0. Their mean with
+weights 1 / r_t² and 1 / σ_y² is a sufficient statistic of noise level r_c,
+1 / r_c² = 1 / r_t² + 1 / σ_y², so that E[x_0 | x_t, y] is the denoiser's estimate from that mean.
+For any other observation, with x̂ = E[x_0 | x_t] and J = ∂x̂ / ∂x_t,
 
     ∇ log p(y | x_t) ≈ ∇ log N(y; A x̂, σ_y² I + r_t² A Aᵀ)
                      ≈ Jᵀ Aᵀ (σ_y² I + r_t² A Aᵀ)⁻¹ (y - A x̂):
 
-the covariance of x_0 given x_t is near r_t² I where the prior is wide, and where it is narrow J
-vanishes. The error of the likelihood's score is of the order of r_t² / σ_y²: take r_t of at most
-0.3 σ_y. There it was below 4% of the score on mixtures of Gaussians; without J, and x_t / α_t in
-place of x̂, 22%.
+since the covariance of x_0 given x_t is close to r_t² I where the prior is wide, and J vanishes
+where it is narrow. The relative error of the likelihood's score is of order r_t² / σ_y²: use
+r_t <= 0.3 σ_y. There it was below 4% of the score on mixtures of Gaussians, and 22% without J and
+with x_t / α_t in place of x̂.
 
-What it does not see: the shares of modes that are apart by more than the noise, since between
-them, where the score would tell, there are no samples. A larger t makes the modes meet, but shows
-less of the shape of each; the score is exact there only for y = x_0 + σ_y n.
+The discrepancy does not detect wrong weights of modes that are separated by more than the noise,
+because there are no samples between them. A larger t makes the modes overlap, but is less
+sensitive to the shape of each; the score is exact there only for y = x_0 + σ_y n.
 
-How it grades: of one kind of error, the larger has the larger discrepancy. Kinds do not compare:
-errors are weighed by the score, so that a shift, above all along a direction of small variance,
-and a spread that is too small count far more than in a Wasserstein distance. Compare methods on
-one problem, at one t and with one h, and read it beside a distance or the ranks.
+For one kind of error, a larger error has a larger discrepancy. Different kinds are not comparable:
+errors are weighted by the score, so that a shift, especially along a direction of small variance,
+and too small a spread count far more than in a Wasserstein distance. Compare methods on one
+problem, with the same t and h, and together with a distance or ranks.
 
 Sources:
     Liu, Lee, Jordan, "A kernelized Stein discrepancy for goodness-of-fit tests", 2016.
     Gorham, Mackey, "Measuring sample quality with kernels", 2017 (the kernel).
     Qiu et al., "Beyond accuracy: evaluating posterior fidelity of diffusion inverse solvers",
-    2026 (arXiv 2602.04189): the idea of taking a diffusion prior's score; form and level are ours.
+    2026 (arXiv 2602.04189): the use of a diffusion prior's score; the form and level differ.
     Song et al., "Pseudoinverse-guided diffusion models for inverse problems", 2023 (the
     likelihood, whose r² is σ_t² / (α_t² + σ_t²) there).
 """
@@ -78,8 +78,8 @@ def stein_discrepancy(
     Arguments:
         denoiser: The prior, E[x_0 | x_t].
         x_0: The samples, of shape (N M, *); M consecutive ones belong to one y.
-        t: The time of the noise, one number; r_t of about 0.3 σ_y is suitable, see above.
-        observation: The observation that the method had, with `group` M.
+        t: The time of the noise, one number; r_t of about 0.3 σ_y is suitable.
+        observation: The observation that the method was given, with `group` M.
         generator: The generator of the noise, see `normal_like`.
         scale: See `kernel_stein_discrepancy`.
         batch_size: The number of samples per call of the network; None takes all.
@@ -116,22 +116,23 @@ def posterior_score(
 ) -> Tensor:
     """Returns ∇ log p(x_t | y), of shape (B, *): exact for y = x_0 + σ_y n, else for small t.
 
-    Where A is not linear, or σ_y not one number, r_t² A Aᵀ is left out: take r_t far below σ_y.
+    If A is not linear or σ_y is not one number, r_t² A Aᵀ is omitted: use r_t far below σ_y.
 
     Arguments:
         denoiser: The prior, E[x_0 | x_t].
         x_t: The noisy samples, of shape (B, *).
         t: Their time, of shape () or (B,), above 0.
-        observation: What was seen, a row of y for each of x_t.
+        observation: The observation, with one row of y for each of x_t.
 
     Raises:
-        ValueError: If σ_y is not above 0: then there is no density.
+        ValueError: If σ_y is not above 0, where the likelihood has no density.
     """
     y, operator = observation.y, observation.operator
     sigma_y = torch.as_tensor(observation.sigma_y, dtype=y.dtype, device=y.device)
     if not bool((sigma_y > 0).all()):
         raise ValueError(
-            f"sigma_y={observation.sigma_y}: without noise p(x_t | y) has no likelihood's score"
+            f"sigma_y={observation.sigma_y} is not allowed; the score of the likelihood needs "
+            "sigma_y above 0"
         )
     isotropic = sigma_y.numel() == 1
     if isotropic:
@@ -139,7 +140,7 @@ def posterior_score(
     alpha_t, sigma_t = (broadcast(c, x_t) for c in denoiser.schedule(t))
     ratio_t = sigma_t / alpha_t
     if isinstance(operator, Identity) and isotropic:
-        share = ratio_t**2 / (ratio_t**2 + sigma_y**2)  # of y in the mean of both images
+        share = ratio_t**2 / (ratio_t**2 + sigma_y**2)  # weight of y in the mean of both images
         mean = torch.lerp(x_t / alpha_t, y, share.expand(x_t.shape))
         ratio = denoiser.schedule.ratio(t)
         t_c = denoiser.schedule.t_from_ratio(ratio / (1 + (ratio / sigma_y.double()) ** 2).sqrt())
@@ -173,9 +174,9 @@ def kernel_stein_discrepancy(
 
     Arguments:
         x: N sets of M samples each, of shape (N, M, *).
-        score: The score of what they should be samples of, at each, of the same shape.
+        score: The score of the target distribution at each sample, of the same shape.
         scale: The length h, one number or of shape (N,). By default the median distance between
-            samples of a set; samples of too small a spread then get a kernel as narrow as they.
+            samples of a set; for samples of too small a spread the kernel is then narrow as well.
 
     Raises:
         ValueError: If the shapes differ, a set has fewer than 2 samples, or half of its distances
@@ -183,8 +184,8 @@ def kernel_stein_discrepancy(
     """
     if x.shape != score.shape or x.ndim < 3 or x.shape[1] < 2:
         raise ValueError(
-            f"samples of shape {tuple(x.shape)} and scores of {tuple(score.shape)} do not belong "
-            "together; both are (N, M, *), M at least 2"
+            f"samples of shape {tuple(x.shape)} and scores of {tuple(score.shape)} are not "
+            "allowed; both must have shape (N, M, *), M at least 2"
         )
     x, s = x.double().flatten(2), score.double().flatten(2)
     x = x - x.mean(1, keepdim=True)  # products of centred samples keep the digits of distances
