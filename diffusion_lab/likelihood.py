@@ -43,8 +43,8 @@ from diffusion_lab.tensor import broadcast
 from diffusion_lab.transition import discretized_gaussian_nll, final_step_variance, kl_term
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-NUM_TIMES = 1000  # of the bound under a continuous schedule
-MIN_RATIO = 0.005  # the lowest of them
+NUM_TIMES = 1000  # number of times of the bound under a continuous schedule
+MIN_RATIO = 0.005  # σ/α at the lowest of them
 
 
 def flow(

@@ -96,8 +96,8 @@ class PowerEMA(Callback):
     are not averaged.
 
     Arguments:
-        directory: Where the snapshots go.
-        widths: The relative widths σ_rel, in [0.01, 0.28]; with none it does nothing.
+        directory: Directory of the snapshots.
+        widths: The relative widths σ_rel, in [0.01, 0.28]; an empty list disables the callback.
         every_n_steps: The number of optimizer steps from one snapshot to the next, >= 1.
 
     Raises:
@@ -168,13 +168,13 @@ class PowerEMA(Callback):
                     path.unlink()
 
     def _check(self, step: int, parameters: dict[str, Tensor]) -> None:
-        """An average of a part of training is none: they start with it or not at all."""
+        """Raises RunError unless the averages started at the first step of the training."""
         saved = sorted(self.averages)
         if saved != sorted(self.widths) or self.step != step:
             holds = f"those of {saved} after step {self.step}" if saved else "none"
             way_out = f"ema.widths={saved}, or to keep none with " if saved else ""
             raise RunError(
-                f"ema.widths={self.widths} are averages from the first step on, and the "
+                f"ema.widths={self.widths} need averages from the first step on, and the "
                 f"checkpoint of step {step} holds {holds}; resume with {way_out}ema.widths=[]"
             )
         for average in self.averages.values():

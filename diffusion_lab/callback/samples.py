@@ -57,7 +57,7 @@ class SampleGrid(Callback):
         seed: Seed of the noise.
     """
 
-    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # largest numbers
+    ROWS, POSTERIOR_SAMPLES, POSTERIOR_STEPS = 4, 3, 16  # maxima
     PROGRESSIVE_ROWS, PROGRESSIVE_COLUMNS = 3, 8  # largest, and approximate number
     COMPARED = 2048  # training images that are compared with the samples
     SIGMA_T = 0.5

@@ -200,7 +200,7 @@ class ConditionalDenoiser(Denoiser):
 
 
 class CustomStep(Guidance):
-    """Method with a reverse step of its own, in place of the sampler's."""
+    """Method that replaces the step of the sampler."""
 
     uses_step = False
 

@@ -1,20 +1,21 @@
-r"""Linear systems of the posterior methods: with A Aᵀ in closed form, with A V Aᵀ by iteration.
+r"""Batched linear solvers: closed form for A Aᵀ, conjugate gradients and GMRES for A V Aᵀ.
 
-Both solvers look for v with M v = b among the sums of b, M b, ..., M^{k-1} b, for each row of the
-batch by itself. The number k of iterations is fixed and nothing waits for the device. Where a
-formula would divide zero by zero (at the solution, or where M b = 0) a row stays where it is.
+Both iterative solvers approximate v with M v = b in the Krylov space of b, M b, ..., M^{k-1} b,
+independently for each row of the batch. The number k of iterations is fixed, and the host never
+waits for the device. Where a formula would divide zero by zero (at the solution, or where
+M b = 0), the row does not change.
 
-Conjugate gradients are for a symmetric and positive M. From v = 0 and d = ρ = b,
+Conjugate gradients require a symmetric positive M. From v = 0 and d = ρ = b,
 
     a = |ρ|² / dᵀ M d,    v <- v + a d,    ρ' = ρ - a M d,    d <- ρ' + |ρ'|² / |ρ|² d.
 
-What a network's Jacobian makes is neither. GMRES takes the v of least |b - M v|, which is never
-above |b|: with an orthonormal basis Q_k of the same sums and M Q_k = Q_{k+1} H,
+A matrix with the Jacobian of a network is neither. GMRES minimizes |b - M v|, which is never above
+|b|: with an orthonormal basis Q_k of the same space and M Q_k = Q_{k+1} H,
 
     v = Q_k argmin_c | |b| e_1 - H c |.
 
-On the Jacobian of a small trained network conjugate gradients left residuals of 1000 |b| and
-more.
+With the Jacobian of a small trained network, the residuals of conjugate gradients were 1000 |b|
+and more.
 
 Sources:
     Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
@@ -42,8 +43,8 @@ def solve(
     Arguments:
         operator: A.
         y: Right-hand sides, of shape (B, *').
-        a: Positive; of shape (), (B,), or with the number of axes of y.
-        b: Non-negative, likewise; 0 only for y in the range of A.
+        a: Positive; of shape (), (B,), or with as many dimensions as y.
+        b: Non-negative, of such a shape; 0 only for y in the range of A.
         iterations: The number of conjugate-gradient iterations.
     """
     if isinstance(operator, SVDOperator):
@@ -61,8 +62,8 @@ def pull_back(
 ) -> Tensor:
     """Returns Aᵀ (σ_y² I + v A Aᵀ)⁻¹ e = V diag(s / (σ_y² + v s²)) Uᵀ e, of shape (B, *).
 
-    An operator without an SVD takes conjugate gradients. Without noise it is A⁺ e / v, the limit
-    of σ_y -> 0, whether A Aᵀ has an inverse or not.
+    An operator without an SVD uses conjugate gradients. Without noise the result is A⁺ e / v, the
+    limit of σ_y -> 0, even if A Aᵀ is singular.
 
     Arguments:
         operator: A.
@@ -85,11 +86,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     Arguments:
         product: v -> M v, on batches; M symmetric and positive semidefinite.
         b: The right-hand side, of shape (B, *).
-        iterations: k, at least 1; as many as M has different eigenvalues make v exact.
+        iterations: k, at least 1; v is exact if k is the number of distinct eigenvalues of M.
     """
     v, residual, direction = torch.zeros_like(b), b, b
     square = _dot(b, b)
-    # What is left of the residual there is rounding, and so would be the direction.
+    # Below this, the residual is rounding error, and so would be the direction.
     enough = torch.finfo(b.dtype).eps ** 2 * square
     for _ in range(iterations):
         image = product(direction)
@@ -104,23 +105,23 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
 
 
 def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Returns v of least |b - M v| among the sums of b, ..., M^{k-1} b, of b's shape.
+    """Returns the v that minimizes |b - M v| in the span of b, ..., M^{k-1} b, of b's shape.
 
     Arguments:
         product: v -> M v, on batches; any M.
         b: The right-hand side, of shape (B, *).
-        iterations: k, at least 1; as many as b has numbers make v exact.
+        iterations: k, at least 1; v is exact if k is the number of elements of b.
     """
-    rounding = 100 * torch.finfo(b.dtype).eps  # below this part of something is no direction
+    rounding = 100 * torch.finfo(b.dtype).eps  # a relative norm below it is rounding error
     size = _dot(b, b).sqrt()
     basis, target = [_divide(b, size)], [size]
-    columns: list[list[Tensor]] = []  # of H, turned into a triangle by plane rotations
+    columns: list[list[Tensor]] = []  # of H, made triangular by Givens rotations
     rotations: list[tuple[Tensor, Tensor]] = []
     for j in range(iterations):
         w = product(basis[j])
         floor = rounding * _dot(w, w).sqrt()
         h = [torch.zeros_like(size) for _ in basis]
-        for _ in range(2):  # once leaves a part of the basis in w, as large as the rounding of w
+        for _ in range(2):  # one pass leaves a component of the basis, of the rounding error of w
             for i, q in enumerate(basis):
                 part = _dot(q, w)
                 h[i], w = h[i] + part, w - part * q
@@ -133,7 +134,7 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
         radius = torch.hypot(h[j], h[j + 1])
         cos, sin = _divide(h[j], radius), _divide(h[j + 1], radius)
         rotations.append((cos, sin))
-        target[j:] = [cos * target[j], -sin * target[j]]  # the last is the residual's size
+        target[j:] = [cos * target[j], -sin * target[j]]  # the last is the norm of the residual
         done = target[-1].abs() <= rounding * size
         basis[-1] = torch.where(done, 0.0, basis[-1])
         columns.append([*h[:j], radius])

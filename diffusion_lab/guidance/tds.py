@@ -83,8 +83,8 @@ class TDS(Guidance):
             resampling.
         batch_size: Number of particles per call of the network.
         share_particles: Whether the samples of one y come from one set of particles. Otherwise
-            each is drawn from `particles` of its own: the samples are independent, but the weights
-            of the modes do not improve with the number of samples.
+            each has its own set of `particles`: the samples are independent, but the weights of
+            the modes do not improve with the number of samples.
     """
 
     requires = "svd"

@@ -1,4 +1,4 @@
-"""Closed-form test beds, and every posterior method graded on them."""
+"""Benchmark of all posterior methods on problems with closed-form posteriors."""
 
 __all__ = ["BEDS", "Bed", "ExactPosterior", "Method", "grade"]
 

@@ -1,7 +1,7 @@
-"""The leaderboard: every posterior method against posteriors that are known exactly.
+"""Leaderboard: all posterior methods on problems with closed-form posteriors.
 
-What the columns mean: see `grade`. Beds and methods are shared out among processes of one thread
-each, which is also what makes the figures those of any machine's number of cores.
+See `grade` for the columns. Beds and methods are distributed over processes of one thread each, so
+that the results do not depend on the number of cores.
 """
 
 __all__ = ["ExactPosterior", "markdown"]
@@ -39,29 +39,30 @@ SUMMARY = (
     "Wasserstein distance and sw2_floor that of two sets of exact draws; mode_tv the total "
     "variation of the modes' weights; variance_ratio and bias (in posterior standard deviations) "
     "are medians over the observations; coverage is that of the central 90% interval.\n\n"
-    "The control is the same sampler with the exact E[x_0 | x_t, y]: what it lacks is the "
-    "discretisation's, the rest is the method's."
+    "The control is the same sampler with the exact E[x_0 | x_t, y]: its error is that of the "
+    "discretization, the rest is the error of the method."
 )
 
 
 class ExactPosterior:
     """Grades methods on beds and writes leaderboard.csv, leaderboard.md and report.html.
 
-    Rows are written as they come; beds and methods are in the order of the tables.
+    Each row is written when it is complete; beds and methods are in the order of the tables.
 
     Arguments:
-        directory: Where the files go.
-        seed: Of all draws.
-        beds: The beds, None for all.
-        methods: The methods by name, None for all; the control is always there.
-        n_y: Observations for the comparison with exact draws, at least 1.
-        n: Samples of each, at least 2.
-        n_coverage: Observations for coverage and ranks, at least 1.
-        n_ranks: Samples of each for those, at least 2; 19 makes the 90% interval exact.
-        processes: How many rows are worked on at once, at least 1; None for one a core.
+        directory: Directory of the files.
+        seed: Seed of all draws.
+        beds: Names of the beds, None for all.
+        methods: Names of the methods, None for all; the control is always included.
+        n_y: Number of observations for the comparison with exact draws, at least 1.
+        n: Number of samples per observation, at least 2.
+        n_coverage: Number of observations for coverage and ranks, at least 1.
+        n_ranks: Number of samples per observation for these, at least 2; 19 makes the 90%
+            interval exact.
+        processes: Number of rows computed at once, at least 1; None for one per core.
 
     Raises:
-        ConfigError: If a bed or a method is unknown; names those that there are.
+        ConfigError: If a bed or a method is unknown; lists the known ones.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class ExactPosterior:
     def _report(self, rows: list[dict[str, Any]]) -> None:
         sections: list[Any] = []
         for bed, group in _by_bed(rows):
-            # A dot a method: how far from exact, at what price.
+            # One dot per method: distance to the exact posterior over cost.
             dots = {
                 row["method"]: ([_cost(row)], [row["sw2"] / row["sw2_floor"]])
                 for row in group
@@ -143,7 +144,7 @@ def _methods() -> dict[str, Method]:
 
 
 def _row(bed: str, method: str, *, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """One row, in whatever process; named, for methods are made of functions without a name."""
+    """One row, in any process. Takes names, because methods cannot be pickled."""
     try:
         return grade(_bed(bed), _methods()[method], seed=seed, **sizes)
     except SamplingError as error:
@@ -157,7 +158,7 @@ def _workers(count: int) -> Iterator[Any]:
     if count == 1:
         yield map
         return
-    # Started afresh: threads of torch do not outlive a fork.
+    # Spawned, because the threads of torch do not survive a fork.
     with ProcessPoolExecutor(
         count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -183,7 +184,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the tables, as in HEADER."""
+    """A row of the tables, in the order of HEADER."""
     figures = [
         _cost(row), row["sw2"] / row["sw2_floor"], row["mode_tv"], row["variance_ratio"],
         row["bias"], row["coverage"], row["rank_chi2"], row["seconds"],
@@ -213,7 +214,7 @@ def _known(key: str, name: str, options: dict[str, Any]) -> str:
 
 
 def _defined(method: Method, bed: Bed) -> bool:
-    """Whether a method is graded on a bed: it says so, and is defined there."""
+    """Whether a method is graded on a bed: the bed is listed, and the method is defined there."""
     if method.beds is not None and bed.name not in method.beds:
         return False
     try:

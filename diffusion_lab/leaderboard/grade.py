@@ -1,24 +1,24 @@
-r"""A posterior method graded against a posterior that is known exactly: a row of the leaderboard.
+r"""Grades of a posterior method on a closed-form posterior: one row of the leaderboard.
 
-On each bed, n_y observations with n samples of each are compared with exact draws, and the ranks
-of the truth among few samples are counted over many observations:
+On each bed, n samples for each of n_y observations are compared with exact draws. Ranks of the
+truth among few samples are counted over many observations:
 
 | column | meaning |
 |---|---|
 | nfe, vjp | calls of the denoiser and backward passes for one sample returned |
 | sw2 | sliced W_2 between n samples and n exact draws, mean over y |
-| sw2_floor | the same between two sets of n exact draws: what an exact method would get |
+| sw2_floor | the same between two sets of n exact draws: the value of an exact method |
 | mode_tv | total variation between the weights of the posterior's modes |
 | variance_ratio | tr Cov of the samples over the exact one, median over y |
-| bias | error of the mean, in standard deviations of the posterior as a whole, median over y |
-| coverage | share of truths (over coordinates) in the central 90% interval; 0.9 is ideal |
-| rank_chi2 | χ² of the ranks from uniform, over its degrees of freedom |
+| bias | error of the mean, in standard deviations of the whole posterior, median over y |
+| coverage | fraction of truths (over coordinates) in the central 90% interval; 0.9 is ideal |
+| rank_chi2 | χ² of the ranks against uniform ranks, over its degrees of freedom |
 
-sw2 / sw2_floor depends on n, so n is fixed. On beds with several modes sw2 is taken within the
-modes: each sample is assigned to its mode and whitened there, so that wrong weights, which
-mode_tv tells, do not count twice. The control is the same sampler with the exact denoiser
-E[x_0 | x_t, y]: what is left to it is the discretisation, and the rest of a method's error is the
-method's own.
+sw2 / sw2_floor depends on n, so n is fixed. On beds with several modes, sw2 is computed within the
+modes: each sample is assigned to its mode and whitened there, so that wrong weights, measured by
+mode_tv, do not count twice. The control is the same sampler with the exact denoiser
+E[x_0 | x_t, y]: its error is that of the discretization, and the rest of a method's error is due
+to the method.
 """
 
 __all__ = ["COLUMNS", "diverged", "grade"]
@@ -57,7 +57,7 @@ LEVEL = 0.9  # of the central intervals
 def _sample(
     bed: Bed, method: Method, y: Tensor, n: int, seed: int
 ) -> tuple[Tensor, dict[str, int]]:
-    """n samples for each y, of shape (n_y, n, *), and the rows that they took."""
+    """n samples for each y, of shape (n_y, n, *), and the number of denoised rows."""
     denoiser = Counted(bed.prior.denoiser(method.schedule))
     observation = Observation(y.repeat_interleave(n, 0), bed.sigma_y, bed.operator, group=n)
     generator = torch.Generator().manual_seed(seed)
@@ -66,9 +66,9 @@ def _sample(
 
 
 def _distance(bed: Bed, posterior: Any, x: Tensor, exact: Tensor, seed: int) -> float:
-    """Sliced W_2 of two sets, on beds with modes that of the whitened ones."""
+    """Sliced W_2 of two sets; on beds with modes, of the whitened sets."""
     if isinstance(bed.prior, Atoms):
-        return math.nan  # the weights say it all
+        return math.nan  # mode_tv is sufficient for atoms
     if bed.modes:
         x, exact = posterior.whitened(x)[0], posterior.whitened(exact)[0]
     return float(sliced_wasserstein(x.flatten(1), exact.flatten(1), seed=seed))
@@ -76,12 +76,12 @@ def _distance(bed: Bed, posterior: Any, x: Tensor, exact: Tensor, seed: int) -> 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the samples of one observation y are compared with."""
+    """Exact posterior and draws for one observation y."""
 
     y: Tensor
     posterior: Any
     exact: Tensor
-    floor: float  # the distance of other exact draws to these
+    floor: float  # distance between two sets of exact draws
 
 
 @cache
@@ -105,11 +105,11 @@ def grade(
     Arguments:
         bed: The bed.
         method: The method.
-        n_y: Observations for the comparison with exact draws.
-        n: Samples of each.
-        n_coverage: Observations for the ranks; 0 leaves them out.
-        n_ranks: Samples of each for the ranks.
-        seed: Of all draws; truths, observations and exact draws are the same for all methods.
+        n_y: Number of observations for the comparison with exact draws.
+        n: Number of samples per observation.
+        n_coverage: Number of observations for the ranks; 0 omits them.
+        n_ranks: Number of samples per observation for the ranks.
+        seed: Seed of all draws; truths, observations and exact draws are the same for all methods.
 
     Raises:
         SamplingError: If the method diverges.

@@ -1,4 +1,4 @@
-"""The rows of the leaderboard: every method with the settings that it is graded at."""
+"""Methods of the leaderboard, with the settings at which they are graded."""
 
 __all__ = ["CONTROL", "Control", "Counted", "Method", "methods_table"]
 
@@ -53,11 +53,11 @@ class Method:
     """One row of the leaderboard.
 
     Attributes:
-        name: Of the method, with the settings that matter.
-        guidance: Makes it for a bed.
+        name: Name of the method, with its main settings.
+        guidance: Returns the method for a bed.
         sampler: The sampler.
-        schedule: The schedule that the prior's denoiser is asked under.
-        beds: Which beds it is graded on; None for all that it is defined for.
+        schedule: The noise schedule of the denoiser.
+        beds: Names of the beds on which it is graded; None for all on which it is defined.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Method:
 
 
 class Counted(Denoiser):
-    """Counts the rows that go through a denoiser, and those of backward passes.
+    """Counts the rows denoised, and the rows of backward passes.
 
     Arguments:
         denoiser: The denoiser.
-        parent: Whose counts are raised; its own if None.
+        parent: The object that counts; None counts here.
     """
 
     def __init__(self, denoiser: Denoiser, parent: "Counted | None" = None) -> None:
@@ -95,7 +95,7 @@ class Control(Guided):
     """E[x_0 | x_t, y] in closed form, in place of a method.
 
     Arguments:
-        bed: Where the closed form comes from.
+        bed: The bed, which has the closed form.
     """
 
     def __init__(self, bed: Bed) -> None:
@@ -114,11 +114,11 @@ def _residual(strength: float, _bed: Bed) -> Residual:
 
 
 def methods_table() -> list[Method]:
-    """Returns all rows, the cheap controls first."""
+    """Returns all methods, the cheap controls first."""
     linear, edm = Linear(), EDM(sigma_min=0.02, sigma_max=30.0)
     few, many, all_ = EulerMaruyama(128), EulerMaruyama(512), Ancestral(1000, variance="large")
     corrected = PredictorCorrector(128, DDIM, 4, grid=LogSNR())
-    geometric = EulerMaruyama(64, grid=LogSNR())  # TDS takes steps and grid of it
+    geometric = EulerMaruyama(64, grid=LogSNR())  # TDS uses its steps and grid
 
     cheap = tuple(name for name in BEDS if name != "image_blur")  # 64 numbers, 3 components
     masks = ("gaussian_mask", "mixture_mask", "mixture_ambiguous", "spring_positions")
@@ -167,5 +167,5 @@ def methods_table() -> list[Method]:
 
 
 def _enough(bed: Bed) -> int:
-    """Iterations of conjugate gradients that solve for y: its numbers, twice for rounding."""
+    """Iterations that solve the system: twice the number of elements of y, against rounding."""
     return 2 * bed.nothing.numel()

@@ -1,6 +1,6 @@
-r"""Test beds: a prior, an operator and a noise for which p(x_0 | y) is known exactly.
+r"""Test beds: priors, operators and noise levels with a closed-form posterior p(x_0 | y).
 
-| bed | prior | seen | σ_y |
+| bed | prior | observed | σ_y |
 |---|---|---|---|
 | gaussian_denoise, mixture_denoise | d = 16, 1 or 4 components | all, σ_t = 0.5 | 0.577 |
 | gaussian_mask, mixture_mask | the same | 4 of 16 numbers | 0.1 |
@@ -9,8 +9,8 @@ r"""Test beds: a prior, an operator and a noise for which p(x_0 | y) is known ex
 | image_blur | 8 x 8 images, 3 components | a Gaussian blur | 0.05 |
 | atoms_clip | 64 points of the mixture | clip(2 x, -1, 1) of 4 of 16 numbers | 0.2 |
 
-Each mixture has axes whose variances spread over two decades, and unit variance on every
-coordinate as a whole.
+In each component of a mixture the variances along the axes cover two decades; the mixture has unit
+variance in every coordinate.
 """
 
 __all__ = ["BEDS", "Bed", "mixture"]
@@ -31,14 +31,14 @@ ATOMS = 64
 
 @dataclass(frozen=True)
 class Bed:
-    """A prior, an operator and a noise.
+    """A prior, an operator and a noise level.
 
     Attributes:
         name: `<prior>_<observation>`.
         prior: p(x_0).
         operator: A.
         sigma_y: σ_y.
-        modes: Whether the posterior is graded mode by mode: weights, and distance within.
+        modes: Whether the weights of the modes and the distances within modes are graded.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Bed:
 
     @property
     def covariance(self) -> Tensor:
-        """The prior's covariance as a whole, of shape (d, d)."""
+        """The covariance of the prior, of shape (d, d)."""
         if isinstance(self.prior, Atoms):
             return self.prior.points.flatten(1).T.cov(correction=0)
         weights, means = self.prior.weights, self.prior.means
@@ -59,7 +59,7 @@ class Bed:
 
     @property
     def nothing(self) -> Tensor:
-        """What is seen of x_0 = 0, without noise: of the shape (1, *') of one observation."""
+        """A(0), of the shape (1, *') of one observation."""
         y: Tensor = self.operator(torch.zeros(1, *self.prior.shape, dtype=torch.float64))
         return y
 
@@ -77,8 +77,8 @@ def mixture(components: int, d: int = D, seed: int = 0, spread: float = 1.5) -> 
     Arguments:
         components: The number K.
         d: The dimension.
-        seed: Of all that is random.
-        spread: The means' standard deviation before standardising.
+        seed: Seed of axes, means and weights.
+        spread: Standard deviation of the means before standardization.
     """
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(components, d, d + 1, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def mixture(components: int, d: int = D, seed: int = 0, spread: float = 1.5) -> 
 
 
 def _standardised(weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
-    """Moves and scales the coordinates so that the mixture has mean 0 and variance 1 on each."""
+    """Shifts and scales the coordinates so that each has mean 0 and variance 1."""
     means = means - weights @ means
     variance = weights @ (covariances.diagonal(dim1=1, dim2=2) + means**2)
     scale = variance.rsqrt()
@@ -105,7 +105,7 @@ def _rows(indices: list[int], d: int) -> Matrix:
 
 
 def _images() -> GaussianMixture:
-    """Smooth 8 x 8 images of three kinds: covariances that fall off with the distance."""
+    """Smooth 8 x 8 images of three kinds, with covariances that decrease with the distance."""
     side, components = 8, 3
     place = torch.arange(side, dtype=torch.float64)
     grid = torch.cartesian_prod(place, place)
@@ -114,14 +114,14 @@ def _images() -> GaussianMixture:
     smooth = torch.exp(-((distance / 3) ** 2))
     noise = torch.randn(components, side**2, generator=generator, dtype=torch.float64)
     means = noise @ smooth / 4
-    floor = 0.002 * torch.eye(side**2, dtype=torch.float64)  # what no pixel shares
+    floor = 0.002 * torch.eye(side**2, dtype=torch.float64)  # independent variance of each pixel
     covariances = torch.stack([0.05 * torch.exp(-distance / s) + floor for s in (1.5, 3.0, 6.0)])
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     return GaussianMixture(weights, means, covariances, shape=(1, side, side))
 
 
 class _Clip(Operator):
-    """clip(2 x, -1, 1) of the first four numbers: a camera that saturates."""
+    """clip(2 x, -1, 1) of the first four elements, as of a saturated camera."""
 
     def __init__(self) -> None:
         super().__init__((D,))

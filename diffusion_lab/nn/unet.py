@@ -5,7 +5,7 @@ activation of the encoder (of the first convolution, each block, each downsampli
 to the input of one block of the decoder. With the defaults this is the network of the paper's
 CelebA-HQ-256 experiments, with 113,673,219 parameters.
 
-Weights and activations are channels_last, the memory layout that convolutions are fastest in.
+Weights and activations are channels_last, the fastest memory layout for convolutions.
 `compile_blocks` and `cast_blocks` make the network faster on a GPU. On a CPU without bfloat16
 instructions, the network runs in float32 instead of bfloat16: an emulated step takes 8 to 20 times
 as long and is less exact.
@@ -39,7 +39,7 @@ from diffusion_lab.nn.blocks import (
 )
 from diffusion_lab.nn.fused import norm_silu_conv
 
-EMULATED = "this processor only emulates bfloat16, at 8 or more times the time: the network"
+EMULATED = "this processor only emulates bfloat16, at least 8 times as slowly: the network"
 
 
 def emulates_bfloat16() -> bool:

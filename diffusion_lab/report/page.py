@@ -82,7 +82,7 @@ class Table:
         caption: Description of the numbers, with their units.
         columns: Headers.
         rows: Rows as long as `columns`. Numbers are printed with four significant digits.
-            A string is printed as it is, and sorted as a number if it looks like
+            A string is printed unchanged, and sorted as a number if it looks like
             "27.3", "27.3 ± 0.1" or "5 %".
     """
 
