@@ -477,7 +477,7 @@ def test_a_folder_without_the_files(tmp_path: Path) -> None:
         load_unet(tmp_path)
 
 
-@pytest.mark.parametrize("text, reason", [("{", "cannot be read"), ("[1]", "but a list")])
+@pytest.mark.parametrize("text, reason", [("{", "cannot be read"), ("[1]", "contains a list")])
 def test_a_config_that_is_none(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match=f"config.json .*{reason}"):
