@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import TINY, Command
-from pictures import SHARES, encoded, fill, pixels
+from image_fixtures import SHARES, encoded, fill, pixels
 from pyarrow import parquet
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from killing import seen
+from crash_injection import seen
 from lightning import Callback, LightningModule, Trainer
 from test_module import make_batch, make_module
 from torch.utils.data import DataLoader, Dataset
@@ -38,7 +38,7 @@ def command(script: str, *overrides: str) -> str:
 def elastic(tmp_path: Path, *overrides: str) -> None:
     """One stretch of a run, noting the images of each rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "killing.py"
+    script = Path(__file__).parent / "crash_injection.py"
     result = subprocess.run(
         [sys.executable, str(script), *overrides],
         cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300,

@@ -275,7 +275,7 @@ def test_slurm_with_two_devices_a_job(here: Path) -> None:
     for name in ("sbatch", "srun", "sacct"):
         program = here / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        code = (Path(__file__).parent / "cluster.py").read_text()
+        code = (Path(__file__).parent / "fake_slurm.py").read_text()
         program.write_text(f"#!{sys.executable}\n{code}")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     path = f"{here / 'bin'}:{os.environ['PATH']}"

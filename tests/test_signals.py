@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from killing import TEXT, seen, train
+from crash_injection import TEXT, seen, train
 from test_killed import RUN, metrics, state
 
 from diffusion_lab.runs import load_checkpoint
 
-SCRIPT = Path(__file__).parent / "killing.py"
+SCRIPT = Path(__file__).parent / "crash_injection.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gaussian import COVARIANCE, MEAN
+from mixture_distance import distance, floor
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
-from whitened import distance, floor
 
 from diffusion_lab.analytic import Gaussian, GaussianMixture
 from diffusion_lab.schedule import VE, VP, Linear, Schedule, SubVP

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from moto.server import ThreadedMotoServer
-from pictures import (
+from image_fixtures import (
     SHARES,
     Drawn,
     disconnect,
@@ -28,6 +27,7 @@ from pictures import (
     start,
     write_parquet,
 )
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from diffusion_lab.command.data import main

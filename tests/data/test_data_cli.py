@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import SIZE, encoded, fill, pixels, smooth, write_parquet
+from image_fixtures import SIZE, encoded, fill, pixels, smooth, write_parquet
 
 from diffusion_lab.command.data import main
 from diffusion_lab.data.module import ImageDataModule

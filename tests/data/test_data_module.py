@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pictures import SHARES, encoded, fill, opened, pixels, write_parquet
+from image_fixtures import SHARES, encoded, fill, opened, pixels, write_parquet
 
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.data.images import EncodedImages, MappedImages, SourceImages
@@ -381,7 +381,7 @@ def test_a_source_may_be_a_class_of_ones_own(tmp_path: Path) -> None:
     """Named in the configuration; nothing else has to know of it."""
     node = {
         "_target_": "diffusion_lab.data.ImageDataModule",
-        "source": {"_target_": "pictures.Drawn", "count": 60, "size": 8},
+        "source": {"_target_": "image_fixtures.Drawn", "count": 60, "size": 8},
         "size": 8, "batch_size": 4, "splits": SHARES, "cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
     data = ready(instantiate(node, "data"))

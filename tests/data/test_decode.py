@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import (
+from image_fixtures import (
     BAD,
     JPEG,
     LINK,

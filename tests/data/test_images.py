@@ -421,7 +421,7 @@ def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> Non
     try:
         assert path.stat().st_size > 10 * bound
         result = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("streaming.py")),
+            [sys.executable, str(Path(__file__).with_name("streaming_source.py")),
              str(path), "256", str(bound)],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip

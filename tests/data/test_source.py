@@ -12,7 +12,7 @@ import pytest
 import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from pictures import SHARES, encoded, fill, pixels, write_parquet
+from image_fixtures import SHARES, encoded, fill, pixels, write_parquet
 
 from diffusion_lab.data.decode import decode
 from diffusion_lab.data.faces import draw_faces

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 from functools import cache
 
+import mixture_distance
 import numpy as np
 import pytest
 import torch
-import whitened
 from beds import COUNT, MIXTURE, SCHEDULES, D, start
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from diffusion_lab.sampler.time_grid import Karras, LogSNR, Quadratic, Uniform
 from diffusion_lab.schedule import EDM, VE, Flow, Laplace, Linear, Schedule, SubVP
 from diffusion_lab.transition import transition
 
-FLOOR = whitened.floor(MIXTURE, COUNT, seed=0)
+FLOOR = mixture_distance.floor(MIXTURE, COUNT, seed=0)
 
 ROWS: dict[str, tuple[Sampler, float]] = {  # and the largest distance, in floors
     "ancestral 500": (Ancestral(500, grid=LogSNR()), 1.5),
@@ -75,7 +75,7 @@ OTHERS: dict[str, tuple[Sampler, Schedule, float]] = {
 def graded(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | None = None) -> tuple:
     x, generator = start(schedule)
     samples = sampler(denoiser or MIXTURE.denoiser(schedule), x, generator=generator)
-    distance, shares = whitened.distance(MIXTURE, samples)
+    distance, shares = mixture_distance.distance(MIXTURE, samples)
     return distance / FLOOR, shares
 
 

@@ -1,8 +1,8 @@
-"""A command in a process of its own that notes which images it sees and kills itself on cue.
+"""Crash injection: a command in a separate process that records its images and kills itself.
 
-A cue is `<place>:<n>` or `<place>:<n>:<signal>`: the n-th time that the process comes to the place
-it sends itself the signal, SIGKILL if none is named. As a script it takes the cue from $CUE: so it
-is what is started once a device, too.
+The crash point `<place>:<n>` or `<place>:<n>:<signal>` sends the signal (default SIGKILL) to the
+process when it reaches the place for the n-th time. As a script, the file takes the crash point
+from $CUE, so that it can also be started once per device.
 """
 
 import json
@@ -12,15 +12,15 @@ import signal
 import sys
 from pathlib import Path
 
-TEXT = "output.txt"  # what the last process printed
+TEXT = "output.txt"  # output of the last process
 
 
 def train(cue: str, directory: Path, *overrides: str, command: str = "train") -> int:
     """Runs train.py or eval.py; returns its exit code, negative if it died by a signal."""
-    # A server that has imported everything and run nothing: a fork of it costs no five seconds.
+    # A server that has imported everything and run nothing: a fork of it saves five seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["diffusion_lab.command.cli", "diffusion_lab.callback", "killing"]
+        ["diffusion_lab.command.cli", "diffusion_lab.callback", "crash_injection"]
     )
     process = context.Process(target=_run, args=(cue, directory, list(overrides), command))
     process.start()
@@ -30,7 +30,7 @@ def train(cue: str, directory: Path, *overrides: str, command: str = "train") ->
 
 
 def seen(directory: Path) -> dict[tuple[int, int, int], list[int]]:
-    """The images of each (rank, epoch, batch), however often it was computed."""
+    """The images of each (rank, epoch, batch); a repeated batch must have the same ones."""
     result = {}
     for path in sorted(directory.glob("seen-*.jsonl")):
         for line in path.read_text().splitlines():

@@ -1,8 +1,8 @@
-"""Streams a parquet file, and prints the resident memory: before, at most, and unbounded.
+"""Resident memory while a parquet file is streamed: before, maximum, and without a bound.
 
-    python streaming.py <file> <size> <bound in bytes>
+    python streaming_source.py <file> <size> <bound in bytes>
 
-A process of its own: what others leave behind would hide it.
+Runs in a separate process, because memory of other tests would hide the result.
 """
 
 import json
@@ -34,7 +34,7 @@ def open_data(path: Path, size: int, bound: int) -> ImageDataModule:
 
 
 def stream(data: ImageDataModule, batches: int | None = None) -> tuple[int, int]:
-    """Reads an epoch, or its first batches; returns the most memory after a batch, and a sum."""
+    """Reads an epoch or its first batches; returns the maximum memory after a batch, and a sum."""
     most = total = 0
     for batch in islice(data.train_dataloader(), batches):
         total += int(batch["image"][:, 0, 0, 0].sum())

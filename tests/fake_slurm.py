@@ -1,6 +1,6 @@
-"""Three commands of SLURM, sbatch, srun and sacct, as far as submitit calls them.
+"""Fake SLURM commands sbatch, srun and sacct, with the options that submitit uses.
 
-A job is a process on this machine; $CLUSTER is a folder with a file for each job, its state.
+A job is a process on this machine; the folder $CLUSTER has a file with the state of each job.
 """
 
 import os
@@ -58,7 +58,7 @@ def srun(*words: str) -> None:
 
 
 def sacct(*_: str) -> None:
-    """Says how the jobs are."""
+    """Prints the states of the jobs."""
     print("JobID|State|NodeList")
     for path in STATES.iterdir():
         print(f"{path.name}|{path.read_text()}|localhost")

@@ -1,7 +1,7 @@
-"""How far samples are from a mixture of Gaussians: in shape, and in the components' shares.
+"""Distance of samples to a mixture of Gaussians: in shape, and in the weights of components.
 
 Each sample is assigned to its component and whitened there: exact draws of separate components
-become z ~ N(0, I), whatever the mixture is, and every projection of them becomes N(0, 1).
+become z ~ N(0, I) for any mixture, and every projection of z has distribution N(0, 1).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion_lab.analytic import GaussianMixture
 from diffusion_lab.rng import KeyedGenerator, make_key
 
-REPEATS = 5  # of exact draws
+REPEATS = 5  # number of sets of exact draws
 
 
 def distance(
@@ -22,10 +22,10 @@ def distance(
     N(0, 1) at (i + 1/2) / n. A scale that is off by s adds s to the first number in quadrature.
 
     Arguments:
-        mixture: What the samples should be of.
+        mixture: The target distribution.
         x: The samples, of shape (n, *).
-        slices: The number of directions, drawn evenly from the sphere.
-        seed: Of the directions.
+        slices: The number of directions, uniform on the sphere.
+        seed: Seed of the directions.
     """
     z, k = mixture.whitened(x)
     # Keyed streams: a generator of torch's with the seed of the samples would repeat their noise.

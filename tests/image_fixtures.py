@@ -268,7 +268,7 @@ def start(root: Path, kind: str, **options: Any) -> multiprocessing.Process:
     # The server is shared with other tests: what it imports first is the same.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["diffusion_lab.command.cli", "diffusion_lab.callback", "killing"]
+        ["diffusion_lab.command.cli", "diffusion_lab.callback", "crash_injection"]
     )
     process = context.Process(target=_pack, args=(root, kind, options))
     process.start()
