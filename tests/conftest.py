@@ -39,7 +39,7 @@ TINY = [  # a training that takes a second
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: its exit code and what it printed."""
+    """Result of a command: its exit code and output."""
 
     code: int
     text: str
@@ -54,7 +54,7 @@ def lab(
 ) -> Iterator[Command]:
     """Runs train.py or eval.py in this process, in an empty directory: lab("train", "seed=1").
 
-    As a process of its own each command would spend five seconds on imports.
+    In a separate process each command would spend five seconds on imports.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))

@@ -47,7 +47,7 @@ class GaussianDenoiser(Denoiser):
 
 
 class BasisNoise(KeyedGenerator):
-    """In place of random numbers: row 0 gets zeros, draw k the unit vectors in rows of its own.
+    """Replacement of random numbers: row 0 gets zeros, draw k unit vectors in its own rows.
 
     Arguments:
         draws: The largest number of draws.

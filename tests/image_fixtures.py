@@ -1,4 +1,4 @@
-"""Pictures, files and sources made for tests."""
+"""Synthetic images, image files and sources for tests."""
 
 import io
 import multiprocessing
@@ -29,7 +29,7 @@ def pixels(seed: int, size: int = 8) -> np.ndarray:
 
 
 def smooth(size: int) -> np.ndarray:
-    """Something that compresses well, no row or column like another, not symmetric."""
+    """An image that compresses well, with distinct rows and columns and no symmetry."""
     i, j = np.mgrid[:size, :size] * 255 // (size - 1)
     return np.stack([i, j, (i + 2 * j) // 3], axis=-1).astype(np.uint8)
 
@@ -42,7 +42,7 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) 
 
 
 def opened(data: bytes) -> np.ndarray:
-    """What Pillow alone reads."""
+    """The pixels as read by Pillow alone."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -114,7 +114,7 @@ def claims(data: bytes, width: int, height: int) -> bytes:
 
 
 def _transparent(mode: str) -> Image.Image:
-    """One pixel of it lets a little through."""
+    """An image with one slightly transparent pixel."""
     image = Image.fromarray(smooth(SIZE)).convert(mode)
     alpha = Image.new("L", (SIZE, SIZE), 255)
     alpha.putpixel((3, 11), 254)
@@ -128,7 +128,7 @@ def _frames() -> bytes:
 
 
 WORDS = np.arange(SIZE * SIZE * 3, dtype=">u2").reshape(SIZE, SIZE * 3)
-# What must be refused with data.size=16, and a regular expression for the reason.
+# Files that are rejected with data.size=16, and a regular expression for the reason.
 BAD: dict[str, tuple[bytes, str]] = {
     "truncated.jpg": (JPEG[: len(JPEG) // 2], "not a readable JPEG or PNG"),
     "truncated.png": (PNG[: len(PNG) // 2], "not a readable JPEG or PNG"),
@@ -259,12 +259,12 @@ def pause() -> None:
 
 
 def files(cache: PackedCache) -> dict[str, bytes]:
-    """Everything in a cache."""
+    """The contents of all files of a cache."""
     return {path.name: path.read_bytes() for path in cache.directory.iterdir()}
 
 
 def start(root: Path, kind: str, **options: Any) -> multiprocessing.Process:
-    """Packs such a source in a process of its own."""
+    """Packs such a source in a separate process."""
     # The server is shared with other tests: what it imports first is the same.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

@@ -1,4 +1,4 @@
-"""Freed memory is kept where glibc would give it back, and nobody's own settings are touched."""
+"""Allocator thresholds: glibc keeps freed memory, and settings of the user are respected."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ glibc = pytest.mark.skipif(
 
 @glibc
 def test_memory_that_is_freed_is_there_for_the_next_step() -> None:
-    """Five times three blocks of 20 MiB, before and after; torch asks for its tensors likewise."""
+    """Five times three blocks of 20 MiB, before and after, as torch allocates tensors."""
     names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
     result = subprocess.run(
         [sys.executable, "-c", FAULTS, allocator.__file__],
@@ -43,13 +43,13 @@ def test_memory_that_is_freed_is_there_for_the_next_step() -> None:
         env={k: v for k, v in os.environ.items() if not k.startswith(names)},
     )  # fmt: skip
     plain, kept = map(int, result.stdout.split())
-    # Every page came anew: of 4 KiB, or of 2 MiB where the kernel is generous.
+    # Every page is new: of 4 KiB, or of 2 MiB with huge pages.
     assert plain >= 5 * 3 * 20 // 2
     assert kept < plain / 10
 
 
 class Library:
-    """Notes what a C library is told."""
+    """Records the calls of mallopt."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, int]] = []
@@ -69,7 +69,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return library
 
 
-def test_what_glibc_is_told(library: Library) -> None:
+def test_the_thresholds_passed_to_glibc(library: Library) -> None:
     """malloc.h: M_MMAP_THRESHOLD is -3 and at most 32 MiB, M_TRIM_THRESHOLD is -1."""
     assert allocator.keep_memory()
     assert library.told == [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]

@@ -175,7 +175,7 @@ def test_rows_of_a_gpu(
     assert "sample/256/bf16: 1600 of 900 a second (ours compiled, batch 64)" in printed
 
 
-def test_what_there_is_no_time_for_is_left_out(
+def test_measurements_without_time_are_omitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Stubbed("cpu", 2, tmp_path, ["guided"], minutes=0)

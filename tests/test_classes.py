@@ -1,4 +1,4 @@
-"""Classes: from the source to the network, and classifier-free guidance against closed forms."""
+"""Class labels: from the source to the network; classifier-free guidance in closed form."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def opened(tmp_path: Path, **options) -> ImageDataModule:
 
 @pytest.mark.parametrize("cache", ["uint8", "bytes", "none"])
 def test_the_label_of_a_face_is_its_factor(tmp_path: Path, cache: str) -> None:
-    """It comes with its image in every batch, whatever the order."""
+    """Every batch has the label of each image, in any order."""
     splits = {"train": 40, "val": 8, "test": 8}
     data = opened(tmp_path, source="faces", splits=splits, label="hair_style", cache=cache)
     assert data.classes == list(HAIR_STYLES)
@@ -55,7 +55,7 @@ def test_the_label_of_a_face_is_its_factor(tmp_path: Path, cache: str) -> None:
 
 
 def test_the_label_of_a_file_is_its_folder(tmp_path: Path) -> None:
-    """Also if an image before it was left out."""
+    """Also if an earlier image was skipped."""
     names = [f"{kind}/{k}.png" for kind in ("cat", "dog", "eel") for k in range(4)]
     fill(tmp_path / "in", names)
     (tmp_path / "in" / "cat" / "1.png").write_bytes(b"")
@@ -101,7 +101,7 @@ def test_a_label_that_the_source_does_not_know_is_refused(tmp_path: Path) -> Non
 
 
 class Told(nn.Module):
-    """A network that answers with the label that it was told."""
+    """A network that returns its label."""
 
     classes = 3
 

@@ -1,4 +1,4 @@
-"""Evaluations by command: what goes through the network at once, and in which precision."""
+"""Batch sizes and precision of evaluation commands."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The debug configurations, each by its command; and a run without a logger."""
+"""Debug configurations by command, and a run without a logger."""
 
 import csv
 import json

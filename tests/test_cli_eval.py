@@ -1,4 +1,4 @@
-"""eval.py: tables, pictures and reports of a run, and what it refuses."""
+"""eval.py: tables, pictures and reports of a run, and rejected input."""
 
 import csv
 import pickle

@@ -1,4 +1,4 @@
-"""eval.py task=fid: its figures are those of the images, whatever interrupts or splits it."""
+"""eval.py task=fid: results do not depend on interruptions or the number of processes."""
 
 import math
 import multiprocessing

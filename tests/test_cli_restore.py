@@ -1,4 +1,4 @@
-"""Restorations by command: one's own images, what diverges, what is refused, and the chain."""
+"""Restoration by command: user images, divergence, rejected input, prior pairs."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_a_task_runs_with_its_own_method(lab: Command, run: Path, task: str) -> 
         assert min(grid.size) >= 128
 
 
-def test_an_image_of_ones_own_is_graded(lab: Command, run: Path) -> None:
+def test_a_user_image_is_graded(lab: Command, run: Path) -> None:
     """The noise is that of image 0; the network has nothing to do with PSNR of y."""
     pixels = picture("own.png", (16, 16))
     assert torch.equal(
@@ -53,7 +53,7 @@ def test_an_image_of_ones_own_is_graded(lab: Command, run: Path) -> None:
     assert mean == pytest.approx(psnr, abs=1e-3) and count == 1
 
 
-def test_an_observation_of_ones_own_is_used_as_it_is(lab: Command, run: Path) -> None:
+def test_a_user_observation_is_used_unchanged(lab: Command, run: Path) -> None:
     """E[x_0 | y] is the same as from a truth of that very y; nothing can be graded."""
     picture("noisy.png", (16, 16))
     result = lab("eval", "observation=noisy.png", "sigma_y=0.3", "hydra.run.dir=e", *SMALL)

@@ -1,4 +1,4 @@
-"""train.py: runs and resumes, and says clearly what is wrong."""
+"""train.py: runs, resumes, and error messages."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What a resumed run must share with one that never stopped: weights and optimizer."""
+    """State that a resumed run shares with an uninterrupted one: weights and optimizer."""
     checkpoint = load_checkpoint(path)
     state = checkpoint["optimizer_states"][0]["state"]
     moments = {f"{k}.{n}": v for k, each in state.items() for n, v in each.items()}
@@ -287,7 +287,7 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
 
 @pytest.mark.slow
 def test_the_full_network_trains_on_photographs_and_resumes(lab: Command, tmp_path: Path) -> None:
-    """experiment=ddpm_celeba as it is: 113.7 M parameters on 256x256 images read from disk."""
+    """experiment=ddpm_celeba unchanged: 113.7 M parameters, 256x256 images read from disk."""
     torch.set_num_threads(os.cpu_count() or 1)
     make_photos(tmp_path / "photos", 30, 256)
     common = [

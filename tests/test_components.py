@@ -61,8 +61,8 @@ ISOTROPIC = {
 # Methods that do not sample the exact posterior of any Gaussian prior, and the reason.
 APPROXIMATE = {
     "guidance=daps": "N(x̂, r_t² I) is wider than p(x_0 | x_t) (Zhang et al., 2025)",
-    "guidance=ddnm": "y or x̂ is used, whichever is more accurate (Wang et al., 2023)",
-    "guidance=ddrm": "y or x̂ is used, whichever is more accurate (Kawar et al., 2022)",
+    "guidance=ddnm": "the more accurate of y and x̂ is used (Wang et al., 2023)",
+    "guidance=ddrm": "the more accurate of y and x̂ is used (Kawar et al., 2022)",
     "guidance=diffpir": "a proximal point, not a sample; ζ sets the spread (Zhu et al., 2023)",
     "guidance=dmps": "p(y | x_t) of a flat prior (Meng & Kabashima, 2022)",
     "guidance=dps": "gradient steps of a fixed size, no posterior variance (Chung et al., 2023)",

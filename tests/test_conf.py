@@ -1,4 +1,4 @@
-"""The configuration: every option composes, every key is explained, every experiment runs."""
+"""Configuration: every option composes, every key has a comment, every experiment runs."""
 
 import re
 from pathlib import Path

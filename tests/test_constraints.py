@@ -1,4 +1,4 @@
-"""Constraints on arguments: what an annotation allows, how it is described, what is raised."""
+"""Constraints on arguments: allowed values, descriptions, errors."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Denoisers: how a network's output, an estimate of x_0 and the score belong together."""
+"""Denoisers: relation of network output, estimate of x_0 and score."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 class Recorder(nn.Module):
-    """Says what it is told to, and remembers what it was asked."""
+    """Returns a given output, and records its inputs."""
 
     def __init__(self, says: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def test_a_denoiser_under_another_schedule(schedule: Schedule, own: Schedule) ->
     torch.testing.assert_close(denoiser.score(x_t, t), score, rtol=1e-6, atol=1e-6)
 
 
-def test_a_denoiser_is_not_asked_beyond_its_own_schedule() -> None:
+def test_a_denoiser_is_not_called_beyond_its_own_schedule() -> None:
     denoiser = Rescheduled(GaussianDenoiser(EDM(sigma_max=20.0)), VE())
     x_t, edge = normal(2, 4), VE().t_from_ratio(20.0)
     assert bool(denoiser(x_t, edge).isfinite().all())

@@ -1,4 +1,4 @@
-"""Two processes on one CPU do what one does, with numbers of images that they do not divide."""
+"""Two processes on one CPU agree with one, also for numbers of images they do not divide."""
 
 import csv
 import os

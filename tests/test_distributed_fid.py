@@ -1,4 +1,4 @@
-"""Two processes on one CPU measure the quality of images as one does."""
+"""Two processes on one CPU measure the same quality of images as one."""
 
 import csv
 import shutil

@@ -1,4 +1,4 @@
-"""A disk that is full: a clear error, and what was there before is intact."""
+"""Full disk: a clear error, and earlier files stay intact."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def fill(path: Path, leave: int) -> Path:
     return ballast
 
 
-# What fails first: the first checkpoint that is due, or, if none is, a row of metrics.csv.
+# The first write that fails: the first checkpoint, or without one a row of metrics.csv.
 CASES = {
     "at a checkpoint": (150_000, [], "cannot write the checkpoint"),
     "at logging": (

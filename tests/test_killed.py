@@ -1,4 +1,4 @@
-"""A run killed anywhere and resumed ends like one that never stopped, to the last bit."""
+"""Killed runs: a resumed run equals an uninterrupted one bit for bit."""
 
 import csv
 from pathlib import Path

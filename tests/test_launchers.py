@@ -1,4 +1,4 @@
-"""Launchers: what starts the jobs of a sweep, and the processes of one job."""
+"""Launchers: start of the jobs of a sweep, and the processes of one job."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def sweep(*overrides: str, **environment: str) -> None:
-    """A sweep in a process of its own: launchers leave theirs behind."""
+    """A sweep in a separate process, because launchers leave processes behind."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     result = subprocess.run(
         [sys.executable, str(TRAIN), "-m", *overrides],

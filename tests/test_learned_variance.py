@@ -216,7 +216,7 @@ def test_a_step_is_that_of_diffusers(index: int) -> None:
 
 
 class Says(nn.Module):
-    """A network of twice as many channels that says what it is told to, and counts its calls."""
+    """A network of twice as many channels that returns a given output and counts its calls."""
 
     learn_variance = True
 
@@ -583,7 +583,7 @@ def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
 
 
 def test_a_network_of_diffusers_with_twice_the_channels(tmp_path: Path) -> None:
-    """Loads with its values, is asked for its share, and is written back bit by bit."""
+    """Loads with its values, returns its variance fraction, and is written back bit for bit."""
     from diffusers import UNet2DModel
 
     d, u = "DownBlock2D", "UpBlock2D"

@@ -234,7 +234,7 @@ def test_to_the_latent_and_back(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_densities_are_independent_of_the_batch(exact: bool) -> None:
-    """Each point has steps of its own, and a Hutchinson's v of its own."""
+    """Each point has its own steps and its own v of Hutchinson's estimator."""
     schedule, key = WIDE["vp"], make_key(6, torch.arange(5))
     x, _ = points(schedule, 5)
     x[0] *= 1.5  # needs other steps

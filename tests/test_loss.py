@@ -1,4 +1,4 @@
-"""Losses: every weight in the terms of its own paper, and one loss whatever the network says."""
+"""Losses: the weighting of each paper, and independence of the parameterization."""
 
 import math
 from collections.abc import Callable
@@ -107,8 +107,8 @@ def batch(schedule: Schedule) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("loss", [SNR(), MinSNR(), P2(), EDM(), Likelihood()])
 @pytest.mark.parametrize("schedule", ["linear", "ve", "flow"])
-def test_one_loss_whatever_the_network_says(loss: Loss, schedule: str) -> None:
-    """The same x̂ costs the same, w(t) |x̂ - x_0|², whichever output means it."""
+def test_a_loss_does_not_depend_on_the_parameterization(loss: Loss, schedule: str) -> None:
+    """The same x̂ costs the same, w(t) |x̂ - x_0|², for every parameterization."""
     schedule = SCHEDULES[schedule]
     t, alpha_t, sigma_t, x_0, epsilon, denoised = batch(schedule)
     x_t = alpha_t * x_0 + sigma_t * epsilon

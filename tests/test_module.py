@@ -164,7 +164,7 @@ def each_loss(module: DiffusionModule, batch: dict) -> Tensor:
 def test_a_weighted_loss_weighs_the_error_of_the_estimate(
     parameterization: Parameterization, loss: Loss, weight
 ) -> None:
-    """w(SNR) |x̂ - x_0|², whatever the network predicts: x̂ from DDPM's β, in float64."""
+    """w(SNR) |x̂ - x_0|² for every parameterization: x̂ from DDPM's β, in float64."""
     module, batch = fitting(parameterization=parameterization, loss=loss), make_batch(40)
     alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
     w, v = module.network.w.item(), module.network.v.item()

@@ -1,4 +1,4 @@
-"""One noise level, four ways to state it, and every wrong way refused with its key and value."""
+"""Noise levels: four equivalent ways to state one, and errors for all others."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
     alpha_t, sigma_t = schedule(torch.tensor(level.t, dtype=torch.float64))
     if schedule.variance_preserving:
         assert float(sigma_t) == pytest.approx(0.3, rel=1e-9)
-    # Whatever the schedule's scale: σ_t of the variance-preserving form.
+    # On any scale of the schedule: σ_t of the variance-preserving form.
     assert float(sigma_t / torch.hypot(alpha_t, sigma_t)) == pytest.approx(0.3, rel=1e-9)
     assert level.sigma_y == pytest.approx(float(sigma_t / alpha_t), rel=1e-9)
     assert level.snr_db == pytest.approx(20 * math.log10(alpha_t / sigma_t), rel=1e-9)

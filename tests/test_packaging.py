@@ -1,4 +1,4 @@
-"""The wheel: it works outside of a checkout, and with the oldest versions that it allows."""
+"""Wheel: works outside of a checkout, and with the oldest allowed versions."""
 
 import csv
 import os

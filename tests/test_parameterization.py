@@ -1,4 +1,4 @@
-"""Parameterizations: six ways to say one thing, each against its own formulas."""
+"""Parameterizations against their formulas."""
 
 import math
 
@@ -184,7 +184,7 @@ class Net(nn.Module):
 class Converted(nn.Module):
     """The ε-network as a network of another kind: of its scaled input, and with its output.
 
-    It knows only what it is told: the scaled x_t and the index, from which it finds α_t and σ_t.
+    It uses only its inputs: the scaled x_t and the index, from which it computes α_t and σ_t.
     """
 
     def __init__(self, network: nn.Module, schedule: Schedule, kind: str) -> None:
@@ -241,7 +241,7 @@ def test_a_converted_network_denoises_alike(kind: str) -> None:
     ids=lambda s: type(s).__name__,
 )
 def test_a_converted_network_samples_alike(sampler: Sampler, kind: str) -> None:
-    """On an even grid, whose indices are whole numbers: networks are told them in float32."""
+    """On an even grid, whose indices are integers: networks receive them in float32."""
     schedule, start = VP(), normal(8, 6, seed=6)
     samples = [
         sampler(of_kind(k, schedule), start, generator=torch.Generator().manual_seed(7))

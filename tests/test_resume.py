@@ -1,4 +1,4 @@
-"""resume=<run dir>: its configuration with this command's on top, its directory, its W&B run."""
+"""resume=<run dir>: merged configuration, directory, and W&B run."""
 
 from pathlib import Path
 
@@ -67,9 +67,7 @@ def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
 
 
-def test_what_a_continuation_was_asked_for_holds_for_the_next_one(
-    tiny: Command, lab: Command
-) -> None:
+def test_overrides_of_a_resumed_run_hold_for_the_next_resume(tiny: Command, lab: Command) -> None:
     assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
     refused = lab("train", "resume=a", "trainer.max_steps=1", "ema.decay=0.1")
     assert refused.code == 1 and "above that (now 1)" in refused.text

@@ -1,4 +1,4 @@
-"""Keyed noise: the right numbers, the right distribution, and nothing shared between streams."""
+"""Keyed random numbers: reference values, distribution, independence of streams."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""A cluster that wants its machine back: the state is saved, and the run goes on elsewhere."""
+"""Signals of a cluster: the state is saved, and the run can be resumed elsewhere."""
 
 import os
 import signal

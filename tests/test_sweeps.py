@@ -1,4 +1,4 @@
-"""Sweeps: one directory a job, failures that stay with their job, and the summary."""
+"""Sweeps: one directory per job, independent failures, and the summary."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""How times are drawn: quantiles and densities against independent integrals."""
+"""Training times: quantiles and densities against independent integrals."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_importance_draws_from_its_density(schedule: Schedule) -> None:
 
 @every_schedule
 def test_importance_is_even_in_the_logarithm_of_the_ratio(schedule: Schedule) -> None:
-    """g² / σ² = 2 d log r / dt, whatever the schedule."""
+    """g² / σ² = 2 d log r / dt for every schedule."""
     u = midpoints(500)
     t, _ = Importance()(u, schedule)
     ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).log()

@@ -139,7 +139,7 @@ def test_a_step_without_a_row_waits_for_nothing(
         UNet(8, (1, 2), 1, (1,), groups=4, **network), schedule(), optimizer=None,
         lr_schedule=None, **parts,
     )  # fmt: skip
-    # In a process of its own: fake tensors make torch believe in a GPU from there on.
+    # In a separate process, because fake tensors make torch assume a GPU afterwards.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
         asked, control = process.submit(_waits, module, tmp_path).result()
     assert asked == {}
@@ -147,7 +147,7 @@ def test_a_step_without_a_row_waits_for_nothing(
 
 
 def _waits(module: DiffusionModule, folder: Path) -> tuple[dict, dict]:
-    """What waits in a step, and what is seen of one that does."""
+    """Synchronizations in a training step, and in one that is known to wait."""
     for name in ("synchronize", "max_memory_allocated", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, lambda device: 0)
     labelled = module.network.classes > 0

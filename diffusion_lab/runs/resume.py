@@ -184,10 +184,10 @@ def record_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
             )
         write_atomic(note, (json.dumps(found, indent=2) + "\n").encode())
         return
-    begun = json.loads(note.read_text())
-    if begun["sha256"] != found["sha256"]:
+    recorded = json.loads(note.read_text())
+    if recorded["sha256"] != found["sha256"]:
         raise RunError(
-            f"{run.checkpoint} has changed since {directory} was started ({begun['origin']}; "
+            f"{run.checkpoint} has changed since {directory} was started ({recorded['origin']}; "
             f"now {found['origin']}); start a new evaluation without resume="
         )
 

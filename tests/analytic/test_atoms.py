@@ -1,4 +1,4 @@
-"""A finite set of images as a prior: everything by sums over the set."""
+"""Priors of finitely many images: posterior moments against sums over the set."""
 
 import pytest
 import torch

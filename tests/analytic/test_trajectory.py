@@ -1,4 +1,4 @@
-"""A linear-Gaussian trajectory: its posterior is what a Kalman smoother finds."""
+"""Linear-Gaussian trajectories: the posterior agrees with a Kalman smoother."""
 
 import numpy as np
 import torch

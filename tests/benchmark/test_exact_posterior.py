@@ -1,4 +1,4 @@
-"""The leaderboard: what it measures is true of samplers whose errors are known."""
+"""Leaderboard: grades of samplers with known errors."""
 
 import csv
 import math
@@ -84,7 +84,7 @@ def test_the_control_and_the_truncated_sampler_on_the_mixture() -> None:
 
 
 def test_every_method_of_the_configuration_is_graded() -> None:
-    """Whoever adds a method finds it missing here."""
+    """A new method must be added to the leaderboard."""
     graded = {type(m.guidance(BEDS["gaussian_denoise"]())).__name__ for m in methods_table()}
     files = Path(__file__).parents[2].joinpath("conf/guidance").glob("*.yaml")
     for path in files:

@@ -1,4 +1,4 @@
-"""Power-function averages: their weights, their widths, other widths from snapshots, a resume."""
+"""Power-function averages: weights, widths, reconstruction from snapshots, resume."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The Fréchet distance in training: its value, when it is taken, and what it leaves alone."""
+"""Fréchet distance during training: value, schedule of measurements, no side effects."""
 
 import csv
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Res
     assert list(later) == [2, 3, 4, 5] and {k: later[k] for k in found} == found
 
 
-def test_it_is_off_unless_asked_for(
+def test_fid_is_off_by_default(
     tiny: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then no extractor is made: its weights may well be missing."""

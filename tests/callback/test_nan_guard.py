@@ -1,4 +1,4 @@
-"""A step without a finite gradient is left out, exactly, and a row of them ends the run."""
+"""Steps with non-finite gradients: skipped exactly; several in a row stop the run."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Poison(Callback):
-    """Spoils the images of some batches, on one device alone if it is named."""
+    """Puts NaN into the images of some batches, on one device only if it is given."""
 
     def __init__(self, *batches: int, rank: int | None = None) -> None:
         self.batches, self.rank = batches, rank
@@ -117,12 +117,12 @@ def test_a_poisoned_batch_costs_its_own_step_and_nothing_else(
     assert float(trainer.callback_metrics["train/skipped"]) == len(poison)
 
 
-def test_a_gradient_that_overflows_is_left_out_too() -> None:
+def test_a_step_with_an_overflowing_gradient_is_skipped() -> None:
     module, trainer = trained(network=SpoiltGradient())
     assert_equal(state(module, trainer), by_hand(2, True))
 
 
-def test_an_infinite_loss_is_left_out_though_its_gradient_is_finite() -> None:
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped() -> None:
     loss = InfiniteLoss()
     loss.mark = draws(make_batch(4, 8))[1][1, 0, 0, 0]
     module, trainer = trained(loss=loss)
@@ -131,7 +131,7 @@ def test_an_infinite_loss_is_left_out_though_its_gradient_is_finite() -> None:
 
 def test_a_healthy_run_is_what_it_is_without_the_guard() -> None:
     class Unguarded(DiffusionModule):
-        """Lightning's own clipping, too: the norm is computed anew."""
+        """Also with Lightning's clipping, which computes the norm again."""
 
         on_before_optimizer_step = LightningModule.on_before_optimizer_step
         configure_gradient_clipping = LightningModule.configure_gradient_clipping
@@ -158,7 +158,7 @@ def test_one_spoilt_micro_batch_costs_the_step_of_all() -> None:
 
 
 def test_the_average_moved_by_a_flag_is_the_one_moved_by_the_host() -> None:
-    """What a GPU does, where the host does not know whether the step was left out."""
+    """As on a GPU, where the host does not know whether the step was skipped."""
     values = [torch.randn(5, 3), torch.randn(7)]
     averages = [torch.randn(5, 3), torch.randn(7)]
     expected = [torch.lerp(a, v, 0.3) for a, v in zip(averages, values, strict=True)]
@@ -170,7 +170,7 @@ def test_the_average_moved_by_a_flag_is_the_one_moved_by_the_host() -> None:
 
 
 def test_the_other_averages_are_not_moved_either(tmp_path: Path) -> None:
-    """Of steps 1 to 4 the third is left out: β_3 and its weights are missing from the sum."""
+    """Step 3 of 1 to 4 is skipped: β_3 and its weights are missing in the sum."""
     weights: list[float] = []
 
     class Watch(Callback):
@@ -199,7 +199,7 @@ def test_a_row_ends_the_run_and_single_steps_do_not(tmp_path: Path) -> None:
         assert part in text
     assert f"{tmp_path / 'last.ckpt'}, after step 5, is intact" in text
     assert guard.state_dict() == {"total": 5}
-    # The state before the row: a step that was left out is not saved.
+    # The state before these steps: a skipped step is not saved.
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 5
     assert torch.equal(checkpoint["state_dict"]["network.w"], module.network.w)

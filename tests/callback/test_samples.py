@@ -1,4 +1,4 @@
-"""The pictures show what they say: which images, at which levels, which neighbours."""
+"""Pictures of the training callbacks: shown images, noise levels and neighbours."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Noise(Images):
 
 @pytest.fixture
 def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What labelled grids are made of."""
+    """Records the arguments of labelled grids."""
     made: list[tuple] = []
 
     def labelled_grid(*parts) -> Image.Image:
@@ -164,7 +164,7 @@ def test_the_schedule_is_drawn_with_the_ends_of_the_loss_bins() -> None:
 
 
 def test_the_weight_that_is_drawn_is_that_in_the_loss() -> None:
-    """Likelihood with importance times weighs g² / σ² whatever the density is."""
+    """Likelihood with importance times has weight g² / σ² for any density."""
     module = make_module(schedule=VP(), loss=Likelihood(), time=Importance())
     series = schedule_charts(module)[2].series
     t = torch.tensor(series["density of t"][0][5:], dtype=torch.float64)  # steep before that

@@ -1,4 +1,4 @@
-"""Operations are counted as by hand, and the clock stands still while nothing is trained."""
+"""Throughput: counted operations, and a timer that excludes validation."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_counting_touches_no_weight_and_no_compiled_code() -> None:
 
 
 def test_the_peak_is_the_best_of_products_after_a_first_one(monkeypatch) -> None:
-    """The clock is asked twice a product: 9 s, then 0.5, 0.25, 1, 1 and 1 s."""
+    """The clock is read twice per product: 9 s, then 0.5, 0.25, 1, 1 and 1 s."""
     spans, times = [9, 0.5, 0.25, 1, 1, 1], [0.0]
     for span in spans:
         times += [times[-1] + span, times[-1] + span]

@@ -1,4 +1,4 @@
-"""The packed cache: made once, whole or not at all, resumable, checked, the same from anywhere."""
+"""Packed cache: created once, atomic, resumable, verified, independent of the source."""
 
 import json
 import logging
@@ -275,7 +275,7 @@ def test_what_is_dropped_after_a_crash_does_no_harm_later(
 def test_groups_need_not_fit_the_journal(
     tmp_path: Path, kind: str, whole: dict, monkeypatch
 ) -> None:
-    """The group in which the packing goes on is read from its start."""
+    """The group at which packing resumes is read from its start."""
     monkeypatch.setattr(Drawn, "CHUNK", 100)
     stopped(tmp_path, kind, at=270)
     again = Drawn(COUNT)
@@ -285,7 +285,7 @@ def test_groups_need_not_fit_the_journal(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing", ["data", "journal", "both"])
-def test_a_partial_that_lacks_a_file_begins_anew(
+def test_a_partial_cache_without_a_file_is_packed_again(
     tmp_path: Path, missing: str, kind: str, whole: dict
 ) -> None:
     partial = stopped(tmp_path, kind, at=550)
@@ -383,7 +383,7 @@ GOOD = [k for k in range(COUNT) if k not in BAD]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_many_bad_images_as_allowed_are_left_out(tmp_path: Path, kind: str) -> None:
+def test_up_to_max_bad_images_are_skipped(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError) as caught:
         pack(Drawn(COUNT, BAD), tmp_path, kind, on_error="skip", max_bad=4)
     text = "more than data.max_bad=4 images are bad; the last is image 599: not a readable JPEG"
@@ -400,7 +400,7 @@ def test_as_many_bad_images_as_allowed_are_left_out(tmp_path: Path, kind: str) -
     assert verify(cache, progress=False) == []
 
 
-def test_no_bad_image_may_be_left_out_if_none_is_allowed(tmp_path: Path) -> None:
+def test_max_bad_zero_skips_no_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"more than data.max_bad=0 .* image 3: not a readable"):
         pack(Drawn(COUNT, BAD), tmp_path, on_error="skip", max_bad=0)
     assert len(pack(Drawn(COUNT), tmp_path / "fine", on_error="skip", max_bad=0).names) == COUNT
@@ -415,7 +415,7 @@ def test_a_packing_ended_by_a_bad_image_goes_on_without_it(tmp_path: Path) -> No
     assert cache.names == [f"image {k}" for k in range(COUNT) if k != 400]
 
 
-def test_a_mended_image_is_packed(tmp_path: Path) -> None:
+def test_a_repaired_image_is_packed(tmp_path: Path) -> None:
     fill(tmp_path / "in", ["a.png", "b.png"])
     (tmp_path / "in" / "b.png").write_bytes(b"")
     skipped = pack(folder(tmp_path / "in"), tmp_path / "cache", on_error="skip")
@@ -429,7 +429,7 @@ def test_a_mended_image_is_packed(tmp_path: Path) -> None:
     assert np.array_equal(everything(cache)[1], expected["b.png"])
 
 
-def test_a_damaged_row_group_is_left_out_as_far_as_it_is_unreadable(tmp_path: Path) -> None:
+def test_unreadable_rows_of_a_damaged_row_group_are_skipped(tmp_path: Path) -> None:
     path, data = tmp_path / "train-0.parquet", [encoded(pixels(k)) for k in range(300)]
     write_parquet(path, data, group=100)
     content = bytearray(path.read_bytes())
@@ -683,7 +683,7 @@ def server() -> Iterator[Bucket]:
 
 @pytest.fixture
 def bucket(server: Bucket, monkeypatch) -> Bucket:
-    """The same, and the environment says where it is."""
+    """The same, with its address in the environment."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.endpoint}")
     return server
 
@@ -793,7 +793,7 @@ def test_what_is_not_on_s3_is_named(
 
 
 def test_a_failing_network_is_no_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
-    """It is not left out, however many may be; what is packed is kept."""
+    """It is never skipped, for any max_bad; packed images are kept."""
     place = bucket.put(local / "folder", "fragile")
     source = open_source(place, 8, SHARES)
     bucket.client.delete_object(Bucket="bucket", Key="fragile/05.png")

@@ -84,7 +84,7 @@ def test_ingest_finds_what_a_training_packs(source: Path, tmp_path: Path, capsys
     assert the_cache(tmp_path) == cache
 
 
-def test_ingest_names_what_is_left_out(source: Path, tmp_path: Path, capsys) -> None:
+def test_ingest_lists_skipped_images(source: Path, tmp_path: Path, capsys) -> None:
     (source / "val" / "03.png").write_bytes(b"")
     (source / "train" / "05.png").write_bytes(encoded(pixels(1, 7)))
     code, out, err = run(tmp_path, capsys, "ingest")

@@ -1,4 +1,4 @@
-"""The data module: the same batches however the images are kept, and what is held against what."""
+"""Data module: batches do not depend on the storage; checks of resumed runs."""
 
 import re
 import shutil
@@ -84,7 +84,7 @@ def test_flips_are_decided_by_the_key_and_mirror_left_to_right(tmp_path: Path) -
     assert len(decisions) == 64 and 16 < sum(decisions) < 48
 
 
-def test_nothing_is_flipped_in_validation_and_test_or_when_told(tmp_path: Path) -> None:
+def test_only_training_images_are_flipped_and_only_with_flip(tmp_path: Path) -> None:
     data, still = ready(make_data(tmp_path)), ready(make_data(tmp_path, flip=False))
     loaders = [data.val_dataloader(), data.test_dataloader(), still.train_dataloader()]
     for module, loader in zip((data, data, still), loaders, strict=True):
@@ -231,12 +231,12 @@ def test_a_folder_of_images_may_hold_a_manifest_of_its_own(tmp_path: Path) -> No
     assert sorted(names) == sorted(expected)
 
 
-# --- a checkpoint's images and those at hand ----------------------------------------------------
+# --- images of a checkpoint and the present ones ------------------------------------------------
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder with splits of its own."""
+    """A folder with native splits."""
     fill(tmp_path / "in", [f"{split}/{k}.png" for split in SPLITS for k in range(8)])
     return tmp_path / "in"
 
@@ -377,8 +377,8 @@ def test_the_configuration_names_the_full_key() -> None:
         instantiate({**node, "max_bad": -1}, "data")
 
 
-def test_a_source_may_be_a_class_of_ones_own(tmp_path: Path) -> None:
-    """Named in the configuration; nothing else has to know of it."""
+def test_a_custom_source_class_can_be_configured(tmp_path: Path) -> None:
+    """Given in the configuration only."""
     node = {
         "_target_": "diffusion_lab.data.ImageDataModule",
         "source": {"_target_": "image_fixtures.Drawn", "count": 60, "size": 8},
@@ -451,7 +451,7 @@ def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path
 
 
 @pytest.mark.parametrize("world, times, better", [(2, None, None), (3, 3, 6), (8, 2, 8)])
-def test_devices_that_do_not_divide_the_lanes_are_told(
+def test_devices_that_do_not_divide_interleave_cause_a_warning(
     tmp_path: Path, caplog, world: int, times: int | None, better: int | None
 ) -> None:
     data = of_files(

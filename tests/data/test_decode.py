@@ -1,4 +1,4 @@
-"""From a file's bytes to pixels: what is refused and why, and what the rest looks like."""
+"""Decoding of image files: rejected files and their errors, pixels of all others."""
 
 import io
 import re
@@ -168,7 +168,7 @@ def test_packing_ends_at_a_bad_file_and_names_it(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("kind", ["uint8", "bytes"])
 @pytest.mark.parametrize("name", [*ALL, LINK])
-def test_exactly_the_bad_file_is_left_out(tmp_path: Path, name: str, kind: str) -> None:
+def test_only_the_bad_file_is_skipped(tmp_path: Path, name: str, kind: str) -> None:
     good, reason = lay(tmp_path / "in", name)
     source = FolderSource(LocalStorage(tmp_path / "in"), SIZE)
     cache = ingest(source, tmp_path / "cache", kind, on_error="skip", progress=False)
@@ -184,7 +184,7 @@ def test_exactly_the_bad_file_is_left_out(tmp_path: Path, name: str, kind: str) 
 
 @pytest.mark.slow
 def test_the_command_outlives_every_bad_file(tmp_path: Path) -> None:
-    """A process of its own, for a decoder could end it with a signal."""
+    """In a separate process, which a decoder could end with a signal."""
     good, bad = write_corpus(tmp_path / "in")
     command = [
         sys.executable, "-m", "diffusion_lab.data", "ingest", f"data.source={tmp_path}/in",

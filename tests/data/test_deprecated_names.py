@@ -1,4 +1,4 @@
-"""Data options by their names of the previous release: on the command line and in saved runs."""
+"""Deprecated data options: on the command line and in saved runs."""
 
 from pathlib import Path
 

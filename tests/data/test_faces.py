@@ -1,4 +1,4 @@
-"""Faces: pure functions of (seed, index) that show the factors behind them."""
+"""Procedural faces: pure functions of (seed, index) that show their factors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Images at hand: the same pixels from everywhere, and no more memory than was allowed."""
+"""Random access to images: equal pixels from every storage, bounded memory."""
 
 import io
 import json
@@ -90,7 +90,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", POSITIONS)
-def test_every_kind_gives_the_pixels_asked_for(
+def test_every_storage_returns_the_requested_pixels(
     everywhere: dict[str, Images], kind: str, name: str
 ) -> None:
     positions = np.array(POSITIONS[name], dtype=np.int64)
@@ -125,7 +125,7 @@ def test_drawn_images_are_read_as_they_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoded", "parquet", "folder"])
-def test_a_bad_image_is_named_when_it_is_asked_for(tmp_path: Path, kind: str) -> None:
+def test_a_bad_image_is_named_when_it_is_read(tmp_path: Path, kind: str) -> None:
     data = [encoded(image) for image in PIXELS[:12]]
     data[7] = data[7][:60]
     names = [f"image {k}" for k in range(12)]
@@ -178,7 +178,7 @@ def test_a_split_knows_its_part_of_each_group(everywhere: dict[str, Images]) -> 
 
 
 class Fake(Source):
-    """Groups of drawn sizes; image k is PIXELS[k] as a PNG of its own length. Notes every read."""
+    """Groups of random sizes; image k is PIXELS[k] as a PNG file. Records every read."""
 
     group_access_only = True
 
@@ -261,7 +261,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
 
 
 class Held(Fake):
-    """Ends its first read when `others` threads wait for it, and fails then if told to."""
+    """Ends its first read when `others` threads wait for it, with an error if requested."""
 
     def __init__(self, waiting: threading.Semaphore, others: int, error: Exception | None) -> None:
         super().__init__([6, 6])
@@ -279,7 +279,7 @@ class Held(Fake):
 
 
 def ask(images: SourceImages, count: int) -> list[np.ndarray | Exception]:
-    """What as many threads get, each of which asks for one image of the first group."""
+    """The results of as many threads, each of which reads one image of the first group."""
     results: list[np.ndarray | Exception] = [ValueError("no answer")] * count
 
     def work(k: int) -> None:

@@ -1,4 +1,4 @@
-"""The order of images: a function of (seed, epoch, N), shared out over any number of devices."""
+"""Loader: order as a function of (seed, epoch, N), distribution over devices, resume."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def make_images(count: int) -> np.ndarray:
 
 
 class Memory(Images):
-    """Images at hand, of which one may be bad; notes what is asked for."""
+    """Images in memory, of which one may be bad; records the requested positions."""
 
     def __init__(self, array: np.ndarray, bad: int | None = None) -> None:
         self.array, self.bad, self.size = array, bad, array.shape[1]
@@ -213,7 +213,7 @@ def test_how_spread_cuts_an_epoch(
 
 
 class Slow(Memory):
-    """The earlier a batch of a few is asked for, the longer it takes."""
+    """Images whose reads take the longer the earlier they are requested."""
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         time.sleep(0.004 * (3 - len(self.asked) % 4))
@@ -282,8 +282,8 @@ def test_no_thread_outlives_the_iteration(workers: int, end: str) -> None:
         assert not thread.is_alive()
 
 
-def test_closing_drops_what_is_not_begun() -> None:
-    """Of the two batches fetched ahead by one thread, the second has not begun."""
+def test_closing_drops_batches_that_have_not_started() -> None:
+    """Of the two batches prefetched by one thread, the second has not started."""
     go = threading.Event()
 
     class Gated(Memory):
@@ -368,7 +368,7 @@ def test_keys_depend_on_the_epoch_only_when_shuffled() -> None:
     assert keys(3, True) == dict(enumerate(expected))
 
 
-def test_the_epoch_is_asked_for_only_when_iteration_begins() -> None:
+def test_the_epoch_is_read_when_iteration_starts() -> None:
     clock = Clock(0)
     loader = make_loader(64, 8, epoch=clock)
     iterator = iter(loader)
@@ -407,7 +407,7 @@ def test_each_interval_holds_one_number_of_the_global_batch(
     )
     assert [len(u) for u in batches] == sizes
     for u, one in zip(batches, alone, strict=True):
-        assert torch.equal(u, one)  # whatever the number of devices
+        assert torch.equal(u, one)  # for any number of devices
         assert (u * len(u)).floor().tolist() == list(range(len(u)))
         offset = u * len(u) - torch.arange(len(u))
         torch.testing.assert_close(offset, offset[:1].expand(len(u)), rtol=0, atol=1e-14)
@@ -557,7 +557,7 @@ def test_an_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool
         assert max(left) > 3
 
 
-def test_fewer_images_than_devices_are_left_out_of_a_resumed_epoch() -> None:
+def test_fewer_images_than_devices_are_dropped_from_a_resumed_epoch() -> None:
     """22 of 24 images are consumed on one device: two do for two devices, and not for three."""
     _, state = stretch(24, 11, 1, False, None, 2)
     assert state["consumed"] == 22

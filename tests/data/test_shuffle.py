@@ -1,4 +1,4 @@
-"""Orders: permutations that mix well, and of groups that are read few times."""
+"""Shuffle orders: uniform permutations, and interleaved ones that read groups few times."""
 
 from collections import OrderedDict
 
@@ -50,7 +50,7 @@ def test_streams_are_a_permutation(groups: list[int], count: int, buffer: int) -
 
 
 def test_orders_are_functions_of_the_key() -> None:
-    """Whatever was drawn before; epochs and seeds differ nearly everywhere."""
+    """Independent of earlier draws; epochs and seeds differ nearly everywhere."""
     groups = [100, 60, 40, 100, 100]
     for make in (lambda k: shuffled(k, 400), lambda k: interleaved(k, groups, 4, 2)):
         one = make(key(0))

@@ -1,4 +1,4 @@
-"""Sources: which images they list, in which splits, and what they give for each."""
+"""Image sources: listed images, splits, classes and pixels."""
 
 import hashlib
 import re
@@ -95,7 +95,7 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
     assert dict(zip(source.names, source.native_splits, strict=True)) == splits
 
 
-def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "b/c.png", "._a.jpg", "b/._c.png", ".cache/d.png", ".e/f/g.png"])
     assert opened(tmp_path).names == ["a.jpg", "b/c.png"]
     fill(tmp_path / ".hidden", ["x.png"])
@@ -495,7 +495,7 @@ def test_without_a_training_split_there_is_none() -> None:
     assert named([]) == {"train": [], "val": [], "test": []}
 
 
-def test_own_splits_are_pooled_when_asked_for() -> None:
+def test_native_splits_are_pooled_on_request() -> None:
     pool = by_hand(NAMES[:260], SPLITS, SHARES, 0)
     assert named(OWN, "train+validation") == named(OWN, "train+val") == pool
     assert named(OWN, "test") == by_hand(NAMES[260:], SPLITS, SHARES, 0)

@@ -1,4 +1,4 @@
-"""Guided methods: against closed forms, the densities that they state, and their written rules."""
+"""Guided methods against closed forms, their stated densities, and the published rules."""
 
 from itertools import pairwise
 
@@ -489,7 +489,7 @@ def test_moment_matching_samples_as_the_exact_denoiser_does(guidance: Guided) ->
 
 
 def test_corrections_bring_sda_to_the_posterior() -> None:
-    """Its score is exact at no noise, where Langevin steps lead whatever came before."""
+    """Its score is exact at zero noise, where Langevin steps converge from any state."""
 
     def run(sampler: Sampler, draws: int) -> tuple[float, float]:
         return linear_moments(SDA(0.1), sampler, draws)

@@ -437,7 +437,7 @@ def exact_moments(
     return moments(guidance(GaussianDenoiser(schedule), sampler, observation, generator=noise))
 
 
-def test_one_repeat_is_plain_replacement_whatever_the_length() -> None:
+def test_one_repeat_is_plain_replacement_for_any_jump() -> None:
     y = numbers(3, 3)
     plain = run(Replacement(), Ancestral(N), Linear(), y, 0.3)
     assert torch.equal(run(Replacement(1, jump=3), Ancestral(N), Linear(), y, 0.3), plain)

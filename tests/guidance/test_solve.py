@@ -1,4 +1,4 @@
-"""Linear systems of the posterior methods, against dense solutions; and where formulas end."""
+"""Linear solvers of the posterior methods against dense solutions, with degenerate cases."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Twisted sequential Monte Carlo: its weights, its limits, and how its error falls."""
+"""Twisted sequential Monte Carlo: weights, limits, and convergence."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_a_step_has_the_stated_densities() -> None:
 
 @pytest.mark.parametrize(("r", "s"), [(30.0, 8.0), (1.7, 1.1), (0.5, 0.01)])
 def test_no_weight_changes_where_the_twist_is_exact(r: float, s: float) -> None:
-    """p(x_0) = N(0, s² I): the proposal is p(z' | z, y), whatever the step."""
+    """p(x_0) = N(0, s² I): the proposal is p(z' | z, y) for any step."""
     std, generator = 0.8, torch.Generator().manual_seed(1)
     y = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     particles = ParticleSet(Observation(y, 0.3, Matrix(MATRIX)), 5, std, generator)

@@ -1,4 +1,4 @@
-"""Networks and schedules of diffusers are ours and ours are theirs; what cannot be is refused."""
+"""Conversion of networks and schedules from and to diffusers; errors for unsupported ones."""
 
 import inspect
 import json
@@ -405,7 +405,7 @@ def test_a_folder_has_its_own_configuration(tmp_path: Path) -> None:
         load_unet(tmp_path, SMALL)
 
 
-def test_what_diffusers_cannot_be_told(tmp_path: Path) -> None:
+def test_networks_that_diffusers_does_not_support_are_refused(tmp_path: Path) -> None:
     network = UNet(channels=8, multipliers=(2, 4), groups=4, attention_levels=())
     with refused("multipliers[0]=2 is not supported by diffusers", ConfigError):
         save_unet(network, tmp_path)

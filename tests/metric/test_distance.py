@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance against closed forms and the best pairing; total variation."""
+"""Sliced Wasserstein distance against closed forms and optimal pairing; total variation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Extractors: what goes in, missing and foreign weights; figures against torch-fidelity."""
+"""Feature extractors: input, missing and custom weights, agreement with torch-fidelity."""
 
 import hashlib
 import pickle
@@ -205,7 +205,7 @@ def test_inception_is_that_of_torch_fidelity(weights: Path, faces: torch.Tensor)
         assert (extract(extractor, image) - actual[:1]).abs().max() > 1e-3 * actual.abs().max()
 
 
-def test_weights_of_ones_own_are_not_called_fid(weights: Path) -> None:
+def test_custom_weights_are_not_called_fid(weights: Path) -> None:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     name = Inception(str(weights)).name
     assert name == f"inception-{digest[:8]}"

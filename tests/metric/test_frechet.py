@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and SciPy, and the features that it is taken of."""
+"""Fréchet distance against closed forms and SciPy, with EfficientNet features."""
 
 import numpy as np
 import pytest

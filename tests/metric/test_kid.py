@@ -1,4 +1,4 @@
-"""The kernel distance against sums by hand and torch-fidelity, and its bias and error."""
+"""Kernel distance against sums by hand and torch-fidelity; its bias and standard error."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LPIPS is torchmetrics', from weights that are there, and nothing is downloaded."""
+"""LPIPS: agreement with torchmetrics; nothing is downloaded."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ def test_on_a_line_by_hand() -> None:
 
 
 def test_what_is_not_drawn_lowers_recall_and_what_is_wrong_precision() -> None:
-    """Two far clusters: one of them left out, or a third one invented."""
+    """Two distant clusters, of which one is missing, or with a spurious third one."""
     one, two, three = (normal(k, 100, 4) + shift for k, shift in ((0, 0), (1, 50), (2, -50)))
     again = normal(3, 100, 4)
     real = torch.cat([one, two])

@@ -1,4 +1,4 @@
-"""Means and covariances in parts, against numpy; the reference that is kept in a file."""
+"""Merged means and covariances against numpy; stored reference statistics."""
 
 import json
 import multiprocessing
@@ -176,7 +176,7 @@ PIXELS = np.random.default_rng(1).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8
 
 
 class Memory(Images):
-    """Images at hand; notes what is asked for."""
+    """Images in memory; records the requested positions."""
 
     def __init__(self, array: np.ndarray = PIXELS) -> None:
         self.array, self.size = array, array.shape[1]
@@ -211,7 +211,7 @@ def make(
 
 
 def files(root: Path) -> list[Path]:
-    """What is kept there, but for locks."""
+    """The files there, except locks."""
     return [path for path in root.iterdir() if path.suffix != ".lock"]
 
 

@@ -180,7 +180,7 @@ class Nonlinear(Operator):
 
 
 def test_score_of_other_observations_is_that_of_the_likelihood_at_little_noise() -> None:
-    """A function that is not linear, and a σ_y of its own for each number of y."""
+    """A nonlinear function, and a different σ_y for each element of y."""
     prior = Gaussian(torch.zeros(D).double(), 0.5 * EYE)
     t = VP().t_from_ratio(1e-4)
     x_t, y = normal(20, D, seed=1), normal(20, D, seed=2)
@@ -216,7 +216,7 @@ def test_an_observation_without_noise_is_refused() -> None:
         posterior_score(case.prior.denoiser(VP()), normal(1, D), torch.tensor(0.1), observation)
 
 
-# What it says of samples
+# Grades of samples
 
 
 @pytest.mark.parametrize("whole", [True, False])

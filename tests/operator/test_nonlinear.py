@@ -1,4 +1,4 @@
-"""Operators that are not linear: values against other programs, gradients against differences."""
+"""Nonlinear operators: values against other programs, gradients against differences."""
 
 import io
 from collections.abc import Callable

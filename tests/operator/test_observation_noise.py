@@ -1,4 +1,4 @@
-"""Noise models: exact quantiles, moments, and draws that are a function of the keys."""
+"""Noise models: exact quantiles and moments, and draws as a function of the keys."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Operators: one contract for all linear ones, each against a direct computation of A x."""
+"""Operators: identities of all linear ones, each against a direct computation of A x."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -409,7 +409,7 @@ def test_a_box_is_where_it_was_put() -> None:
     assert hole((1, 5, 5), 0.01) == [2, 2, 2, 2]
 
 
-def test_random_masks_are_a_function_of_the_seed_and_keep_what_was_asked_for() -> None:
+def test_random_masks_are_a_function_of_the_seed_and_keep_the_given_fraction() -> None:
     shape = (3, 16, 24)
     for keep in (0.02, 0.3, 1.0):
         assert int(RandomInpainting(shape, keep).mask.sum()) == round(keep * 16 * 24)

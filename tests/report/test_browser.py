@@ -1,4 +1,4 @@
-"""The reports in a browser, without a network: they sort, zoom, play, and complain of nothing."""
+"""Reports in a headless browser without a network: sorting, zoom, animation, no errors."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -116,7 +116,7 @@ def test_an_animation_plays_and_follows_its_slider(chromium: Browser, page: Path
 
 
 def test_nothing_can_be_fetched_from_a_page(page: Path) -> None:
-    """What the other tests rely on: a request, even one that the page's policy stops, is seen."""
+    """The other tests rely on it: every request is seen, even if the page's policy stops it."""
     with browser() as found:
         found.open(page)
         found.evaluate("new Image().src = 'https://example.com/a.png'; null")

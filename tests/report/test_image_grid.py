@@ -1,4 +1,4 @@
-"""Tests of the pictures: their grey levels, places, colours and files."""
+"""Image grids: grey levels, positions, colours and files."""
 
 import os
 from pathlib import Path

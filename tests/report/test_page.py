@@ -1,4 +1,4 @@
-"""Tests of the report: what stands in the page, and that nothing else does."""
+"""HTML reports: content of the page, escaping, and no other elements."""
 
 import base64
 import io

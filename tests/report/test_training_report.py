@@ -1,4 +1,4 @@
-"""The report of a training, an evaluation or a sweep, from what its directory holds."""
+"""Reports of trainings, evaluations and sweeps, written from their directories."""
 
 import csv
 import html

@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 class Recorder(Denoiser):
-    """Remembers where it was asked."""
+    """Records its inputs."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.schedule)
@@ -214,7 +214,7 @@ def test_dpm_solver_is_theirs(spacing: str, steps: int, order: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_stochastic_dpm_solver_is_theirs(order: int) -> None:
-    """Its noise is float32: ours is told the same."""
+    """Its noise is float32, and so is that of our sampler."""
     scheduler = in_float64(
         diffusers.DPMSolverMultistepScheduler(
             algorithm_type="sde-dpmsolver++", solver_order=order
@@ -239,7 +239,7 @@ def test_the_stochastic_dpm_solver_is_theirs(order: int) -> None:
 
 @pytest.mark.parametrize("spacing, steps", [("linspace", 20), ("trailing", 25), ("leading", 8)])
 def test_unipc_is_theirs(spacing: str, steps: int) -> None:
-    """Theirs returns the predicted states, which are where our denoiser is asked."""
+    """Diffusers returns the predicted states, which are the inputs of our denoiser."""
     scheduler = in_float64(
         diffusers.UniPCMultistepScheduler(
             solver_order=2, solver_type="bh2", timestep_spacing=spacing
@@ -285,7 +285,7 @@ def test_edm_from_the_network_to_the_sample() -> None:
     x = 80 * start()[0]
     theirs = [x]
     for c_noise in scheduler.timesteps:
-        # Ours is told ln σ on another scale: 0 at σ_min, 999 at σ_max.
+        # Our index has ln σ on another scale: 0 at σ_min, 999 at σ_max.
         index = 999 * (4 * c_noise - math.log(0.002)) / math.log(80 / 0.002)
         output = NET(scheduler.scale_model_input(theirs[-1], c_noise), index.expand(6))
         theirs.append(scheduler.step(output, c_noise, theirs[-1]).prev_sample)

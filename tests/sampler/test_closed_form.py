@@ -249,7 +249,7 @@ def test_ancestral_sampling_of_the_sub_vp_sde_is_refused() -> None:
 
 
 def test_langevin_keeps_what_it_is_given() -> None:
-    """At small steps a level's own distribution is left as it is: many corrections do no harm."""
+    """With small steps the distribution at a level does not change, for many corrections."""
     ratio, shares = graded(PredictorCorrector(100, langevin_steps=4, snr=0.05), SCHEDULES["vp"])
     assert ratio <= 1.8 and shares <= 0.03
 

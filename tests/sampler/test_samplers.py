@@ -58,7 +58,7 @@ def time(index: float, steps: int = 1000) -> Tensor:
 
 
 class Silent(Denoiser):
-    """For a step that has its estimate: it is not asked for another."""
+    """A denoiser that must not be called, for steps that have their estimate."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         raise AssertionError(f"asked at t={float(t)}")
@@ -475,7 +475,7 @@ class Broken(Denoiser):
     Arguments:
         schedule: The schedule.
         until: The noisiest time where it fails.
-        values: What it says there, in turn.
+        values: Its outputs there, in turn.
     """
 
     def __init__(self, schedule: Schedule, until: float, *values: float) -> None:
@@ -538,7 +538,7 @@ def test_large_numbers_are_numbers() -> None:
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ancestral_sampling_is_refused_under_sub_vp(variance: str) -> None:
-    """Before the denoiser is asked anything."""
+    """Before the denoiser is called."""
     with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Use euler_maru"):
         Ancestral(3, variance)(Silent(SubVP()), normal(2, 4))
 

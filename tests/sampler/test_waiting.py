@@ -1,8 +1,8 @@
 """No step of a sampler or method waits for the device.
 
-The device here is "meta", which has no numbers: whoever asks for one (`float`, `bool`, `.cpu()`)
-would wait for all that is queued, and so would a copy of a number to it. Both are counted, for two
-numbers of steps: what they have more of is what a step does.
+The device is "meta", which has no values. On a GPU, reading a value (`float`, `bool`, `.cpu()`)
+waits for all queued work, and so does a copy of a value to it. Both are counted for two numbers of
+steps; the difference belongs to the additional steps.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ aten = torch.ops.aten
 
 
 class Watch(TorchDispatchMode):
-    """Counts what waits for the device, and answers "true" where it is asked."""
+    """Counts the operations that wait for the device, and answers "true"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Network(nn.Module):
 def counted(
     make: Any, steps: int, schedule: Schedule, guidance: Guidance | None, operator: Operator
 ) -> Counter[str]:
-    """What a run of a sampler, or of a method by it, on 2 images does."""
+    """Operations of a run of a sampler or method on 2 images."""
     parameterization = EDM() if isinstance(schedule, VP) else Epsilon()  # one that scales x_t
     denoiser = NetworkDenoiser(Network(), schedule, parameterization, 1).eval().to(META)
     sampler: Sampler = make(steps)
@@ -138,5 +138,5 @@ def test_no_step_waits(
     monkeypatch.setattr("diffusion_lab.sampler.base.FINITE_CHECK_INTERVAL", CHECKED)
     few, many = (counted(make, n, schedule(), guidance, operator) for n in (CHECKED, 3 * CHECKED))
     assert many["copied"] == few["copied"], many
-    # Once every so many steps it is asked whether the state is finite, and of nothing else.
+    # The only synchronization is the check for finite values every few steps.
     assert many["asked"] == few["asked"] + 2, many
