@@ -4,29 +4,30 @@ Every file becomes a table with key, default, meaning and allowed values. `make 
 docs/configuration.md, which is part of the repository.
 """
 
-__all__ = ["Entry", "allowed", "api", "configuration", "entries", "files"]
+__all__ = ["Entry", "allowed", "api", "composed", "configuration", "entries", "files"]
 
-import functools
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import diffusion_lab
 from diffusion_lab.command import validation
-from diffusion_lab.constraints import Node, describe
-from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs.compose import CONFIG_PATH
-from diffusion_lab.runs.instantiate import constraints_of, find_target
+from diffusion_lab.constraints import describe
+from diffusion_lab.runs.compose import CONFIG_PATH, compose
 
 CONF = Path(CONFIG_PATH)
 ONLY_EVAL = {"benchmark", "guidance", "model", "operator", "task"}
-SAME = {"model.data.": "data.", "fid.sampler.": "sampler."}  # groups that are used twice
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+BESIDE = {  # choices that an option needs beside it
+    "network=unet_256": ["data=celeba"],
+    "loss=hybrid": ["network.learn_variance=true"],
+    "guidance=none": ["task=generate"],
+    "operator=none": ["task=generate"],
+    "schedule=subvp": ["sampler=euler_maruyama"],
+}
 LINE = re.compile(r"^(?P<indent> *)(?P<name>\w+):(?P<value>[^#]*?)(?: +# (?P<comment>.*))?$")
 
 
@@ -104,84 +105,32 @@ def _about(path: Path) -> str:
     return _cell(" ".join(lines))
 
 
-def _annotation(entry: Entry) -> Any:
-    """Returns the annotation of the argument that a key sets; None if there is none."""
-    if not entry.target:
-        return None
-    try:
-        hints = constraints_of(find_target({"_target_": entry.target}, entry.group))
-    except ConfigError:  # an optional package that is not installed
-        return None
-    return hints.get(entry.name)
-
-
-def _is_checked(entry: Entry) -> bool:
-    """Whether the constructor that a key belongs to checks its arguments."""
-    target = find_target({"_target_": entry.target}, entry.group)
-    function = target.__init__ if inspect.isclass(target) else target
-    own = target.__module__.startswith("diffusion_lab")
-    return not own or getattr(function, "__checked__", False)
-
-
-def _words(annotation: Any) -> str:
-    kind = annotation if inspect.isclass(annotation) else None
-    builtin = kind in (None, bool, int, float, str)
-    return describe(annotation if builtin else Node)
-
-
-@functools.cache
-def _reached() -> Mapping[str, str]:
-    """The allowed values of keys, by the constructors that they or references to them reach."""
-    found: dict[str, dict[str, None]] = {}
-    for path in files():
-        for entry in entries(path):
-            annotation = _annotation(entry)
-            if annotation is None or not (text := _words(annotation)) or not _is_checked(entry):
-                continue
-            found.setdefault(entry.key, {})[text] = None
-            reference = REFERENCE.fullmatch(str(entry.value))
-            if reference:
-                found.setdefault(reference[1], {})[text] = None
-    return {key: " or ".join(texts) for key, texts in found.items()}
-
-
-def allowed(entry: Entry, only_eval: bool) -> str:
-    """Returns the allowed values of a key in words.
-
-    They come from the constructor that the key belongs to. Keys that belong to none have an
-    annotation in `validation.TRAIN_KEYS` or `EVAL_KEYS`, or are references' targets.
+def composed(path: Path) -> tuple[DictConfig, Mapping[str, Any]]:
+    """Returns a configuration that a file is part of, and the keys of its command.
 
     Arguments:
-        entry: The key.
-        only_eval: Whether it is a key of evaluations.
+        path: A file in conf/.
     """
-    if entry.name == "_partial_":
-        return "true"
-    annotation = _annotation(entry)
-    text = "" if annotation is None else _words(annotation)
-    if text and (_is_checked(entry) or not _rule(entry, only_eval)):
-        return text
-    keys = getattr(validation, "EVAL_KEYS" if only_eval else "TRAIN_KEYS", {})
-    if not entry.target and entry.key in keys:
-        return describe(keys[entry.key])
-    text = _rule(entry, only_eval)
-    if text:
-        return text
-    key = entry.key
-    for prefix, same in SAME.items():
-        key = same + key.removeprefix(prefix) if key.startswith(prefix) else key
-    return _reached().get(entry.key) or _reached().get(key, "")
+    group = "/".join(path.parent.relative_to(CONF).parts)
+    output = "++paths.output_dir=out"
+    if not group:
+        keys = validation.EVAL_KEYS if path.stem == "eval" else validation.TRAIN_KEYS
+        return compose(path.stem, [output]), keys
+    option = f"{group}={path.stem}"
+    choices = [*BESIDE.get(option, []), option, output]
+    if group.split("/")[0] in ONLY_EVAL:
+        return compose("eval", choices), validation.EVAL_KEYS
+    return compose("train", choices), validation.TRAIN_KEYS
 
 
-def _rule(entry: Entry, only_eval: bool) -> str:
-    """The text of a rule, for keys whose constructors have no annotations yet."""
-    try:
-        from diffusion_lab.command import rules
-    except ImportError:
-        return ""
-    both = (rules.EVAL, rules.TRAIN) if only_eval else (rules.TRAIN, rules.EVAL)
-    found = rules.find_rule(both[0], entry.group, entry.target, entry.name)
-    return found.allowed if found else ""
+def allowed(key: str, constraints: Mapping[str, Any]) -> str:
+    """Returns the allowed values of a key in words.
+
+    Arguments:
+        key: The full key.
+        constraints: The annotations of all keys, see `validation.constraints_by_key`.
+    """
+    return describe(constraints[key]) if key in constraints else ""
 
 
 def configuration() -> str:
@@ -203,7 +152,7 @@ def configuration() -> str:
         title = f"{name}={path.stem}" if name else f"{path.stem}.yaml"
         parts += ["", f"### {title}" if name else f"## {title}", "", _about(path), ""]
         rows, same = [], []
-        only_eval = path.stem == "eval" or place.parts[:1] in {(g,) for g in ONLY_EVAL}
+        constraints = validation.constraints_by_key(*composed(path))
         for entry in entries(path):
             value, row = _shown(entry.value), (str(entry.value), entry.comment)
             if seen.get(entry.key) == row:
@@ -211,7 +160,7 @@ def configuration() -> str:
                 continue
             seen[entry.key] = row
             cells = [f"`{entry.key}`", f"`{value}`", _cell(entry.comment)]
-            rows.append("| " + " | ".join([*cells, _cell(allowed(entry, only_eval))]) + " |")
+            rows.append("| " + " | ".join([*cells, _cell(allowed(entry.key, constraints))]) + " |")
         if rows:
             parts += ["| key | default | meaning | allowed |", "|---|---|---|---|", *rows]
         if same:

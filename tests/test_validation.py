@@ -11,38 +11,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 from conftest import Command
-from omegaconf import DictConfig, OmegaConf
-from reference import CONF, ONLY_EVAL, entries, files
+from omegaconf import OmegaConf
+from reference import CONF, composed, entries, files
 
 from diffusion_lab.command.validation import (
     EVAL_KEYS,
-    TRAIN_KEYS,
     check_eval,
     check_train,
     check_values,
-    find_constraint,
+    constraints_by_key,
 )
 from diffusion_lab.constraints import Range, allows, describe
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import compose
-
-FITS = {  # overrides that an option needs beside it
-    "network=unet_256": ["data=celeba"],
-    "loss=hybrid": ["network.learn_variance=true"],
-    "guidance=none": ["task=generate"],
-    "operator=none": ["task=generate"],
-    "schedule=subvp": ["sampler=euler_maruyama"],
-}
-
-
-def composed(path: Path) -> tuple[str, DictConfig]:
-    """A configuration that the file is part of, and its command."""
-    group = "/".join(path.parent.relative_to(CONF).parts)
-    if path.parent == CONF:
-        return path.stem, compose(path.stem, ["++paths.output_dir=out"])
-    option = f"{group}={path.stem}"
-    command = "eval" if path.relative_to(CONF).parts[0] in ONLY_EVAL else "train"
-    return command, compose(command, [*FITS.get(option, []), option, "++paths.output_dir=out"])
 
 
 def wrong_values(annotation: Any) -> list[Any]:
@@ -66,14 +47,14 @@ def wrong_values(annotation: Any) -> list[Any]:
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(CONF).with_suffix("")))
 def test_every_key_is_constrained_and_wrong_values_are_named(path: Path) -> None:
-    command, config = composed(path)
-    keys, check = (EVAL_KEYS, check_eval) if command == "eval" else (TRAIN_KEYS, check_train)
-    check(config)
+    config, keys = composed(path)
+    (check_eval if keys is EVAL_KEYS else check_train)(config)
+    constraints = constraints_by_key(config, keys)
     problems = []
     for entry in entries(path):
         if entry.name.startswith("_") or str(entry.value).startswith("${"):
             continue
-        annotation = find_constraint(config, entry.key, keys)
+        annotation = constraints.get(entry.key)
         if annotation is None or not describe(annotation):
             problems.append(f"{entry.key} is not constrained by its class")
             continue

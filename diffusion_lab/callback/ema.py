@@ -24,16 +24,16 @@ __all__ = ["EMA", "PowerEMA"]
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lab.callback.trainer_state import diffusion_module, is_debug_run
-from diffusion_lab.constraints import Decay, checked
+from diffusion_lab.constraints import Decay, Distinct, NonEmptyStr, PositiveInt, checked
 from diffusion_lab.errors import RunError
-from diffusion_lab.training.post_hoc_ema import gamma_of_width, save_snapshot, snapshots
+from diffusion_lab.training.post_hoc_ema import Width, gamma_of_width, save_snapshot, snapshots
 
 
 def _move(averages: list[Tensor], values: list[Tensor], fraction: float, skipped: Tensor) -> None:
@@ -105,16 +105,16 @@ class PowerEMA(Callback):
         RunError: If a run is resumed with other widths, or without its averages.
     """
 
+    @checked
     def __init__(
-        self, directory: str, widths: Sequence[float] = (0.05, 0.1), every_n_steps: int = 1000
+        self,
+        directory: NonEmptyStr,
+        widths: Annotated[Sequence[Width], Distinct()] = (0.05, 0.1),
+        every_n_steps: PositiveInt = 1000,
     ) -> None:
         self.directory = Path(directory)
         self.widths = [float(width) for width in widths]
         self.gammas = [gamma_of_width(width) for width in self.widths]
-        if len(set(self.widths)) < len(self.widths):
-            raise ValueError(f"widths={self.widths} is not allowed; they differ from each other")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} is not allowed; it is at least 1")
         self.every_n_steps = every_n_steps
         self.step = self.written_step = 0
         self.averages: dict[float, dict[str, Tensor]] = {}  # by width and by parameter

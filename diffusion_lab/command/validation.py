@@ -12,7 +12,7 @@ __all__ = [
     "check_eval",
     "check_train",
     "check_values",
-    "find_constraint",
+    "constraints_by_key",
 ]
 
 import re
@@ -71,7 +71,13 @@ EVAL_KEYS: Mapping[str, Any] = {
     "guidance": Node | None,
     "operator": Node | None,
 }
+MAPPINGS = (dict, Mapping)
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _is_group(node: Any) -> bool:
+    """Whether a node holds keys itself, and is neither null nor a reference."""
+    return isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -79,7 +85,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name in map(str, config):
         node = config._get_node(name)
         key = f"{prefix}{name}"
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+        if _is_group(node):
             yield from _leaves(node, f"{key}.")
         else:
             yield key, None if node is None else node._value()
@@ -155,30 +161,31 @@ def _within(key: str, group: str) -> bool:
     return key == group or key.startswith(f"{group}.")
 
 
-def find_constraint(config: DictConfig, key: str, keys: Mapping[str, Any]) -> Any:
-    """Returns the annotation that constrains a key; None if there is none.
+def constraints_by_key(config: DictConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the annotation that constrains each key; keys without one are missing.
 
     Arguments:
-        config: The composed configuration that contains the key.
-        key: The full key.
+        config: The composed configuration.
         keys: `TRAIN_KEYS` or `EVAL_KEYS`.
     """
-    if key in keys:
-        return keys[key]
-    for user, origin in _references(config).items():
-        if origin == key and user != key:
-            return find_constraint(config, user, keys)
-    names = key.split(".")
-    for depth in range(len(names) - 1, 0, -1):
-        node = OmegaConf.select(config, ".".join(names[:depth]))
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            continue
-        hints = constraints_of(find_target(node, key))
-        annotation = hints.get(names[depth])
-        if depth + 1 < len(names) and get_origin(annotation) in (dict, Mapping):
-            return get_args(annotation)[1]
-        return annotation
-    return None
+    found = dict(keys)
+
+    def walk(group: DictConfig, prefix: str, hints: Mapping[str, Any]) -> None:
+        if isinstance(group.get("_target_"), str):
+            hints = constraints_of(find_target(group, prefix))
+        for name in map(str, group):
+            node, annotation = group._get_node(name), hints.get(name)
+            if _is_group(node):
+                values = get_args(annotation)[1:] if get_origin(annotation) in MAPPINGS else ()
+                walk(node, f"{prefix}{name}.", {str(k): v for k in node for v in values})
+            elif annotation is not None:
+                found.setdefault(f"{prefix}{name}", annotation)
+
+    walk(config, "", {})
+    for key, origin in _references(config).items():
+        if key in found:
+            found.setdefault(origin, found[key])
+    return found
 
 
 def check_train(config: DictConfig) -> None:
