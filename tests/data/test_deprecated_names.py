@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from diffusion_lab.deprecated import current_config, current_overrides
 from diffusion_lab.errors import ConfigError
-from diffusion_lab.runs import check_same, compose
+from diffusion_lab.runs import check_resume_compatible, compose
 
 OLD = {"column": "image", "order": "lanes", "lanes": 4, "window": 3, "tail": "spread"}
 NEW = {
@@ -42,7 +42,7 @@ def test_a_run_of_the_previous_release_may_be_resumed() -> None:
     saved["data"] = {
         **saved["data"], **OLD, "seed": config.seed, "cache_dir": config.data.cache_dir,
     }  # fmt: skip
-    check_same(Path("run"), saved, config)
+    check_resume_compatible(Path("run"), saved, config)
     saved["data"]["tail"] = "drop"
     with pytest.raises(ConfigError, match=r"data.drop_last: True -> False"):
-        check_same(Path("run"), saved, config)
+        check_resume_compatible(Path("run"), saved, config)

@@ -28,7 +28,6 @@ from diffusion_lab.guidance import (
     REDDiff,
     Replacement,
 )
-from diffusion_lab.guidance.data_step import Coupling
 from diffusion_lab.guidance.linear_solve import pull_back, solve
 from diffusion_lab.metric.stein import posterior_score
 from diffusion_lab.operator import LinearOperator, Matrix, Tomography
@@ -224,7 +223,7 @@ def test_the_draw_around_an_estimate_is_exact() -> None:
         z[first : first + z.shape[1]] = torch.eye(z.shape[1]).double()
         return z.reshape(x.shape)
 
-    x = Coupling(observation, 1, 0.1)(centre, rho, noise).flatten(1)
+    x = DAPS(1).likelihood_step(observation, centre, rho, noise).flatten(1)
     response = x[1:] - x[0]
     covariance = torch.linalg.inv(torch.eye(D) / rho**2 + A.T @ A / SIGMA_Y**2)
     mean = covariance @ (X_0[0].flatten() / rho**2 + A.T @ Y[0].flatten() / SIGMA_Y**2)
