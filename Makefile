@@ -27,8 +27,7 @@ test: .venv/.done  ## Run the tests (minutes)
 test-slow: .venv/.done  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-# The word list is not applied to diffusion_lab, conf and tests yet: some words remain there.
-PROSE := README.md CONTRIBUTING.md CHANGELOG.md benchmarks $(filter-out docs/configuration.md,$(wildcard docs/*.md))
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md benchmarks conf diffusion_lab tests $(wildcard docs/*.md)
 
 lint: .venv/.done  ## Style, words, and the layers of the package
 	$(BIN)/ruff check .
