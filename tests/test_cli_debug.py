@@ -93,7 +93,7 @@ def test_a_run_without_a_logger_trains(lab: Command) -> None:
 
 
 def test_every_figure_is_in_the_table_of_a_run(tiny: Command) -> None:
-    """Also in the last row, which falls between two: steps 3, 6 and 7."""
+    """Also in the last, incomplete row: steps 3, 6 and 7."""
     result = tiny("trainer.max_steps=7", "trainer.log_every_n_steps=3", "hydra.run.dir=a")
     assert result.code == 0, result.text
     logged = [row for row in rows("a") if row["train/loss"]]

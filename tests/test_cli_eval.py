@@ -140,7 +140,7 @@ BAD = [
 
 @pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> None:
-    """Before any run is looked for: there is none here."""
+    """Before a run is searched for; there is none here."""
     result = lab("eval", *overrides)
     assert result.code == 1
     assert named in result.text
@@ -233,7 +233,7 @@ def test_a_folder_in_the_format_of_diffusers_is_a_prior(lab: Command, run: Path)
 
 
 class Code:
-    """Would run a command if it were unpickled."""
+    """An object that would run a command when unpickled."""
 
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("broken-in"),))

@@ -124,7 +124,7 @@ BAD = [
 
 @pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> None:
-    """Before any run is looked for: there is none here."""
+    """Before a run is searched for; there is none here."""
     result = lab("eval", "task=fid", *overrides)
     assert result.code == 1
     assert named in result.text and "Traceback" not in result.text

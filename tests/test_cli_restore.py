@@ -39,7 +39,7 @@ def test_a_task_runs_with_its_own_method(lab: Command, run: Path, task: str) -> 
 
 
 def test_a_user_image_is_graded(lab: Command, run: Path) -> None:
-    """The noise is that of image 0; the network has nothing to do with PSNR of y."""
+    """The noise is that of image 0; the PSNR of y does not depend on the network."""
     pixels = picture("own.png", (16, 16))
     assert torch.equal(
         read_image("image", "own.png", (3, 16, 16), False)[0].permute(1, 2, 0),

@@ -110,7 +110,7 @@ def test_every_experiment_runs(experiment: str, lab: Command, tmp_path: Path) ->
 
 
 def make_photos(folder: Path, count: int, size: int) -> None:
-    """Pieces of the photographs that scikit-image ships, as JPEG and PNG files."""
+    """Crops of the photographs of scikit-image, as JPEG and PNG files."""
     from PIL import Image
     from skimage import data
 

@@ -158,7 +158,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Travel(Callback):
-    """Notes what the devices tell each other, and where training ends."""
+    """Records the communication between devices, and where training ends."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.batch = path, 0

@@ -51,7 +51,7 @@ def levels(schedule: str, t: float) -> tuple[Tensor, Tensor]:
 @every_schedule
 @times
 def test_the_target_gives_the_image_back(kind: str, schedule: str, t: float) -> None:
-    """To the rounding of x_t: what is divided by α_t has lost as many digits."""
+    """To the rounding of x_t, which is amplified by 1 / α_t."""
     x_0, epsilon = normal(2, 16, 3, 2)
     alpha_t, sigma_t = levels(schedule, t)
     x_t = alpha_t * x_0 + sigma_t * epsilon

@@ -53,7 +53,7 @@ def reduced(network: UNet) -> UNet:
 
 
 class Inside(nn.Module):
-    """Remembers the types of what a network got and said."""
+    """Records the types of a network's inputs and outputs."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ SIZES = {"n_y": 4, "n": 256, "n_coverage": 128, "n_ranks": 19, "seed": 0}
 
 
 class Exact(Guidance):
-    """Draws from the posterior itself, with the deviations from its mean scaled, and a shift."""
+    """Exact posterior samples with scaled deviations from the mean, and a shift."""
 
     def __init__(self, bed, scale: float = 1.0, shift: float = 0.0, prior: bool = False) -> None:
         self.bed, self.scale, self.shift, self.prior = bed, scale, shift, prior

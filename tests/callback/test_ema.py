@@ -30,7 +30,7 @@ WIDTHS = [0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.28]
 
 
 class Path64(nn.Module):
-    """Parameters that a test moves by hand."""
+    """Parameters that a test sets directly."""
 
     def __init__(self, size: int = 64) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Path64(nn.Module):
 
 
 def module_of(network: nn.Module) -> SimpleNamespace:
-    """Stands for a module that has left no step out."""
+    """Fake module that has skipped no step."""
     return SimpleNamespace(network=network, skipped=torch.tensor(False))
 
 
@@ -49,7 +49,7 @@ def trainer_at(step: int, **more) -> SimpleNamespace:
 
 
 def track(callback: PowerEMA, path: Tensor, network: nn.Module | None = None) -> None:
-    """Calls back as a trainer does, with parameters that follow a path of shape (T, size)."""
+    """Calls the callback as a trainer does, with parameters on a path of shape (T, size)."""
     module = module_of(network or Path64(path.shape[1]))
     callback.on_train_start(trainer_at(0), module)
     for n, value in enumerate(path, start=1):

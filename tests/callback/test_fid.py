@@ -34,7 +34,7 @@ def measured(directory: str = "run") -> dict[int, float]:
 
 
 def distance(ema: bool) -> float:
-    """That of the run's last weights, all images in one batch."""
+    """The distance of the run's last weights, with all images in one batch."""
     run = rebuild("run", ema)
     generator = KeyedGenerator(make_key(0, "fid", torch.arange(9)))
     start = run.denoiser.schedule.prior((9, 3, 16, 16), generator)
@@ -48,7 +48,7 @@ def distance(ema: bool) -> float:
 
 
 def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Result]) -> None:
-    """Every second step and the last; a run that is resumed has the same ones."""
+    """At every second step and the last; a resumed run has the same values."""
     result = tiny(*ON, "trainer.max_steps=3", "optimizer.lr=0.05")
     assert result.code == 0, result.text
     found = measured()
@@ -70,7 +70,7 @@ def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Res
 def test_fid_is_off_by_default(
     tiny: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then no extractor is made: its weights may well be missing."""
+    """No extractor is created then, so that its weights may be missing."""
 
     def missing(network: EfficientNetLite0) -> None:
         raise AssertionError
@@ -136,7 +136,7 @@ def test_bad_input_is_named_before_a_step_is_taken(
 def test_a_run_shorter_than_the_interval_is_not_measured_at_its_end(
     tiny: Callable[..., Result],
 ) -> None:
-    """Two steps of experiment=ddpm_celeba are a try, not a reason to draw 5,000 images."""
+    """Two steps of experiment=ddpm_celeba do not draw 5,000 images."""
     result = tiny(*ON, "trainer.max_steps=1")
     assert result.code == 0, result.text
     assert measured() == {} and Path("run/finished.json").exists()

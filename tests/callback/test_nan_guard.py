@@ -34,7 +34,7 @@ class Poison(Callback):
 
 
 class InfiniteLoss(Simple):
-    """Infinite for a batch that holds a certain image, and its gradient is finite."""
+    """A loss that is infinite for batches with one image, with a finite gradient."""
 
     def forward(self, output, target, *rest):
         loss = super().forward(output, target, *rest)
@@ -42,7 +42,7 @@ class InfiniteLoss(Simple):
 
 
 class SpoiltGradient(Affine):
-    """Whose gradient overflows in the third backward pass."""
+    """A network whose gradient overflows in the third backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def prefixed(module: DiffusionModule) -> dict[str, torch.Tensor]:
 
 
 def by_hand(left_out: int | None, fused: bool) -> dict[str, torch.Tensor]:
-    """The same training in a plain loop, one step of which never happens."""
+    """The same training in a plain loop without one of the steps."""
     module = fitting()
     parameters = list(module.network.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.05, fused=fused)

@@ -70,7 +70,7 @@ def test_the_peak_is_the_best_of_products_after_a_first_one(monkeypatch) -> None
 
 
 class Clock:
-    """Stands for the time: a batch takes 0.5 s, a validation 100 s."""
+    """Fake clock: a batch takes 0.5 s, a validation 100 s."""
 
     def __init__(self) -> None:
         self.time = 7.0

@@ -59,7 +59,7 @@ def partials(root: Path) -> list[str]:
 
 
 def stopped(root: Path, kind: str, at: int) -> Path:
-    """Interrupts a packing at an image; returns what is left of it."""
+    """Interrupts packing at an image; returns the partial directory."""
     with pytest.raises(KeyboardInterrupt):
         pack(Drawn(COUNT, at=at, fail=interrupt), root, kind)
     (partial,) = root.glob("*.partial")

@@ -114,7 +114,7 @@ def test_the_loaders_are_of_their_splits(tmp_path: Path) -> None:
 
 
 def same_batches(one: ImageDataModule, two: ImageDataModule) -> int:
-    """Holds all batches of an epoch against each other; returns the number of images."""
+    """Compares all batches of an epoch; returns the number of images."""
     count = 0
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         for a, b in zip(getattr(one, name)(), getattr(two, name)(), strict=True):
@@ -196,7 +196,7 @@ def test_own_splits_may_be_pooled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["uint8", "bytes"])
 @pytest.mark.parametrize("cache", ["uint8", "bytes", "none"])
 def test_a_packed_cache_is_a_source(tmp_path: Path, kind: str, cache: str) -> None:
-    """It may be copied to another machine, where its source is not; nothing is packed again."""
+    """It may be copied to a machine without its source; nothing is packed again."""
     fill(tmp_path / "in", [f"{k:02}.png" for k in range(40)])
     first = ready(of_files(tmp_path, tmp_path / "in", cache=kind))
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")

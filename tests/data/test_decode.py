@@ -40,7 +40,7 @@ ALL = BAD | SCAN
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the extra and without."""
+    """With and without the extra."""
     if request.param == "Pillow":
         monkeypatch.setattr(module, "simplejpeg", None)
     else:
@@ -61,7 +61,7 @@ def test_a_bad_file_is_refused_and_named(name: str, decoder: str) -> None:
 
 
 def test_damage_in_a_scan_is_seen_by_simplejpeg_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A JPEG file has no checksum: to Pillow this one is a picture, if a spoilt one."""
+    """A JPEG file has no checksum: Pillow decodes this damaged one."""
     data, reason = SCAN["changed.jpg"]
     with pytest.raises(DataError, match=f"^x: not a readable .*{reason}"):
         decode(data, 64, "x")
@@ -74,7 +74,7 @@ def test_damage_in_a_scan_is_seen_by_simplejpeg_alone(monkeypatch: pytest.Monkey
 
 
 def test_no_changed_byte_of_a_png_is_accepted() -> None:
-    """Pillow alone takes 18 of these places for pixels of another colour."""
+    """Pillow alone decodes 18 of these changes as other colours."""
     for image in (smooth(SIZE), pixels(0, 9)):
         data = encoded(image)
         assert np.array_equal(decode(data, len(image), ""), image)

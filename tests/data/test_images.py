@@ -66,7 +66,7 @@ def open_parquet(path: Path, size: int = SIZE) -> ParquetSource:
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
-    """The same pixels as each kind of images."""
+    """The same pixels in each kind of storage."""
     root = tmp_path_factory.mktemp("images")
     data, names = [encoded(image) for image in PIXELS], [f"{k:02}" for k in range(COUNT)]
     np.save(root / "images.npy", PIXELS)
@@ -227,7 +227,7 @@ def test_never_more_is_kept_than_allowed() -> None:
 
 
 def test_a_group_above_the_bound_is_kept_alone() -> None:
-    """It is in use; the next one takes its place."""
+    """It is in use, and the next one replaces it."""
     source = Fake([5, 5, 5])
     images = SourceImages(source, 10)
     for group in (0, 1, 1, 2, 0, 0):
@@ -332,7 +332,7 @@ def test_an_error_of_one_group_leaves_the_others(waiting: threading.Semaphore) -
 
 
 def test_threads_give_the_same_images_within_the_bound() -> None:
-    """Four threads through one small memory: right pixels, and the books still balance."""
+    """Four threads with a small memory: correct pixels and consistent bookkeeping."""
     source = Fake([7] * 9)
     expected = np.stack([module.decode(data, SIZE, "") for data in source.data])
     images, wrong = SourceImages(source, 2 * max(map(source.bytes_of, range(9)))), []

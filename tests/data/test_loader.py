@@ -42,7 +42,7 @@ class Memory(Images):
 
 
 class Clock:
-    """The current epoch, which a test may set."""
+    """The current epoch, set by a test."""
 
     def __init__(self, epoch: int = 0) -> None:
         self.epoch = epoch

@@ -350,7 +350,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(parquet: Path, tmp_path: Path, monkeypatch) -> list[tuple]:
-    """A hub that holds the set; returns what it is asked for."""
+    """Fake hub with the dataset; returns the list of requests."""
     asked = []
     remote = tmp_path / "hub"
     root = remote / "datasets" / f"owner/name@{COMMIT}"
@@ -391,7 +391,7 @@ def test_the_hubs_sets_are_read_downloaded_or_not(hub: list[tuple]) -> None:
 
 
 def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) -> None:
-    """Downloading again, which changes the files' times, does not change the set."""
+    """A new download, which changes modification times, does not change the dataset."""
     before = opened("hf://datasets/owner/name").describe()
     assert hub == [("dataset", "owner/name", None, "*.parquet")]
     assert before["source"] == "hf://datasets/owner/name" and len(before["files"]) == 3

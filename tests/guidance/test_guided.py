@@ -67,7 +67,7 @@ Y_IMAGE = MIXTURE.sample(B, GENERATOR) + SIGMA_Y * normal(B, D)
 
 
 class Saturated(Operator):
-    """tanh of what the matrix makes: not linear."""
+    """tanh of the matrix product, a nonlinear operator."""
 
     def __init__(self) -> None:
         super().__init__((D,))
@@ -405,7 +405,7 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 class Learned(Denoiser):
-    """A network's place: parameters that want gradients, float32."""
+    """Fake network: parameters with gradients, float32."""
 
     def __init__(self, schedule: Schedule, size: int) -> None:
         super().__init__(schedule)

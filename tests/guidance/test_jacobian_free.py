@@ -86,7 +86,7 @@ every_method = pytest.mark.parametrize("guidance", METHODS.values(), ids=METHODS
 
 
 class Disguised(Operator):
-    """A matrix that no method may take for linear."""
+    """A matrix that is not marked as linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return MATRIX(x)
@@ -479,7 +479,7 @@ def test_how_often_the_network_is_called(guidance: Guidance) -> None:
 
 
 class Counting(Denoiser):
-    """Counts its calls, and gives no numbers after the first few."""
+    """Counts its calls, and returns NaN after the first few."""
 
     def __init__(self, denoiser: Denoiser, good: int = 10**9) -> None:
         super().__init__(denoiser.schedule)

@@ -136,7 +136,7 @@ def test_the_error_falls_with_the_number_of_particles() -> None:
 
 
 def test_groups_have_nothing_to_do_with_each_other() -> None:
-    """Nor has the number of particles that go through the network at once."""
+    """The number of particles per call of the network does not matter either."""
     prior = GaussianMixture(
         torch.tensor([0.4, 0.6]), torch.tensor([[1.0] * 5, [-1.0] * 5]),
         torch.stack([0.1 * torch.eye(5), 0.2 * torch.eye(5)]),
@@ -233,7 +233,7 @@ def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:
 
 
 class _Broken(Denoiser):
-    """Is no number below a level."""
+    """Returns NaN below a level."""
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.full_like(x_t, math.nan) if self.schedule.ratio(t) < 1 else 0 * x_t

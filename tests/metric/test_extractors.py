@@ -55,7 +55,7 @@ def halves(faces: torch.Tensor, efficientnet: EfficientNetLite0) -> tuple[torch.
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inception with weights that nobody has trained."""
+    """Inception with random weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
@@ -162,7 +162,7 @@ def test_half_against_half_is_small_and_what_is_wrong_is_large(
 def test_truncated_grey_levels_are_seen(
     faces: torch.Tensor, halves: tuple[torch.Tensor, ...], efficientnet: EfficientNetLite0
 ) -> None:
-    """Images that are right but for a fifth of a level come back if they are rounded.
+    """Images with errors of a fifth of a level are recovered by rounding.
 
     Truncation takes half a level away from every pixel, and so (0.5 / 127.5)² from each of the
     192 averages over a coarse grid and the 3 over all.
@@ -257,7 +257,7 @@ def test_weights_that_cannot_be_used_are_named(
 def test_without_weights_and_network_it_says_where_they_come_from(
     option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As soon as the callback is made of the configuration."""
+    """When the callback is created from the configuration."""
     asked = []
 
     def download(url: str, path: str, **kwargs: object) -> None:
@@ -346,7 +346,7 @@ def test_positions_are_read_off_at_the_authors_places() -> None:
 
 
 def test_features_are_float32_under_a_trainer_in_half_precision() -> None:
-    """And TF32 is off meanwhile, and back as it was."""
+    """TF32 is disabled meanwhile and restored afterwards."""
     seen = []
 
     class Linear(torch.nn.Linear):

@@ -25,7 +25,7 @@ def test_three_points_by_hand() -> None:
 
 
 def test_it_is_that_of_torch_fidelity() -> None:
-    """Which takes subsets: one subset that is the whole set has no choice in it."""
+    """torch-fidelity uses random subsets: a single subset with all images is deterministic."""
     x, y = normal(0, 90, 7), 1.2 * normal(1, 90, 7, 0.3)
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=90, verbose=False)
     expected = theirs["kernel_inception_distance_mean"]

@@ -400,7 +400,7 @@ def test_without_a_hash_of_the_pixels_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_one_of_several_processes_computes_it(tmp_path: Path) -> None:
-    """The one that came second finds the file when it is let in."""
+    """The second process finds the file when it gets the lock."""
     context = multiprocessing.get_context("fork")
     entered, go = context.Event(), context.Event()
 

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests talk to through two pipes: no driver, no network."""
+"""Headless Chromium, controlled through two pipes without a driver or network."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page. What the console or the network complains of is in `problems`."""
+    """One page. Errors of the console and the network are collected in `problems`."""
 
     def __init__(self, read: int, write: int) -> None:
         self.read, self.write = read, write

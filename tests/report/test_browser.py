@@ -28,7 +28,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """A page with one section of each kind that does something."""
+    """A page with one section of each interactive kind."""
     shot = tmp_path / "a.png"
     Image.new("RGB", (60, 20), (200, 0, 0)).save(shot)
     frames = [(f"step {k}", Image.new("RGB", (30, 30), (0, k, 0))) for k in range(4)]

@@ -114,7 +114,7 @@ class LevelOff(DDIM):
 
 
 class WrongSign(DPMSolver):
-    """Extrapolates the wrong way."""
+    """Extrapolates in the wrong direction."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         if state.previous is not None:
@@ -125,14 +125,14 @@ class WrongSign(DPMSolver):
 
 
 class TooLittleNoise(EulerMaruyama):
-    """√(g² dt / 2): a factor that is easily lost."""
+    """√(g² dt / 2): a missing factor √2."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         return super().step(denoiser, state, s, lambda x: noise(x) / math.sqrt(2))
 
 
 class NotAlphaBar(DDIM):
-    """ε̂ with α_s where α_t belongs."""
+    """ε̂ with α_s in place of α_t."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         step = transition(denoiser.schedule, state.t, s)
@@ -151,7 +151,7 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug: str) -> None:
-    """The plain distance would let the first three pass."""
+    """The plain distance would not detect the first three."""
     sampler, bound = BUGS[bug]
     ratio, _ = graded(sampler, SCHEDULES["linear"])
     assert ratio > 1.15 * bound, ratio

@@ -492,7 +492,7 @@ class Broken(Denoiser):
 @every_sampler
 @pytest.mark.parametrize("values", [(math.nan, 0), (math.inf, 0), (-math.inf, math.inf)])
 def test_a_state_that_is_no_number_stops_the_sampler(name: str, values: tuple) -> None:
-    """At once, naming the step; one bad number of one image is enough."""
+    """Immediately, with the step; one non-finite value of one image suffices."""
     sampler, states = MAKERS[name](10), list[State]()
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(SamplingError) as caught:
@@ -530,7 +530,7 @@ def test_an_adjusted_state_must_be_finite_too_and_so_must_the_start() -> None:
 
 
 def test_large_numbers_are_numbers() -> None:
-    """Many of them, too, whose sum is far larger than each."""
+    """Also many of them, whose sum is much larger than each."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         start = torch.full((2, 3, 256, 256), 100.0, dtype=dtype)
         assert bool(DDIM(2)(Broken(VE(), 0.0), start, t_start=0.9).isfinite().all())
