@@ -17,7 +17,7 @@ __all__ = [
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, TypeGuard, cast, get_args, get_origin
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -75,7 +75,7 @@ MAPPINGS = (dict, Mapping)
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def _is_group(node: Any) -> bool:
+def _is_group(node: Any) -> TypeGuard[DictConfig]:
     """Whether a node holds keys itself, and is neither null nor a reference."""
     return isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
 
