@@ -9,10 +9,17 @@ SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt -e
+
+.venv/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) '.[test]'
+	touch $@
+
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	$(INSTALL) '.[dev]'
+	touch .venv/.test $@
 
 setup: .venv/.done  ## Install everything into .venv
 
@@ -21,7 +28,7 @@ demo: .venv/.done  ## Train the default prior, draw samples, denoise test images
 	$(BIN)/python eval.py task=generate num_samples=64
 	$(BIN)/python eval.py task=denoise sigma_t=0.5
 
-test: .venv/.done  ## Run the tests (minutes)
+test: .venv/.test  ## Run the tests (minutes)
 	$(BIN)/python -m pytest -q -m 'not slow' $(SHARED)
 
 test-slow: .venv/.done  ## Run the slow tests

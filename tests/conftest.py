@@ -5,21 +5,31 @@ Its place also makes the helpers beside it (`gaussian`) importable.
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import crash_injection
 import pytest
 import torch
+from hydra.errors import HydraException
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
+from hydra._internal.hydra import Hydra
+
 from diffusion_lab.command import cli
+from diffusion_lab.command.validation import check_eval, check_train
+from diffusion_lab.errors import ConfigError
+from diffusion_lab.runs import compose
 
 # Tensors are tiny here: threads that wait for each other on a busy machine cost up to 50 x.
 torch.set_num_threads(1)
@@ -46,6 +56,43 @@ class Result:
 
 
 Command = Callable[..., Result]
+Trained = Callable[..., Path]
+Whole = Callable[..., Path]
+
+
+@contextmanager
+def restored_logging() -> Iterator[None]:
+    """Removes the handlers that Hydra adds, since they write to a stream of one test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def run_command(command: str, *overrides: str) -> int:
+    """Runs train.py or eval.py in this process; returns its exit code."""
+    function = {"train": cli.train, "eval": cli.evaluate}[command]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{command}.py", *overrides])
+        # Hydra composes everything a second time to read hydra.mode, which conf/ does not set.
+        if not any(text.startswith(("hydra.mode", "--config")) for text in overrides):
+            patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        try:
+            function()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def find_refusal(command: str, *overrides: str) -> str:
+    """Returns the error of a configuration that is refused before data or a run is opened."""
+    with pytest.raises((ConfigError, HydraException)) as error:
+        check = {"train": check_train, "eval": check_eval}[command]
+        check(compose(command, [*overrides, "++paths.output_dir=out"]))
+    return str(error.value)
 
 
 @pytest.fixture
@@ -60,23 +107,13 @@ def lab(
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
 
     def run(command: str, *overrides: str) -> Result:
-        function = {"train": cli.train, "eval": cli.evaluate}[command]
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", [f"{command}.py", *overrides])
-        code = 0
-        try:
-            function()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = run_command(command, *overrides)
         out, err = capfd.readouterr()
         return Result(code, out + err)
 
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield run
-    # Hydra's write to a stream that is closed by the time of the next test.
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with restored_logging():
+        yield run
 
 
 @pytest.fixture
@@ -112,9 +149,82 @@ def tiny(lab: Command) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a tiny run once per process for each list of overrides; returns its directory.
+
+    The packed data is beside it, in `cache`. Both are read only: tests use copies.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def train(*overrides: str) -> Path:
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("training")
+            with pytest.MonkeyPatch.context() as patch, restored_logging():
+                patch.chdir(folder)
+                patch.setenv("DIFFUSION_LAB_CACHE", str(folder / "cache"))
+                assert run_command("train", *TINY, *overrides, "hydra.run.dir=run") == 0
+            made[overrides] = folder / "run"
+        return made[overrides]
+
+    return train
+
+
+def replace_text(value: Any, old: str, new: str) -> Any:
+    """Returns nested containers with a text replaced in all strings."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, dict):
+        items = ((replace_text(k, old, new), replace_text(v, old, new)) for k, v in value.items())
+        return type(value)(items)
+    if isinstance(value, list | tuple):
+        return type(value)(replace_text(each, old, new) for each in value)
+    return value
+
+
 @pytest.fixture
-def run(tiny: Callable[..., Result]) -> Path:
+def trained(lab: Command, tmp_path: Path, trainings: Callable[..., Path]) -> Callable[..., Path]:
+    """Copies a finished tiny run into the empty directory: trained("a", "trainer.max_steps=2").
+
+    It is equal to the one that tiny(*overrides, "hydra.run.dir=a") would train.
+    """
+
+    def copy(directory: str, *overrides: str) -> Path:
+        source = trainings(*overrides)
+        shutil.copytree(source, directory)
+        shutil.copytree(source.parent / "cache", tmp_path / "cache", dirs_exist_ok=True)
+        old, new = str(source), str(tmp_path / directory)
+        for path in Path(directory).rglob("*"):  # paths.output_dir, and those of checkpoints
+            if path.suffix in (".yaml", ".log"):
+                path.write_text(path.read_text().replace(old, new))
+            elif path.suffix == ".ckpt":
+                content = torch.load(path, weights_only=True)
+                torch.save(replace_text(content, old, new), path)
+        return Path(directory)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Trains without an interruption, in a process of its own, once for each list of overrides.
+
+    Returns the working directory, where `crash_injection` leaves its notes.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def train(*overrides: str) -> Path:
+        if overrides not in made:
+            directory = tmp_path_factory.mktemp("whole") / "whole"
+            code = crash_injection.train("", directory, *overrides)
+            assert code == 0, (directory / crash_injection.TEXT).read_text()
+            made[overrides] = directory
+        return made[overrides]
+
+    return train
+
+
+@pytest.fixture
+def run(trained: Trained) -> Path:
     """A tiny run under outputs/train of an empty directory."""
-    result = tiny("trainer.max_steps=3")
-    assert result.code == 0, result.text
-    return next(Path("outputs/train").rglob("finished.json")).parent
+    return trained("outputs/train/ddpm_faces/2026-01-01_00-00-00", "trainer.max_steps=3")

@@ -1,8 +1,10 @@
 """eval.py: tables, pictures and reports of a run, and rejected input."""
 
 import csv
+import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import diffusers
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, Command
+from conftest import TINY, Command, Trained, find_refusal
 from PIL import Image
 
 from diffusion_lab import load_run
@@ -97,15 +99,19 @@ def test_generate_writes_the_images(lab: Command, run: Path) -> None:
     assert Path("g64/report.html").is_file() and Path("g64/samples/grid.png").is_file()
 
 
-def test_the_newest_finished_run_is_taken(lab: Command, tiny: Command, run: Path) -> None:
-    tiny("trainer.max_steps=2", "hydra.run.dir=outputs/train/other/x")
-    tiny("trainer.max_steps=2", "hydra.run.dir=elsewhere")
-    result = lab("eval", *SMALL)
+def test_the_newest_finished_run_is_taken(lab: Command, run: Path, trained: Trained) -> None:
+    newest = trained("outputs/train/other/x", "trainer.max_steps=2")
+    now = time.time()
+    for path, age in ((run, 60), (newest, 30)):
+        os.utime(path / "finished.json", (now - age, now - age))
+    trained("elsewhere", "trainer.max_steps=2")
+    few = ["num_images=1", "num_samples=2", "sampler.steps=1", "trainer.accelerator=cpu"]
+    result = lab("eval", *few)
     assert "outputs/train/other/x" in result.text
     Path("outputs/train/other/x/finished.json").unlink()
-    assert str(run) in lab("eval", *SMALL).text
-    assert "elsewhere" in lab("eval", "run=elsewhere", *SMALL).text
-    result = lab("eval", "ckpt=elsewhere/checkpoints/best.ckpt", *SMALL)
+    assert str(run) in lab("eval", *few).text
+    assert "elsewhere" in lab("eval", "run=elsewhere", *few).text
+    result = lab("eval", "ckpt=elsewhere/checkpoints/best.ckpt", *few)
     assert result.code == 0 and "best.ckpt" in result.text
 
 
@@ -130,16 +136,29 @@ BAD = [
     (["guidance=none"], "guidance=none"),
     (["run=a", "ckpt=b"], "exclude each other"),
     (["run=a", "model=pretrained", "model.path=b"], "run=a and model.path=b exclude each other"),
-    (["model=pretrained"], "needs model.path=<folder>"),
-    (["model=pretrained", "model.path=nowhere"], "there is no config.json in nowhere"),
     (["schedule=ve", "schedule.sigma_min=9", "schedule.sigma_max=1"], "must be below"),
     (["sampler=heun", "sampler/grid=karras", "sampler.grid.rho=0"], "sampler.grid.rho=0"),
+]
+BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the command finds
+    (["sigma_t=0.5", "t=0.25"], "sigma_t=0.5 and t=0.25"),
+    (["sampler=ddmi"], "sampler/ddmi"),
+    (["model=pretrained"], "needs model.path=<folder>"),
+    (["model=pretrained", "model.path=nowhere"], "there is no config.json in nowhere"),
     (["run=nowhere"], "nowhere does not exist"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_bad_input_is_named(lab: Command, overrides: list[str], named: str) -> None:
+def test_a_bad_value_is_named(overrides: list[str], named: str) -> None:
+    assert named in find_refusal("eval", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"), BAD_BY_COMMAND, ids=[" ".join(b[0]) for b in BAD_BY_COMMAND]
+)
+def test_a_command_that_is_refused_shows_the_message_alone(
+    lab: Command, overrides: list[str], named: str
+) -> None:
     """Before a run is searched for; there is none here."""
     result = lab("eval", *overrides)
     assert result.code == 1

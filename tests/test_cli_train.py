@@ -1,6 +1,7 @@
 """train.py: runs, resumes, and error messages."""
 
 import csv
+import multiprocessing
 import os
 import resource
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Command
+from conftest import TINY, Command, Trained, find_refusal, run_command
 from test_conf import make_photos
 
 from diffusion_lab import load_run
@@ -76,9 +77,11 @@ def test_a_loaded_run_is_the_averaged_network(tiny: Command) -> None:
 
 
 @pytest.mark.parametrize("stop", [5, 8])  # in the middle of an epoch of 8 batches, and at its end
-def test_a_resumed_run_equals_one_that_never_stopped(tiny: Command, stop: int) -> None:
+def test_a_resumed_run_equals_one_that_never_stopped(
+    tiny: Command, trained: Trained, stop: int
+) -> None:
     common = ["trainer.val_check_interval=3", "lr_schedule=constant", "lr_schedule.warmup=0"]
-    tiny(*common, "trainer.max_steps=11", "hydra.run.dir=a")
+    trained("a", *common, "trainer.max_steps=11")
     tiny(*common, f"trainer.max_steps={stop}", "hydra.run.dir=b")
     result = tiny("resume=b", "trainer.max_steps=11")
     assert result.code == 0, result.text
@@ -117,23 +120,26 @@ def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
     assert_same(Path("a/checkpoints/last.ckpt"), checkpoint)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tiny: Command) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(trained: Trained) -> None:
     """RLIMIT_FSIZE makes writing beyond a size fail, as a full disk does."""
-    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+    trained("a", "trainer.max_steps=2")
     checkpoint = Path("a/checkpoints/last.ckpt")
     before = checkpoint.read_bytes()
 
-    def limit() -> None:
+    def command() -> None:
+        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+        sys.exit(run_command("train", "resume=a", "trainer.max_steps=4"))
 
-    result = subprocess.run(
-        [sys.executable, str(TRAIN), "resume=a", "trainer.max_steps=4"],
-        capture_output=True, text=True, preexec_fn=limit,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "cannot write the checkpoint" in result.stderr
-    assert "resume=" in result.stderr
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+    text = Path("stderr.txt").read_text()
+    assert "cannot write the checkpoint" in text
+    assert "resume=" in text
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob("*.partial"))
 
@@ -160,31 +166,42 @@ BAD = [
     ("trainer.max_steps=0", "trainer.max_steps=0", "integer"),
     ("data.batch_size=0", "data.batch_size=0", "integer >= 1"),
     ("data.batch_size=2.5", "data.batch_size=2.5", "integer >= 1"),
-    ("data.batch_size=65", "data.batch_size=65", "data.splits.train=64"),
-    ("data.size=9", "data.size=9", "multiple of 2"),
+    ("data.size=9", "data.size=9", "power of two"),
     ("data.size=12", "data.size=12", "power of two"),
     ("network.multipliers=3", "network.multipliers=3", "a list"),
     ("network.attention_levels=[7]", "attention_levels=[7]", "levels 0 to 1"),
-    ("network.groups=3", "network.groups=3", "divisor of network.channels=8"),
-    ("optimizer.lr=-1", "optimizer.lr=-1", "a number > 0"),
+    ("network.groups=3", "groups=3", "divisor of channels=8"),
     ("optimizer.lr=nan", "optimizer.lr=nan", "a number > 0"),
     ("ema.decay=1", "ema.decay=1", "[0, 1)"),
     ("sampler.steps=2000", "sampler.steps=2000", "1000 steps"),
     ("sampler=ddim sampler.eta=2", "sampler.eta=2", "[0, 1]"),
     ("schedule=linear schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
-    ("schedule=linear schedule.beta_min=0.5", "schedule.beta_min=0.5", "below"),
+    ("schedule=linear schedule.beta_min=0.5", "beta_min=0.5", "below"),
     ("trainer.devices=0", "trainer.devices=0", ">= 1"),
     ("seed=-1", "seed=-1", ">= 0"),
     ("schedule.s=-1", "schedule.s=-1", "a number > 0"),
-    ("schedule=liner", "schedule/liner", "linear"),
     ("trainer.max_step=5", "max_step", "trainer"),
+]
+BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the command finds
+    ("optimizer.lr=-1", "optimizer.lr=-1", "a number > 0"),
+    ("schedule=liner", "schedule/liner", "linear"),
+    ("data.batch_size=65", "data.batch_size=65", "the 64 training images"),
     ("data.source=nowhere", "data.source=nowhere", "does not exist"),
     ("resume=nowhere", "resume=nowhere", "does not exist"),
 ]
 
 
 @pytest.mark.parametrize(("override", "named", "hint"), BAD, ids=[b[0] for b in BAD])
-def test_bad_input_is_named_with_the_way_out(
+def test_a_bad_value_is_named_with_the_way_out(override: str, named: str, hint: str) -> None:
+    message = find_refusal("train", *TINY, *override.split())
+    assert named in message
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "hint"), BAD_BY_COMMAND, ids=[b[0] for b in BAD_BY_COMMAND]
+)
+def test_a_command_that_is_refused_shows_the_message_alone(
     tiny: Command, override: str, named: str, hint: str
 ) -> None:
     result = tiny(*override.split(), "hydra.run.dir=a")
@@ -195,8 +212,8 @@ def test_bad_input_is_named_with_the_way_out(
     assert not Path("a/checkpoints").exists()
 
 
-def test_a_directory_with_a_run_is_refused(tiny: Command) -> None:
-    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+def test_a_directory_with_a_run_is_refused(tiny: Command, trained: Trained) -> None:
+    trained("a", "trainer.max_steps=2")
     before = Path("a/checkpoints/last.ckpt").read_bytes()
     result = tiny("trainer.max_steps=2", "hydra.run.dir=a")
     assert result.code == 1
@@ -204,8 +221,8 @@ def test_a_directory_with_a_run_is_refused(tiny: Command) -> None:
     assert Path("a/checkpoints/last.ckpt").read_bytes() == before
 
 
-def test_a_resume_with_another_model_shows_the_difference(tiny: Command) -> None:
-    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+def test_a_resume_with_another_model_shows_the_difference(tiny: Command, trained: Trained) -> None:
+    trained("a", "trainer.max_steps=2")
     result = tiny("resume=a", "schedule=linear", "trainer.max_steps=4")
     assert result.code == 1
     assert "schedule._target_: diffusion_lab.schedule.Cosine -> diffusion_lab.schedule.Linear" in (
@@ -228,8 +245,8 @@ def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> N
     assert "added, removed, renamed" in result.text and "Traceback" not in result.text
 
 
-def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command) -> None:
-    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command, trained: Trained) -> None:
+    trained("a", "trainer.max_steps=2")
     for override, shown in (
         ("seed=1", "seed: 0 -> 1"),
         ("data.order=interleave", "shuffle -> interleave"),
@@ -254,8 +271,8 @@ def test_a_resume_on_the_same_images_from_elsewhere_is_welcome(
     assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
 
 
-def test_a_finished_run_says_how_to_go_on(tiny: Command) -> None:
-    tiny("trainer.max_steps=2", "hydra.run.dir=a")
+def test_a_finished_run_says_how_to_go_on(tiny: Command, trained: Trained) -> None:
+    trained("a", "trainer.max_steps=2")
     result = tiny("resume=a")
     assert result.code == 1
     assert "trainer.max_steps" in result.text

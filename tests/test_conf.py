@@ -80,23 +80,24 @@ def test_every_key_has_a_comment(path: Path) -> None:
         assert not key or key[1] in ("_target_", "_partial_") or " # " in line, line
 
 
-@pytest.mark.parametrize(
-    "experiment",
-    [
-        pytest.param(e, marks=pytest.mark.slow if e == "score_sde_celeba" else ())
-        for e in EXPERIMENTS
-    ],
-)
-def test_every_experiment_runs(experiment: str, lab: Command, tmp_path: Path) -> None:
-    """With a tiny network and two sampler steps; one batch of everything."""
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(experiment: str, full: bool, lab: Command, tmp_path: Path) -> None:
+    """With a tiny network and two sampler steps; one batch of everything.
+
+    In full with its own size and number of images, otherwise with small and few ones.
+    """
     overrides = ["data.batch_size=1", "sampler.steps=2", "samples.num_samples=1"]
     if experiment.endswith("celeba"):
-        make_photos(tmp_path / "photos", 12, 256)
+        make_photos(tmp_path / "photos", 12, 256 if full else 32)
         overrides += [
             f"data.source={tmp_path / 'photos'}",
             "data.splits.val=0.3",
             "data.splits.test=0.3",
+            *([] if full else ["data.size=32"]),
         ]
+    elif not full:
+        overrides.append("data.splits={train: 64, val: 16, test: 16}")
     result = lab(
         "train",
         f"experiment={experiment}",

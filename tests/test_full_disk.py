@@ -42,9 +42,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["at a checkpoint", pytest.param("at logging", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_cli_train.py has one that is fast
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_survives_a_full_disk(
     case: str, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:

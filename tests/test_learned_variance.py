@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Command
+from conftest import TINY, Command, Trained
 from gaussian import MEAN, GaussianDenoiser, sampler_moments
 from omegaconf import OmegaConf
 from scipy.stats import norm
@@ -708,9 +708,11 @@ def test_a_run_learns_its_variance_and_samples_with_it(lab: Command, tiny: Comma
     assert "bound" in result.text
 
 
-def test_a_run_from_before_loads_and_goes_on(lab: Command, tiny: Command) -> None:
+def test_a_run_from_before_loads_and_goes_on(
+    lab: Command, tiny: Command, trained: Trained
+) -> None:
     """Neither its configuration nor its checkpoint knows the key."""
-    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    trained("a", "trainer.max_steps=2")
     file = Path("a/.hydra/config.yaml")
     config = OmegaConf.load(file)
     del config.network["learn_variance"]

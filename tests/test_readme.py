@@ -7,17 +7,19 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import TINY, Command, Result
+from conftest import TINY, Command, Result, Trained
 from test_conf import make_photos
 
 from benchmarks import machine, samplers
 from diffusion_lab import load_run
 from diffusion_lab.command.data import main as data_command
 from diffusion_lab.command.report import main as report_command
+from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.data import source
 from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.nn import UNet
+from diffusion_lab.runs import compose
 from diffusion_lab.task.restoration import Restoration
 
 ROOT = Path(__file__).parent.parent
@@ -80,15 +82,50 @@ def run(lab: Command, command: str) -> Result:
     return lab("eval" if "eval.py" in command else "train", *small(command))
 
 
+# One command of each kind, by what is in it. All others only choose other components, and
+# test_a_slow_command_of_the_readme_is_valid checks them; they run in the slow tests.
+KINDS = [
+    "debug=fdr", "10-00-00 trainer.max_steps=10000", "schedule=edm", "loss=hybrid", "ema.widths",
+    "-m task=generate ema=", "task=generate num_samples", "sampler.variance=learned", "label=",
+    "task=likelihood", "task=interpolate", "task=fid", "guidance=mmse", "guidance=mmps",
+    "poisson_rate", " image=", "observation=", "model=pretrained", "eval.py run=",
+    "eval.py resume=", "truth_source=model", "command.report",
+]  # fmt: skip
+
+
+def is_slow(command: str) -> bool:
+    """True for all but one command of each kind, and for 256x256 images."""
+    return "_celeba" in command or not any(kind in command for kind in KINDS)
+
+
 def timed(command: str) -> object:
-    """Marks commands on 256x256 images as slow, and the leaderboard, which has its own tests."""
-    slow = "_celeba" in command or "exact_posterior" in command
-    return pytest.param(command, marks=pytest.mark.slow if slow else ())
+    """Marks the slow commands."""
+    return pytest.param(command, marks=pytest.mark.slow if is_slow(command) else ())
+
+
+def test_every_kind_of_command_is_there() -> None:
+    assert [kind for kind in KINDS if not any(kind in command for command in PYTHON)] == []
+
+
+@pytest.mark.parametrize("command", [c for c in PYTHON if ".py" in c and is_slow(c)])
+def test_a_slow_command_of_the_readme_is_valid(command: str) -> None:
+    """It composes, and the check of the command finds nothing. Of a sweep, the first job does."""
+    script, *words = shlex.split(command)[1:]
+    sweep = "-m" in words
+    overrides = [w for w in words if w != "-m" and not w.startswith("resume=")]
+    if sweep:
+        overrides = [re.sub(r"=([^,\[{]*),.*", r"=\1", text) for text in overrides]
+    name, check = ("eval", check_eval) if script == "eval.py" else ("train", check_train)
+    check(compose(name, [*overrides, "++paths.output_dir=out"]))
 
 
 @pytest.mark.parametrize("command", map(timed, PYTHON))
 def test_a_command_of_the_readme_runs(
-    command: str, lab: Command, tiny: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    lab: Command,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "ddp_sim" in command or "launcher=" in command:
         pytest.skip("starts processes; covered by test_distributed.py and test_launchers.py")
@@ -96,7 +133,7 @@ def test_a_command_of_the_readme_runs(
         kind = ["experiment=ddpm_faces_classes"] if "label=" in command else []
         kind += ["ema.widths=[0.05,0.1]"] if "ema=" in command else []
         kind += ["loss=hybrid", "network.learn_variance=true"] if "learned" in command else []
-        assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}", *kind).code == 0
+        trained(RUN, "trainer.max_steps=2", *kind)
     if "eval.py resume=" in command:
         directory = command.rpartition("=")[2]
         small_one = ["num_images=2", "num_samples=2", "sampler.steps=2", "trainer.accelerator=cpu"]
@@ -169,9 +206,9 @@ def test_the_first_example_samples_the_exact_posterior() -> None:
     torch.testing.assert_close(samples.std(0), std, rtol=0.2, atol=0)
 
 
-def test_the_example_of_a_run_runs(tiny: Command) -> None:
+def test_the_example_of_a_run_runs(trained: Trained) -> None:
     (code,) = EXAMPLES[1:]
-    assert tiny("trainer.max_steps=2", f"hydra.run.dir={RUN}").code == 0
+    trained(RUN, "trainer.max_steps=2")
     names: dict = {}
     exec(code.replace("steps=50", "steps=2"), names)
     assert names["x_0"].shape == (16, 3, 32, 32)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, Trained
 from omegaconf import OmegaConf
 from test_cli_train import assert_same, rows
 
@@ -67,8 +67,10 @@ def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
 
 
-def test_overrides_of_a_resumed_run_hold_for_the_next_resume(tiny: Command, lab: Command) -> None:
-    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+def test_overrides_of_a_resumed_run_hold_for_the_next_resume(
+    trained: Trained, lab: Command
+) -> None:
+    trained("a", "trainer.max_steps=2")
     refused = lab("train", "resume=a", "trainer.max_steps=1", "ema.decay=0.1")
     assert refused.code == 1 and "above that (now 1)" in refused.text
     assert lab("train", "resume=a", "trainer.max_steps=4", "checkpoint.every_n_steps=3").code == 0
@@ -85,9 +87,9 @@ def test_overrides_of_a_resumed_run_hold_for_the_next_resume(tiny: Command, lab:
     assert OmegaConf.load("a/.hydra/continued.yaml")[-2:] == asked
 
 
-def test_a_refused_command_changes_nothing(tiny: Command, lab: Command) -> None:
+def test_a_refused_command_changes_nothing(trained: Trained, tiny: Command, lab: Command) -> None:
     """Hydra writes its record before; and whose record is changed by hand, is refused, too."""
-    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    trained("a", "trainer.max_steps=2")
     record = [Path("a/.hydra", name) for name in ("config.yaml", "overrides.yaml")]
     before = [path.read_text() for path in record]
     refused = tiny("trainer.max_steps=2", "hydra.run.dir=a", "schedule=linear")
@@ -102,9 +104,9 @@ def test_a_refused_command_changes_nothing(tiny: Command, lab: Command) -> None:
 
 
 def test_a_run_that_goes_on_is_not_finished(
-    tiny: Command, lab: Command, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, lab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tiny("trainer.max_steps=2", "hydra.run.dir=a").code == 0
+    trained("a", "trainer.max_steps=2")
     evaluated = lab("eval", "run=a", "task=generate", "hydra.run.dir=a")
     assert evaluated.code == 1 and "a holds a training" in evaluated.text
     assert Path("a/finished.json").exists()

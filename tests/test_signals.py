@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Whole
 from crash_injection import TEXT, seen, train
 from test_killed import RUN, metrics, state
 
@@ -18,28 +18,24 @@ from diffusion_lab.runs import load_checkpoint
 SCRIPT = Path(__file__).parent / "crash_injection.py"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    assert train("", directory, *RUN) == 0, (directory / TEXT).read_text()
-    return directory
-
-
 # Steps 5, 10, ... are followed by a validation, whose checkpoint is that of the next step.
 @pytest.mark.parametrize(
     ("cue", "step"),
     [
-        ("step:8:SIGTERM", 8), ("validation:2:SIGTERM", 6), ("written:1:SIGUSR1", 4),
+        ("step:8:SIGTERM", 8),
         *(
-            pytest.param(cue, int(cue.split(":")[1]), marks=pytest.mark.slow)
-            for cue in ("step:7:SIGTERM", "step:7:SIGUSR1", "stepped:9:SIGTERM")
+            pytest.param(cue, step, marks=pytest.mark.slow)
+            for cue, step in (
+                ("validation:2:SIGTERM", 6), ("written:1:SIGUSR1", 4), ("step:7:SIGTERM", 7),
+                ("step:7:SIGUSR1", 7), ("stepped:9:SIGTERM", 9),
+            )
         ),
     ],
 )  # fmt: skip
 def test_a_signal_saves_the_step_and_ends_cleanly(
-    cue: str, step: int, whole: Path, tmp_path: Path
+    cue: str, step: int, whole: Whole, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "stopped"
+    directory, uninterrupted = tmp_path / "stopped", whole(*RUN)
     assert train(cue, directory, *RUN) == 0
     run, text = directory / "run", (directory / TEXT).read_text()
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == step
@@ -47,12 +43,13 @@ def test_a_signal_saves_the_step_and_ends_cleanly(
     assert f"stopped by {cue.split(':')[2]} after step {step}; continue with" in text
     assert "resume=" in text and "Traceback" not in text
     assert train("", directory, "resume=run") == 0, (directory / TEXT).read_text()
-    actual, target = state(run), state(whole / "run")
+    actual, target = state(run), state(uninterrupted / "run")
     assert all(torch.equal(actual[name], value) for name, value in target.items())
-    assert seen(directory) == seen(whole)
-    assert metrics(run) == metrics(whole / "run")
+    assert seen(directory) == seen(uninterrupted)
+    assert metrics(run) == metrics(uninterrupted / "run")
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_validation_whose_step_is_saved_does_not_wait(tmp_path: Path) -> None:
     directory = tmp_path / "stopped"
     overrides = [*RUN, "checkpoint.every_n_steps=5"]

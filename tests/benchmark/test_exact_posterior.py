@@ -97,7 +97,8 @@ def test_the_command_writes_a_leaderboard(lab: Command) -> None:
     result = lab(
         "eval", "benchmark=exact_posterior", "benchmark.beds=[gaussian_denoise,atoms_clip]",
         "benchmark.methods=[truncated 16,dps 0.3]", "benchmark.n=32", "benchmark.n_y=2",
-        "benchmark.n_coverage=4", "benchmark.n_ranks=9", "hydra.run.dir=b",
+        "benchmark.n_coverage=4", "benchmark.n_ranks=9", "benchmark.processes=1",
+        "hydra.run.dir=b",
     )  # fmt: skip
     assert result.code == 0, result.text
     with open("b/leaderboard.csv", newline="") as file:
@@ -124,6 +125,7 @@ def test_unknown_rows_are_named(lab: Command, override: str, named: str) -> None
     assert result.code == 1 and named in result.text
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_out_and_change_nothing(tmp_path: Path) -> None:
     tables = []
     for count in (1, 2):

@@ -92,7 +92,8 @@ def test_a_crash_is_a_failed_run(tiny: Command, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_dashboard_names_only_what_is_logged(tiny: Command, lab: Command) -> None:
-    options = ["fid.every_n_steps=1", "fid.num_samples=4", "fid.sampler.steps=1"]
+    options = ["fid.every_n_steps=10", "fid.num_samples=4", "fid.sampler.steps=1"]
+    options += ["samples.every_n_steps=20"]
     options += ["data.splits={train: 16, val: 16, test: 16}"]
     steps = [
         "trainer.max_steps=20",
