@@ -2,7 +2,7 @@
 
     python benchmarks/residual.py
 
-On the Gaussian bed, σ_t = 0.5, x_{t-1} = ... + λ (y - x_t) in 1000 steps. Beside it the
+On the Gaussian problem, σ_t = 0.5, x_{t-1} = ... + λ (y - x_t) in 1000 steps. Beside it the
 variance that λ stands for: λ (y - x_t) is the step of a likelihood N(y; x_t, s² I) with
 s² = β_t / (√a_t λ), while y given x_t has the variance σ_y² + r_t² / (1 + r_t²) around
 E[x_0 | x_t], for data of unit variance. Writes benchmarks/results/residual.md, and the charts to
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from diffusion_lab.guidance import Residual
-from diffusion_lab.leaderboard import BEDS, Method, grade
+from diffusion_lab.leaderboard import PROBLEMS, Method, grade
 from diffusion_lab.report.page import LineChart, write_report
 from diffusion_lab.sampler import Ancestral
 from diffusion_lab.schedule import Linear
@@ -24,13 +24,13 @@ STRENGTHS = [10 ** (k / 2 - 4) for k in range(9)]  # 1e-4 to 1
 
 
 def main() -> None:
-    bed, schedule = BEDS["gaussian_denoise"](), Linear()
+    problem, schedule = PROBLEMS["gaussian_denoise"](), Linear()
     rows = []
     for strength in STRENGTHS:
         method = Method(
             "residual", lambda _, x=strength: Residual(x), Ancestral(1000, "large"), schedule
         )
-        rows.append(grade(bed, method, n_y=4, n=256, n_coverage=256, n_ranks=19, seed=0))
+        rows.append(grade(problem, method, n_y=4, n=256, n_coverage=256, n_ranks=19, seed=0))
     lines = [
         "| λ | variance / exact | bias (posterior std) | 90% coverage | sw2 / floor |",
         "|---|---|---|---|---|",
@@ -52,7 +52,7 @@ def main() -> None:
         f"s² of λ = {x}": (t.tolist(), ((1 - a) / (a.sqrt() * x)).tolist())
         for x in (0.001, 0.01, 0.1)
     }
-    exact = bed.sigma_y**2 + r**2 / (1 + r**2)
+    exact = problem.sigma_y**2 + r**2 / (1 + r**2)
     values = {
         "variance / exact": [row["variance_ratio"] for row in rows],
         "bias": [row["bias"] for row in rows],

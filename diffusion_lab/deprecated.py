@@ -83,6 +83,7 @@ NAMES: dict[str, str] = {
 # Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.
 KEYS: dict[str, str] = {
     "callbacks.few_images.count": "callbacks.overfit_subset.count",
+    "benchmark.beds": "benchmark.problems",
     "fid.sampler.corrections": "fid.sampler.langevin_steps",
     "sampler.corrections": "sampler.langevin_steps",
     "data.column": "data.image_column",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sampler.beds import MIXTURE, D
+from sampler.problems import MIXTURE, D
 from scipy.stats import norm
 from torch import Tensor
 

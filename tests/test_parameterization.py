@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from sampler.beds import MIXTURE
+from sampler.problems import MIXTURE
 from torch import Tensor, nn
 
 from diffusion_lab.denoiser import NetworkDenoiser

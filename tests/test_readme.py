@@ -51,7 +51,7 @@ def small(command: str) -> list[str]:
         extra = ["num_images=1", "sampler.rtol=0.1", "sampler.atol=0.1", "trainer.accelerator=cpu"]
     elif "benchmark=" in command:
         extra = [
-            "benchmark.beds=[gaussian_denoise]", "benchmark.methods=[truncated 16,mmse]",
+            "benchmark.problems=[gaussian_denoise]", "benchmark.methods=[truncated 16,mmse]",
             "benchmark.n=16", "benchmark.n_coverage=4",
         ]  # fmt: skip
     elif "eval.py resume=" in command:

@@ -1,7 +1,7 @@
-"""Leaderboard: all posterior methods on problems with closed-form posteriors.
+"""Leaderboard of posterior methods on problems whose posterior is known exactly.
 
-See `grade` for the columns. Beds and methods are distributed over processes of one thread each, so
-that the results do not depend on the number of cores.
+`grade` describes the columns. Rows are distributed over processes of one thread each, so that the
+results do not depend on the number of cores.
 """
 
 __all__ = ["ExactPosterior", "markdown"]
@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 from diffusion_lab.atomic_io import write_atomic, write_csv
+from diffusion_lab.constraints import AtLeastTwo, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import Observation
 from diffusion_lab.leaderboard.grade import COLUMNS, diverged, grade
-from diffusion_lab.leaderboard.methods import CONTROL, Method, methods_table
-from diffusion_lab.leaderboard.problems import BEDS, Bed
+from diffusion_lab.leaderboard.methods import CONTROL, Method, method_rows
+from diffusion_lab.leaderboard.problems import PROBLEMS, Problem
 from diffusion_lab.report.page import LineChart, Table, write_report
 
 log = logging.getLogger(__name__)
@@ -35,62 +36,63 @@ HEADER = (
     "coverage", "rank χ²", "s",
 )  # fmt: skip
 SUMMARY = (
-    "Samples of each method beside exact draws of posteriors in closed form. sw2 is the sliced "
-    "Wasserstein distance and sw2_floor that of two sets of exact draws; mode_tv the total "
-    "variation of the modes' weights; variance_ratio and bias (in posterior standard deviations) "
-    "are medians over the observations; coverage is that of the central 90% interval.\n\n"
+    "Samples of each method compared with exact draws from posteriors in closed form. sw2 is the "
+    "sliced Wasserstein distance and sw2_floor that of two sets of exact draws; mode_tv is the "
+    "total variation of the weights of the modes; variance_ratio and bias (in posterior standard "
+    "deviations) are medians over the observations; coverage is that of the central 90% "
+    "interval.\n\n"
     "The control is the same sampler with the exact E[x_0 | x_t, y]: its error is that of the "
-    "discretization, the rest is the error of the method."
+    "discretization."
 )
 
 
 class ExactPosterior:
-    """Grades methods on beds and writes leaderboard.csv, leaderboard.md and report.html.
+    """Grades methods on problems and writes leaderboard.csv, leaderboard.md and report.html.
 
-    Each row is written when it is complete; beds and methods are in the order of the tables.
+    Rows are written as they are computed, in the order of the tables.
 
     Arguments:
-        directory: Directory of the files.
-        seed: Seed of all draws.
-        beds: Names of the beds, None for all.
-        methods: Names of the methods, None for all; the control is always included.
-        n_y: Number of observations for the comparison with exact draws, at least 1.
-        n: Number of samples per observation, at least 2.
-        n_coverage: Number of observations for coverage and ranks, at least 1.
-        n_ranks: Number of samples per observation for these, at least 2; 19 makes the 90%
-            interval exact.
-        processes: Number of rows computed at once, at least 1; None for one per core.
+        directory: The directory of the files.
+        seed: The seed of all draws.
+        problems: Names of problems; None for all.
+        methods: Names of rows; None for all. The control is always included.
+        n_y: The number of observations that are compared with exact draws.
+        n: The number of samples for each of them.
+        n_coverage: The number of observations for coverage and ranks.
+        n_ranks: The number of samples for each of those; 19 makes the 90% interval exact.
+        processes: The number of rows computed in parallel; None for one per core.
 
     Raises:
-        ConfigError: If a bed or a method is unknown; lists the known ones.
+        ConfigError: If a problem or a method is unknown; lists the known ones.
     """
 
+    @checked
     def __init__(
         self,
         directory: Path,
-        seed: int = 0,
-        beds: Sequence[str] | None = None,
+        seed: NonNegativeInt = 0,
+        problems: Sequence[str] | None = None,
         methods: Sequence[str] | None = None,
-        n_y: int = 8,
-        n: int = 1024,
-        n_coverage: int = 512,
-        n_ranks: int = 19,
-        processes: int | None = None,
+        n_y: PositiveInt = 8,
+        n: AtLeastTwo = 1024,
+        n_coverage: PositiveInt = 512,
+        n_ranks: AtLeastTwo = 19,
+        processes: PositiveInt | None = None,
     ) -> None:
         self.directory, self.seed = directory, seed
         self.sizes = {"n_y": n_y, "n": n, "n_coverage": n_coverage, "n_ranks": n_ranks}
         self.processes = processes or len(os.sched_getaffinity(0))
-        self.beds = [_known("beds", name, BEDS) for name in beds or BEDS]
-        every = _methods()
+        self.problems = [_known("problems", name, PROBLEMS) for name in problems or PROBLEMS]
+        every = method_rows()
         wanted = [_known("methods", name, every) for name in methods or every]
         self.methods = [*(m for m in every if m == CONTROL and m not in wanted), *wanted]
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Grades all and returns the rows."""
+        """Grades all methods on all problems and returns the rows."""
         rows: list[dict[str, Any]] = []
         graded = partial(_row, seed=self.seed, sizes=self.sizes)
-        pairs = [(b, m) for b in self.beds for m in self.methods]
-        work = [(b, m) for b, m in pairs if _defined(_methods()[m], _bed(b))]
+        pairs = [(p, m) for p in self.problems for m in self.methods]
+        work = [(p, m) for p, m in pairs if _defined(_method(m), _problem(p))]
         with _workers(min(self.processes, len(work))) as each:
             found = each(graded, *zip(*work, strict=True))
             for row in tqdm(found, "leaderboard", len(work), dynamic_ncols=True, disable=None):
@@ -106,8 +108,8 @@ class ExactPosterior:
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
         sections: list[Any] = []
-        for bed, group in _by_bed(rows):
-            # One dot per method: distance to the exact posterior over cost.
+        for problem, group in _by_problem(rows):
+            # One dot for each method.
             dots = {
                 row["method"]: ([_cost(row)], [row["sw2"] / row["sw2_floor"]])
                 for row in group
@@ -116,14 +118,14 @@ class ExactPosterior:
             if dots:
                 sections.append(
                     LineChart(
-                        f"{bed}: distance and cost",
+                        f"{problem}: distance and cost",
                         "Sliced W_2 over that of exact draws (1 is exact), against network calls "
                         "plus twice the backward passes, for one sample.",
                         "nfe + 2 vjp", "sw2 / floor", dots, log_x=True, log_y=True,
                     )
                 )  # fmt: skip
             sections.append(
-                Table(bed, "", HEADER, [_cells(row) for row in group])
+                Table(problem, "", HEADER, [_cells(row) for row in group])
             )  # fmt: skip
         write_report(
             self.directory / "report.html",
@@ -134,27 +136,27 @@ class ExactPosterior:
 
 
 @cache
-def _bed(name: str) -> Bed:
-    return BEDS[name]()
+def _problem(name: str) -> Problem:
+    return PROBLEMS[name]()
 
 
 @cache
-def _methods() -> dict[str, Method]:
-    return {method.name: method for method in methods_table()}
+def _method(name: str) -> Method:
+    return method_rows()[name].build()
 
 
-def _row(bed: str, method: str, *, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """One row, in any process. Takes names, because methods cannot be pickled."""
+def _row(problem: str, method: str, *, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """Computes one row. Takes names, because problems and methods cannot be pickled."""
     try:
-        return grade(_bed(bed), _methods()[method], seed=seed, **sizes)
+        return grade(_problem(problem), _method(method), seed=seed, **sizes)
     except SamplingError as error:
-        log.warning("%s on %s diverged: %s", method, bed, error)
-        return diverged(_bed(bed), _methods()[method], sizes)
+        log.warning("%s on %s diverged: %s", method, problem, error)
+        return diverged(_problem(problem), _method(method), sizes)
 
 
 @contextmanager
 def _workers(count: int) -> Iterator[Any]:
-    """Yields map(), over processes of one thread each if there are several."""
+    """Yields `map`, or that of a pool of processes of one thread each if count > 1."""
     if count == 1:
         yield map
         return
@@ -170,10 +172,10 @@ def _workers(count: int) -> Iterator[Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the leaderboard as Markdown, a table for each bed."""
+    """Returns the leaderboard as Markdown, one table per problem."""
     parts = []
-    for bed, group in _by_bed(rows):
-        lines = [f"### {bed}", "", _line(HEADER), "|" + "---|" * len(HEADER)]
+    for problem, group in _by_problem(rows):
+        lines = [f"### {problem}", "", _line(HEADER), "|" + "---|" * len(HEADER)]
         lines += [_line(_cells(row)) for row in group]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -184,7 +186,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the tables, in the order of HEADER."""
+    """The cells of one row, in the order of HEADER."""
     figures = [
         _cost(row), row["sw2"] / row["sw2_floor"], row["mode_tv"], row["variance_ratio"],
         row["bias"], row["coverage"], row["rank_chi2"], row["seconds"],
@@ -192,13 +194,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["method"], f"{row['sampler']}, {row['steps']}", *map(_figure, figures)]
 
 
-def _by_bed(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    return [(bed, list(group)) for bed, group in groupby(rows, key=lambda row: row["bed"])]
+def _by_problem(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [
+        (problem, list(group)) for problem, group in groupby(rows, key=lambda row: row["problem"])
+    ]
 
 
 def _cost(row: dict[str, Any]) -> float:
-    cost: float = row["nfe"] + 2 * row["vjp"]
-    return cost
+    return float(row["nfe"] + 2 * row["vjp"])
 
 
 def _figure(value: Any) -> str:
@@ -213,12 +216,14 @@ def _known(key: str, name: str, options: dict[str, Any]) -> str:
     return name
 
 
-def _defined(method: Method, bed: Bed) -> bool:
-    """Whether a method is graded on a bed: the bed is listed, and the method is defined there."""
-    if method.beds is not None and bed.name not in method.beds:
+def _defined(method: Method, problem: Problem) -> bool:
+    """Whether a method is graded on a problem and is defined for its observations."""
+    if method.problems is not None and problem.name not in method.problems:
         return False
     try:
-        method.guidance(bed).check(Observation(bed.nothing, bed.sigma_y, bed.operator))
+        method.guidance(problem).check(
+            Observation(problem.zero, problem.sigma_y, problem.operator)
+        )
     except ValueError:
         return False
     return True

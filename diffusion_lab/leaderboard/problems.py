@@ -1,19 +1,19 @@
-r"""Test beds: priors, operators and noise levels with a closed-form posterior p(x_0 | y).
+r"""Inverse problems whose posterior p(x_0 | y) is known in closed form.
 
-| bed | prior | observed | σ_y |
+| problem | prior | observed | σ_y |
 |---|---|---|---|
 | gaussian_denoise, mixture_denoise | d = 16, 1 or 4 components | all, σ_t = 0.5 | 0.577 |
-| gaussian_mask, mixture_mask | the same | 4 of 16 numbers | 0.1 |
+| gaussian_mask, mixture_mask | the same | 4 of 16 coordinates | 0.1 |
 | mixture_ambiguous | the same | 2 of 16: the posterior keeps several modes | 0.5 |
 | spring_positions | a damped spring, 16 positions and velocities | every 4th position | 0.1 |
 | image_blur | 8 x 8 images, 3 components | a Gaussian blur | 0.05 |
-| atoms_clip | 64 points of the mixture | clip(2 x, -1, 1) of 4 of 16 numbers | 0.2 |
+| atoms_clip | 64 points of the mixture | clip(2 x, -1, 1) of 4 of 16 coordinates | 0.2 |
 
-In each component of a mixture the variances along the axes cover two decades; the mixture has unit
-variance in every coordinate.
+The variances of each component along its axes span two decades; every coordinate of a mixture has
+mean 0 and variance 1.
 """
 
-__all__ = ["BEDS", "Bed", "mixture"]
+__all__ = ["PROBLEMS", "Problem", "mixture"]
 
 import math
 from collections.abc import Callable
@@ -30,15 +30,15 @@ ATOMS = 64
 
 
 @dataclass(frozen=True)
-class Bed:
+class Problem:
     """A prior, an operator and a noise level.
 
     Attributes:
         name: `<prior>_<observation>`.
-        prior: p(x_0).
-        operator: A.
-        sigma_y: σ_y.
-        modes: Whether the weights of the modes and the distances within modes are graded.
+        prior: The prior p(x_0).
+        operator: The operator A.
+        sigma_y: The noise σ_y of y = A(x_0) + σ_y n.
+        modes: Whether the weights of the modes and the distance within each are graded separately.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Bed:
         return within + torch.einsum("k,kd,ke->de", weights, centred, centred)
 
     @property
-    def nothing(self) -> Tensor:
-        """A(0), of the shape (1, *') of one observation."""
+    def zero(self) -> Tensor:
+        """A(0), which has the shape (1, *') of one observation."""
         y: Tensor = self.operator(torch.zeros(1, *self.prior.shape, dtype=torch.float64))
         return y
 
@@ -72,13 +72,13 @@ class Bed:
 
 
 def mixture(components: int, d: int = D, seed: int = 0, spread: float = 1.5) -> GaussianMixture:
-    """Returns a standardised mixture with random axes, means and weights.
+    """Returns a standardized mixture with random axes, means and weights.
 
     Arguments:
-        components: The number K.
+        components: The number K of components.
         d: The dimension.
-        seed: Seed of axes, means and weights.
-        spread: Standard deviation of the means before standardization.
+        seed: The seed of all random numbers.
+        spread: The standard deviation of the means before standardization.
     """
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(components, d, d + 1, generator=generator, dtype=torch.float64)
@@ -89,10 +89,10 @@ def mixture(components: int, d: int = D, seed: int = 0, spread: float = 1.5) -> 
     weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
     weights = weights / weights.sum()
     means = spread * normal[..., -1] if components > 1 else torch.zeros_like(normal[..., -1])
-    return _standardised(weights, means, covariances)
+    return _standardized(weights, means, covariances)
 
 
-def _standardised(weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
+def _standardized(weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
     """Shifts and scales the coordinates so that each has mean 0 and variance 1."""
     means = means - weights @ means
     variance = weights @ (covariances.diagonal(dim1=1, dim2=2) + means**2)
@@ -105,7 +105,7 @@ def _rows(indices: list[int], d: int) -> Matrix:
 
 
 def _images() -> GaussianMixture:
-    """Smooth 8 x 8 images of three kinds, with covariances that decrease with the distance."""
+    """Smooth 8 x 8 images: three components whose covariances decay with the distance."""
     side, components = 8, 3
     place = torch.arange(side, dtype=torch.float64)
     grid = torch.cartesian_prod(place, place)
@@ -114,14 +114,14 @@ def _images() -> GaussianMixture:
     smooth = torch.exp(-((distance / 3) ** 2))
     noise = torch.randn(components, side**2, generator=generator, dtype=torch.float64)
     means = noise @ smooth / 4
-    floor = 0.002 * torch.eye(side**2, dtype=torch.float64)  # independent variance of each pixel
+    floor = 0.002 * torch.eye(side**2, dtype=torch.float64)  # independent noise of the pixels
     covariances = torch.stack([0.05 * torch.exp(-distance / s) + floor for s in (1.5, 3.0, 6.0)])
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     return GaussianMixture(weights, means, covariances, shape=(1, side, side))
 
 
 class _Clip(Operator):
-    """clip(2 x, -1, 1) of the first four elements, as of a saturated camera."""
+    """clip(2 x, -1, 1) of the first four coordinates, a saturating sensor."""
 
     def __init__(self) -> None:
         super().__init__((D,))
@@ -144,19 +144,21 @@ def _atoms() -> Atoms:
 
 def _spring() -> Gaussian:
     spring, _ = damped_spring()
-    return Gaussian(spring.means[0], spring.covariances[0])  # as one vector of 32 numbers
+    return Gaussian(spring.means[0], spring.covariances[0])  # as one vector of 32 elements
 
 
 RATIO = 0.5 / math.sqrt(0.75)  # σ_t = 0.5
-BEDS: dict[str, Callable[[], Bed]] = {
-    "gaussian_denoise": lambda: Bed("gaussian_denoise", _gaussian(), Identity(), RATIO),
-    "mixture_denoise": lambda: Bed("mixture_denoise", mixture(4), Identity(), RATIO),
-    "gaussian_mask": lambda: Bed("gaussian_mask", _gaussian(), _rows([0, 1, 2, 3], D), 0.1),
-    "mixture_mask": lambda: Bed("mixture_mask", mixture(4), _rows([0, 1, 2, 3], D), 0.1),
-    "mixture_ambiguous": lambda: Bed(
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "gaussian_denoise": lambda: Problem("gaussian_denoise", _gaussian(), Identity(), RATIO),
+    "mixture_denoise": lambda: Problem("mixture_denoise", mixture(4), Identity(), RATIO),
+    "gaussian_mask": lambda: Problem("gaussian_mask", _gaussian(), _rows([0, 1, 2, 3], D), 0.1),
+    "mixture_mask": lambda: Problem("mixture_mask", mixture(4), _rows([0, 1, 2, 3], D), 0.1),
+    "mixture_ambiguous": lambda: Problem(
         "mixture_ambiguous", mixture(4), _rows([0, 1], D), 0.5, modes=True
     ),
-    "spring_positions": lambda: Bed("spring_positions", _spring(), _rows([0, 8, 16, 24], 32), 0.1),
-    "image_blur": lambda: Bed("image_blur", _images(), GaussianBlur((1, 8, 8), std=1.0), 0.05),
-    "atoms_clip": lambda: Bed("atoms_clip", _atoms(), _Clip(), 0.2, modes=True),
+    "spring_positions": lambda: Problem(
+        "spring_positions", _spring(), _rows([0, 8, 16, 24], 32), 0.1
+    ),
+    "image_blur": lambda: Problem("image_blur", _images(), GaussianBlur((1, 8, 8), std=1.0), 0.05),
+    "atoms_clip": lambda: Problem("atoms_clip", _atoms(), _Clip(), 0.2, modes=True),
 }

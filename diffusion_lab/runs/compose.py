@@ -1,6 +1,6 @@
 """Composing a configuration with Hydra, and the resolvers that conf/ uses."""
 
-__all__ = ["CONFIG_PATH", "compose", "register_resolvers"]
+__all__ = ["CONFIG_PATH", "compose", "compose_groups", "register_resolvers"]
 
 from pathlib import Path
 
@@ -54,3 +54,14 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     register_resolvers()
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
         return hydra.compose(config_name, current_overrides(overrides))
+
+
+def compose_groups(*overrides: str) -> DictConfig:
+    """Composes single groups of conf/, without the rest of a command's configuration.
+
+    Arguments:
+        overrides: `+group=option` for each group, then settings of them.
+    """
+    register_resolvers()
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return hydra.compose(overrides=list(overrides))

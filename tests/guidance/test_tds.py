@@ -11,7 +11,7 @@ from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import TDS, Observation
 from diffusion_lab.guidance.particles import ParticleSet, systematic
-from diffusion_lab.leaderboard import BEDS, Method, grade
+from diffusion_lab.leaderboard import PROBLEMS, Method, grade
 from diffusion_lab.operator import HDR, BoxInpainting, Identity, Matrix
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import DDIM, EulerMaruyama
@@ -125,11 +125,11 @@ def test_it_samples_the_posterior_of_a_gaussian_that_its_twist_is_exact_for(sche
 
 
 def test_the_error_falls_with_the_number_of_particles() -> None:
-    bed = BEDS["mixture_mask"]()
+    problem = PROBLEMS["mixture_mask"]()
     found = []
     for particles in (1.0, 8.0):
         method = Method("tds", lambda _, p=particles: TDS(p, 1.0), steps(64), SCHEDULE)
-        row = grade(bed, method, n_y=8, n=64, n_coverage=0, n_ranks=2, seed=0)
+        row = grade(problem, method, n_y=8, n=64, n_coverage=0, n_ranks=2, seed=0)
         found.append(row["sw2"] / row["sw2_floor"])
         assert row["nfe"] == 64 * particles and row["vjp"] == 0
     assert found[1] < 0.85 * found[0] and found[1] < 1.35
@@ -160,16 +160,16 @@ def test_groups_have_nothing_to_do_with_each_other() -> None:
 
 def test_samples_with_particles_of_their_own_do_not_know_each_other() -> None:
     """Four in a group are those drawn one by one; with shared particles they are not."""
-    denoiser = BEDS["mixture_mask"]().prior.denoiser(SCHEDULE)
-    bed = BEDS["mixture_mask"]()
-    y = bed.observe(1, torch.Generator().manual_seed(0))[1].expand(4, -1)
+    denoiser = PROBLEMS["mixture_mask"]().prior.denoiser(SCHEDULE)
+    problem = PROBLEMS["mixture_mask"]()
+    y = problem.observe(1, torch.Generator().manual_seed(0))[1].expand(4, -1)
     keys = make_key(0, "alone", torch.arange(4))
     for shares in (False, True):
         tds = TDS(3.0, 1.0, share_particles=shares)
-        observation = Observation(y, bed.sigma_y, bed.operator, group=4)
+        observation = Observation(y, problem.sigma_y, problem.operator, group=4)
         together = tds(denoiser, steps(8), observation, generator=KeyedGenerator(keys))
         alone = [
-            tds(denoiser, steps(8), Observation(y[:1], bed.sigma_y, bed.operator),
+            tds(denoiser, steps(8), Observation(y[:1], problem.sigma_y, problem.operator),
                 generator=KeyedGenerator(key[None]))
             for key in keys
         ]  # fmt: skip
@@ -212,11 +212,11 @@ def test_the_masked_mixture_within_a_quarter_of_exact_draws(seed: int) -> None:
     """At a third of the cost of what was best before; and the weights of several modes."""
     method = Method("tds", lambda _: TDS(5.0, 1.0), steps(128), SCHEDULE)
     sizes = {"n_y": 8, "n": 1024, "n_coverage": 512, "n_ranks": 19, "seed": seed}
-    row = grade(BEDS["mixture_mask"](), method, **sizes)
+    row = grade(PROBLEMS["mixture_mask"](), method, **sizes)
     assert row["sw2"] / row["sw2_floor"] <= 1.25 and row["nfe"] == 640 and row["vjp"] == 0
     assert row["variance_ratio"] == pytest.approx(1, abs=0.08)
     assert row["coverage"] == pytest.approx(0.9, abs=0.02)
-    assert grade(BEDS["mixture_ambiguous"](), method, **sizes)["mode_tv"] <= 0.05
+    assert grade(PROBLEMS["mixture_ambiguous"](), method, **sizes)["mode_tv"] <= 0.05
 
 
 def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:

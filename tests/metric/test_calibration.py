@@ -1,6 +1,6 @@
 """Scores and ranks against brute force, closed forms, and draws that are exact or known not to be.
 
-The bed: truths and samples are independent draws of one distribution, or samples are of another
+Setup: truths and samples are independent draws of one distribution, or samples are of another
 one. Sets are of fixed seeds; where a test allows for chance, its comment says how much.
 """
 

@@ -12,7 +12,7 @@ import mixture_distance
 import numpy as np
 import pytest
 import torch
-from beds import COUNT, MIXTURE, SCHEDULES, D, start
+from problems import COUNT, MIXTURE, SCHEDULES, D, start
 from torch import Tensor
 
 from diffusion_lab.denoiser import Denoiser, Rescheduled
