@@ -5,6 +5,7 @@ __all__ = ["CONFIG_PATH", "compose", "compose_groups", "register_resolvers"]
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.deprecated import current_overrides
@@ -63,5 +64,11 @@ def compose_groups(*overrides: str) -> DictConfig:
         overrides: `+group=option` for each group, then settings of them.
     """
     register_resolvers()
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        return hydra.compose(overrides=list(overrides))
+    instance = GlobalHydra.instance()
+    running = instance.hydra  # that of the command; Hydra refuses a second one
+    instance.clear()
+    try:
+        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+            return hydra.compose(overrides=list(overrides))
+    finally:
+        instance.hydra = running
