@@ -17,6 +17,7 @@ __all__ = [
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast, get_args, get_origin
 
 import torch
@@ -37,6 +38,7 @@ from diffusion_lab.constraints import (
 )
 from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.nn.unet import UNet, check_size
+from diffusion_lab.runs.compose import CONFIG_PATH
 from diffusion_lab.runs.instantiate import check_node, constraints_of, find_target, instantiate
 from diffusion_lab.task import Task
 from diffusion_lab.training.compatibility import check_model
@@ -72,6 +74,9 @@ EVAL_KEYS: Mapping[str, Any] = {
     "operator": Node | None,
 }
 MAPPINGS = (dict, Mapping)
+GROUPS = {
+    str(path.relative_to(CONFIG_PATH)) for path in Path(CONFIG_PATH).rglob("*") if path.is_dir()
+}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -150,15 +155,30 @@ def check_values(config: DictConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(
                     f"{key}={value} is not allowed; it is a group of keys: {key}.<key>=<value>"
                 )
-            elif value is not None and not any(_within(key, other) for other in used):
-                raise ConfigError(f"{key} is not a key of this command")
 
+    _check_added_keys(values, keys, used)
     check_group(values, "")
     return values
 
 
-def _within(key: str, group: str) -> bool:
-    return key == group or key.startswith(f"{group}.")
+def _check_added_keys(values: Mapping[str, Any], keys: Mapping[str, Any], used: set[str]) -> None:
+    """Checks that keys added on the command line, `+key=value`, are used by something.
+
+    Hydra refuses other unknown keys itself; those inside of a node are checked with the node.
+    """
+    if not HydraConfig.initialized():
+        return
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+").partition("=")[0]
+        if not override.startswith("+") or key.partition("@")[0] in GROUPS:
+            continue
+        group, *rest = key.split(".")
+        node: Any = values.get(group)
+        while rest and isinstance(node, Mapping) and "_target_" not in node:
+            node = node.get(rest.pop(0))
+        inside = isinstance(node, Mapping) and "_target_" in node
+        if not inside and key not in keys and key not in used:
+            raise ConfigError(f"{key} is not a key of this command")
 
 
 def constraints_by_key(config: DictConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
