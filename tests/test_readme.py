@@ -85,7 +85,7 @@ def run(lab: Command, command: str) -> Result:
 # One command of each kind, by what is in it. All others only choose other components, and
 # test_a_slow_command_of_the_readme_is_valid checks them; they run in the slow tests.
 KINDS = [
-    "debug=fdr", "10-00-00 trainer.max_steps=10000", "schedule=edm", "loss=hybrid", "ema.widths",
+    "debug=fdr", "schedule=edm", "loss=hybrid", "ema.widths",
     "-m task=generate ema=", "task=generate num_samples", "sampler.variance=learned", "label=",
     "task=likelihood", "task=interpolate", "task=fid", "guidance=mmse", "guidance=mmps",
     "poisson_rate", " image=", "observation=", "model=pretrained", "eval.py run=",
@@ -147,7 +147,9 @@ def test_a_command_of_the_readme_runs(
         save_unet(load_run(RUN).network if "eval.py" in command else tiny_unet(), "folder")
         diffusers.DDPMScheduler().save_pretrained("folder")
         command = command.replace("google/ddpm-ema-celebahq-256", "folder")
-        command += " data@model.data=faces" if "eval.py" in command else ""
+        if "eval.py" in command:
+            command += " data@model.data=faces model.data.splits.train=64"
+            command += " model.data.splits.val=16 model.data.splits.test=16"
     if "celeba" in command:
         folder = tmp_path / "photos"
         make_photos(folder, 12, 256)
