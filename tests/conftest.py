@@ -195,7 +195,7 @@ def trained(lab: Command, tmp_path: Path, trainings: Callable[..., Path]) -> Cal
         shutil.copytree(source.parent / "cache", tmp_path / "cache", dirs_exist_ok=True)
         old, new = str(source), str(tmp_path / directory)
         for path in Path(directory).rglob("*"):  # paths.output_dir, and those of checkpoints
-            if path.suffix in (".yaml", ".log"):
+            if path.suffix in (".yaml", ".log", ".html"):
                 path.write_text(path.read_text().replace(old, new))
             elif path.suffix == ".ckpt":
                 content = torch.load(path, weights_only=True)

@@ -232,10 +232,10 @@ def test_a_class_is_drawn_by_its_name(lab: Command) -> None:
     assert np.array_equal(images["weak"], images["none"])
     for other in ("other", "none", "strong"):
         assert not np.array_equal(images["name"], images[other])
-    assert "class curly, guidance 1.0" in Path("name/report.html").read_text()
+    assert "class curly, guidance scale 1.0" in Path("name/report.html").read_text()
     result = lab("eval", "run=run", "label=blond", *small)
     assert result.code == 1
-    assert "label=blond is none of the 9 classes" in result.text and "curly" in result.text
+    assert "label=blond is not one of the 9 classes" in result.text and "curly" in result.text
 
 
 def test_classes_that_do_not_fit_the_network_are_refused(lab: Command) -> None:

@@ -70,7 +70,8 @@ def test_the_samples_of_all_images_are_one_batch_and_a_derivative_no_new_call(
         return grad(outputs, inputs, *rest, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    result = lab("eval", f"task={task}", f"guidance={type(guidance).__name__.lower()}", *FOUR)
+    option = type(guidance).__name__.lower().removesuffix("reversesde")
+    result = lab("eval", f"task={task}", f"guidance={option}", *FOUR)
     assert result.code == 0, result.text
     # Beside them E[x_0 | y] of a noisy image, of one row for each, and the Stein discrepancy.
     once = [3] if task == "denoise" else []
@@ -151,5 +152,5 @@ def test_a_network_without_blocks_is_refused(
 
     monkeypatch.setattr(runs, "rebuild", other)
     result = lab("eval", key, *SMALL)
-    assert result.code == 1 and f"{key} is for the blocks of a UNet" in result.text
+    assert result.code == 1 and f"{key} applies to the blocks of a UNet" in result.text
     assert "is a Linear" in result.text and "Traceback" not in result.text

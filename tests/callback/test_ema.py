@@ -447,7 +447,7 @@ def test_bad_arguments_are_named(arguments: dict, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_configuration_is_named(override: str) -> None:
     key = override.split("=")[0]
-    with pytest.raises(ConfigError, match=rf"^{key}=.* is not allowed; it is"):
+    with pytest.raises(ConfigError, match=rf"^{key}=.* is not allowed; it must be"):
         check_train(compose("train", [override, "++paths.output_dir=out"]))
 
 

@@ -117,7 +117,10 @@ def test_a_debug_run_measures_a_few_images(lab: Command, tmp_path: Path) -> None
         (["fid.every_n_steps=0"], "fid.every_n_steps=0 is not allowed"),
         (["fid.sampler.steps=0"], "fid.sampler.steps=0 is not allowed"),
         (["fid.sampler.steps=1001"], "fid.sampler.steps=1001 is more than the 1000 steps"),
-        (["schedule=subvp", "sampler=ddim", "sampler@fid.sampler=ancestral"], "fid.sampler: anc"),
+        (
+            ["schedule=subvp", "sampler=ddim", "sampler@fid.sampler=ancestral"],
+            "fid.sampler=Ancestral: anc",
+        ),
         (["extractor=inception", "extractor.weights=no.pth"], "extractor.weights=no.pth is no"),
         (["extractor=vgg"], "vgg"),
         (["fid.every=3"], "fid.every"),

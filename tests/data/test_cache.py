@@ -546,7 +546,7 @@ def test_changed_hashes_are_refused(tmp_path: Path) -> None:
     spoilt = bytearray(path.read_bytes())
     spoilt[-32 * 3 + 5] ^= 1
     path.write_bytes(spoilt)
-    with pytest.raises(DataError, match=r"is damaged \(sha256.npy is not what was packed\)"):
+    with pytest.raises(DataError, match=r"is damaged \(sha256.npy was changed\)"):
         verify(PackedCache(cache.directory), progress=False)
 
 
@@ -635,8 +635,9 @@ def test_a_full_disk_is_named_and_its_work_goes_on(
     with pytest.raises(DataError) as caught:
         pack(Drawn(1500, size=16), root, kind)
     assert str(caught.value) == (
-        f"data.cache_dir={root} cannot be written: No space left on device. What is packed so far "
-        "is kept; free space there and start again, or set data.cache_dir to another disk"
+        f"data.cache_dir={root} cannot be written: No space left on device. The images "
+        "packed so far are kept; free space there and run the command again, or set "
+        "data.cache_dir to another disk"
     )
     assert len(partials(root)) == 1
     disk("64m")

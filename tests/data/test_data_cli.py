@@ -243,10 +243,10 @@ def test_help_lists_the_commands(module: str) -> None:
     [
         ("data.colour=red", "colour"),
         ("data.cache=none", "data.cache=none has no cache; set data.cache=uint8 or bytes"),
-        ("data.cache=int8", "data.cache=int8 is not allowed; it is "),
-        ("data.max_bad=-1", "data.max_bad=-1 is not allowed; it is "),
-        ("data.on_error=ignore", "data.on_error=ignore is not allowed; it is "),
-        ("data.size=17", "data.size=17 does not fit network.multipliers="),
+        ("data.cache=int8", "data.cache=int8 is not allowed; it must be "),
+        ("data.max_bad=-1", "data.max_bad=-1 is not allowed; it must be "),
+        ("data.on_error=ignore", "data.on_error=ignore is not allowed; it must be "),
+        ("data.size=17", "data.size=17 does not fit network: "),
         (
             "data.split=extra",
             "data.split=extra: the dataset has no split extra; it has train, ",
