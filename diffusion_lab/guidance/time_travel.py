@@ -53,7 +53,7 @@ class TimeTravelSampler(Sampler):
         name = type(sampler).__name__
         if not sampler.supports_adjust:
             raise ValueError(
-                f"{name} would undo what this method changes after every step; "
+                f"{name} overwrites what this method changes after every step; "
                 "choose another sampler: ancestral, euler_maruyama, ddim"
             )
         if repeats > 1 and sampler.history:

@@ -617,7 +617,7 @@ def test_dps_costs_no_call_and_one_graph_a_step(sampler: Sampler, calls: int | N
 def test_dps_is_refused_with_a_solver_that_would_undo_it() -> None:
     observation = Observation(Y, SIGMA_Y, OPERATOR)
     for sampler in (UniPC(5), ProbabilityFlow()):
-        with pytest.raises(ValueError, match=r"undo .* choose another sampler: ancestral"):
+        with pytest.raises(ValueError, match=r"overwrites .* choose another sampler: ancestral"):
             DPS()(MIXTURE.denoiser(VP()), sampler, observation)
 
 

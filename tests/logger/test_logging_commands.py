@@ -165,7 +165,7 @@ def test_checkpoints_are_uploaded_only_on_request_and_with_an_account(
     assert result.code == 1 and "Traceback" not in result.text
     assert "logger.wandb.log_model=True" in result.text and "wandb login" in result.text
     result = tiny(*options, "logger.wandb.log_model=best", "hydra.run.dir=a")
-    assert result.code == 1 and "one of False, True, all" in result.text
+    assert result.code == 1 and "one of false, true, all" in result.text
     # With an account; but the run itself stays here.
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(logger.wandb, "login", lambda prompt: True)
