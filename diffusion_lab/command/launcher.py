@@ -3,6 +3,10 @@
 Every rank gets the command's final configuration and the environment variables that Lightning
 reads. The command only waits and never is a rank itself: the next job of a sweep is not affected
 by this one, and a rank that dies, or hangs because another rank died, fails its own job alone.
+
+torch's `elastic_launch` is not used: it kills ranks 30 seconds after a signal, while a checkpoint
+may still be written; a second signal does not end it sooner; and its ranks survive if the command
+itself is killed.
 """
 
 __all__ = ["launch"]
