@@ -216,6 +216,8 @@ def describe(annotation: Any) -> str:
     if get_origin(kind) in (dict, Mapping):
         inner = describe(get_args(kind)[1])
         return f"a mapping, each value {inner}" if inner else "a mapping"
+    if get_origin(kind) is Callable:
+        return "a node with a _target_"
     if inspect.isclass(kind) and kind is not object and kind is not Any:
         return f"an instance of {kind.__name__}"
     return ""

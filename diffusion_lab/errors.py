@@ -22,6 +22,10 @@ class ArgumentError(ValueError):
         super().__init__(f"{name}={_shown(value)} is not allowed; it must be {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets the error pass between processes."""
+        return type(self), (self.name, self.value, self.allowed)
+
 
 def _shown(value: Any) -> str:
     """The value as it is written in YAML."""

@@ -1,6 +1,7 @@
 """Constraints on arguments: allowed values, descriptions, errors."""
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -94,6 +95,7 @@ def test_errors_are_value_errors_with_their_parts() -> None:
     with pytest.raises(ValueError) as caught:
         Example(-1)
     assert (caught.value.name, caught.value.value) == ("a", -1)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_annotations_of_functions_classes_and_others() -> None:

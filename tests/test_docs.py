@@ -113,6 +113,7 @@ def test_the_mathematics_names_every_choice() -> None:
             assert path.stem == "none" or f"`{path.stem}`" in text, f"{group}={path.stem}"
 
 
+@pytest.mark.slow
 def test_the_configuration_reference_is_up_to_date() -> None:
     page = (DOCS / "configuration.md").read_text()
     assert page == reference.configuration(), "conf/ or a constructor changed: run make reference"

@@ -147,7 +147,7 @@ def test_each_rank_finds_what_lightning_looks_for(
 def test_a_rank_that_is_killed_takes_those_along_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE", 0.2)
+    monkeypatch.setattr(launcher, "TERMINATE_TIMEOUT", 0.2)
     code = "time.sleep(600) if k == 0 else os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RunError, match="device 1 of 2 was killed by SIGKILL; is the memory full"):
         launched(monkeypatch, code)

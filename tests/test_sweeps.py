@@ -64,7 +64,9 @@ def test_a_sweep_into_the_directory_of_another_is_refused(tiny: Command) -> None
     done.parent.mkdir(parents=True)
     done.write_text("{}")
     result = tiny("-m", "seed=0,1", "hydra.sweep.dir=s")
-    assert result.code == 1 and "hydra.sweep.dir=s holds the jobs of a sweep" in result.text
+    assert (
+        result.code == 1 and "hydra.sweep.dir=s already holds the jobs of a sweep" in result.text
+    )
     assert "Traceback" not in result.text
     assert [path for path in Path("s").rglob("*") if path.is_file()] == [done]
 

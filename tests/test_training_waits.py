@@ -79,7 +79,7 @@ class Fit:
             callback.on_train_start(self, module)
 
     def step(self, batch: dict[str, Any]) -> None:
-        data = ImageDataModule("faces", 8, 4, {"train": 0.8, "val": 0.1, "test": 0.1})
+        data = ImageDataModule("faces", 8, 4, {"train": 8, "val": 4, "test": 4})
         batch = data.on_after_batch_transfer(batch, 0)
         for callback in self.callbacks:
             callback.on_train_batch_start(self, self.module, batch, 0)
