@@ -242,7 +242,7 @@ def _word(value: Any) -> str:
 def annotations(function: Callable[..., Any]) -> Mapping[str, Any]:
     """Returns the annotations of a function's arguments, or of a class's constructor.
 
-    Empty if they cannot be read. `*args`, `**kwargs` and the return value are left out.
+    Empty if they cannot be read. `*args`, `**kwargs` and the return value are not included.
     """
     target = function.__init__ if inspect.isclass(function) else function
     target = inspect.unwrap(target)

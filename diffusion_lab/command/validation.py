@@ -74,9 +74,6 @@ EVAL_KEYS: Mapping[str, Any] = {
     "operator": Node | None,
 }
 MAPPINGS = (dict, Mapping)
-GROUPS = {
-    str(path.relative_to(CONFIG_PATH)) for path in Path(CONFIG_PATH).rglob("*") if path.is_dir()
-}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -170,7 +167,7 @@ def _check_added_keys(values: Mapping[str, Any], keys: Mapping[str, Any], used: 
         return
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+").partition("=")[0]
-        if not override.startswith("+") or key.partition("@")[0] in GROUPS:
+        if not override.startswith("+") or Path(CONFIG_PATH, key.partition("@")[0]).is_dir():
             continue
         group, *rest = key.split(".")
         node: Any = values.get(group)

@@ -36,7 +36,7 @@ class Storage(ABC):
     def files(self) -> dict[str, State]:
         """The sorted names of all files, each with its size and its modification time or version.
 
-        Hidden files are left out: archives made on macOS hold a `._x.jpg` beside each `x.jpg`.
+        Hidden files are skipped: archives made on macOS hold a `._x.jpg` beside each `x.jpg`.
         """
         hidden = re.compile(r"(^|/)\.")
         return {name: state for name, state in sorted(self._list()) if not hidden.search(name)}
