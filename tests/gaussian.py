@@ -1,9 +1,9 @@
-r"""A prior whose denoiser is known, and the exact moments of what a sampler makes of it.
+"""A Gaussian prior with an exact denoiser, and the exact moments of a sampler's output.
 
-For x_0 ~ N(m, C), E[x_0 | x_t] = m + α_t C (α_t² C + σ_t² I)⁻¹ (x_t - α_t m) is linear in x_t. So
-is then every step of every sampler, and its output is a constant plus a linear map of the start
-and of all the noise that was drawn. `BasisNoise` reads that map off: one run of the sampler, on
-one row for each number drawn, gives mean and covariance of its output to rounding, without Monte
+For x_0 ~ N(m, C), E[x_0 | x_t] = m + α_t C (α_t² C + σ_t² I)⁻¹ (x_t - α_t m) is linear in x_t.
+Every step of every sampler is then linear too, and its output is a constant plus a linear map of
+the start and all noise draws. `BasisNoise` determines this map: one run of the sampler, with one
+batch row per random number, gives the mean and covariance of its output to rounding, without Monte
 Carlo.
 """
 
@@ -23,7 +23,7 @@ COVARIANCE = ROTATION @ EIGENVALUES.diag() @ ROTATION.T
 
 
 class GaussianDenoiser(Denoiser):
-    """E[x_0 | x_t] for x_0 ~ N(m, C), on x_t of shape (B, d)."""
+    """The denoiser E[x_0 | x_t] for x_0 ~ N(m, C), for x_t of shape (B, d)."""
 
     def __init__(
         self, schedule: Schedule, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE
@@ -32,7 +32,7 @@ class GaussianDenoiser(Denoiser):
         self.mean, self.covariance = mean, covariance
 
     def marginal(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of x_t at one time."""
+        """Mean and covariance of x_t at one time t."""
         alpha_t, sigma_t = self.schedule(torch.as_tensor(t, dtype=torch.float64))
         identity = torch.eye(len(self.mean), dtype=torch.float64)
         return alpha_t * self.mean, alpha_t**2 * self.covariance + sigma_t**2 * identity
@@ -47,12 +47,13 @@ class GaussianDenoiser(Denoiser):
 
 
 class BasisNoise(KeyedGenerator):
-    """Replacement of random numbers: row 0 gets zeros, draw k unit vectors in its own rows.
+    """A replacement of the random generator: row 0 gets zeros, draw k gets unit vectors in its own
+    rows.
 
     Arguments:
-        draws: The largest number of draws.
-        size: d, numbers of a draw.
-        extra: Rows between row 0 and those of the first draw, for the caller's use.
+        draws: The maximum number of draws.
+        size: d, the number of values in a draw.
+        extra: Number of rows between row 0 and those of the first draw, for use by the caller.
     """
 
     def __init__(self, draws: int, size: int, extra: int = 0) -> None:
@@ -68,7 +69,7 @@ class BasisNoise(KeyedGenerator):
 
 
 def moments(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of an output computed on the rows of `BasisNoise`."""
+    """Mean (d,) and covariance (d, d) of an output computed with `BasisNoise`."""
     response = output[1:] - output[0]
     return output[0], response.T @ response
 
@@ -76,7 +77,7 @@ def moments(output: Tensor) -> tuple[Tensor, Tensor]:
 def sampler_moments(
     sampler: Sampler, denoiser: GaussianDenoiser, mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Moments of the sampler's output, started from N(mean, covariance) at t = 1."""
+    """Moments of the output of a sampler that starts from N(mean, covariance) at t = 1."""
     size = len(mean)
     noise = BasisNoise(sampler.steps, size, extra=size)
     start = mean.repeat(noise.rows, 1)

@@ -1,7 +1,7 @@
-"""Distance of samples to a mixture of Gaussians: in shape, and in the weights of components.
+"""Distance of samples to a Gaussian mixture: in shape, and in the weights of the components.
 
-Each sample is assigned to its component and whitened there: exact draws of separate components
-become z ~ N(0, I) for any mixture, and every projection of z has distribution N(0, 1).
+Each sample is assigned to a component and whitened there. Exact samples of well-separated
+components become z ~ N(0, I) for any mixture, and every projection of z is distributed as N(0, 1).
 """
 
 import torch
@@ -16,10 +16,10 @@ REPEATS = 5  # number of sets of exact draws
 def distance(
     mixture: GaussianMixture, x: Tensor, slices: int = 256, seed: int = 0
 ) -> tuple[float, float]:
-    """The mean distance W_2 of projections of z from N(0, 1), and max_k |share of k - w_k|.
+    """The mean W_2 distance of projections of z from N(0, 1), and max_k |fraction of k - w_k|.
 
-    With the n projections sorted, W_2² is their mean square difference from the quantiles of
-    N(0, 1) at (i + 1/2) / n. A scale that is off by s adds s to the first number in quadrature.
+    With the n projections sorted, W_2² is their mean square difference from the quantiles of N(0,
+    1) at (i + 1/2) / n. A relative scale error s adds s to the first number in quadrature.
 
     Arguments:
         mixture: The target distribution.
@@ -28,7 +28,7 @@ def distance(
         seed: Seed of the directions.
     """
     z, k = mixture.whitened(x)
-    # Keyed streams: a generator of torch's with the seed of the samples would repeat their noise.
+    # Keyed streams: a torch generator with the seed of the samples would repeat their noise.
     keys = make_key(seed, "slices", torch.arange(slices))
     directions = KeyedGenerator(keys).normal(z.shape[1], dtype=torch.float64)
     directions = directions / directions.norm(dim=1, keepdim=True)

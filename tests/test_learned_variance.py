@@ -1,7 +1,8 @@
-r"""The learned variance against closed forms, hand-written bounds, and the fixed variances.
+"""Tests of the learned variance against closed forms, explicit bounds and the fixed variances.
 
-For x_0 ~ N(m, c I), x_s given x_t is normal, of the variance Σ = V_s v / V_t with V_t = α_t² c +
-σ_t² the variance of x_t. As Σ = v (σ_s² / σ_t²)^{1 - share}, the share is known:
+For x_0 ~ N(m, c I), x_s given x_t is normal with variance Σ = V_s v / V_t, where V_t = α_t² c +
+σ_t² is the variance of x_t. Since Σ = v (σ_s² / σ_t²)^{1 - share}, the variance fraction `share`
+is
 
     share = 1 - log (V_t / V_s) / log (σ_t² / σ_s²).
 """
@@ -43,7 +44,7 @@ from diffusion_lab.transition import (
 )
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-TWENTY = Linear(1e-4, 0.6, steps=20)  # whose last step, which adds no noise, is a small one
+TWENTY = Linear(1e-4, 0.6, steps=20)  # its last step, which adds no noise, is small
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -51,14 +52,17 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def levels(*shape: int, seed: int = 0) -> Tensor:
-    """Images of 8 bits in [-1, 1], float32, both ends of the range among them."""
+    """8-bit images in [-1, 1], float32, which contain both ends of the range."""
     p = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed))
     p.flatten()[:2] = torch.tensor([0, 255])
     return p.float() / 127.5 - 1
 
 
 def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
-    """The share for x_0 of variance c and the chain's own step, of t's shape; 1 for the last."""
+    """The exact variance fraction for x_0 of variance c and steps of 1 / T, of t's shape.
+
+    It is 1 for the last step.
+    """
     s = t - 1 / schedule.steps
     last = s < 0.5 / schedule.steps
     step = transition(schedule, t, torch.where(last, t / 2, s))
@@ -69,7 +73,7 @@ def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
 
 
 class Sharing(Denoiser):
-    """Another denoiser, with a share that is a function of t."""
+    """A given denoiser with a variance fraction that is a function of t."""
 
     def __init__(self, denoiser: Denoiser, share) -> None:
         super().__init__(denoiser.schedule)
@@ -84,7 +88,7 @@ class Sharing(Denoiser):
 
 
 class Gaussians(GaussianDenoiser):
-    """x_0 ~ N(m, c I), and the share that is right for it."""
+    """The denoiser of x_0 ~ N(m, c I) with its exact variance fraction."""
 
     def __init__(self, schedule: DiscreteSchedule, c: float) -> None:
         super().__init__(schedule, MEAN, c * torch.eye(4, dtype=torch.float64))
@@ -98,8 +102,8 @@ class Gaussians(GaussianDenoiser):
 
 
 @pytest.mark.parametrize("c", [0.05, 0.25, 0.9])
-def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: float) -> None:
-    """Of all steps of the chain at once; the divergence is then ½ log (Σ / β̃)."""
+def test_kl_is_minimal_at_the_exact_variance_of_the_step(c: float) -> None:
+    """At each step of the chain, the minimal KL divergence is ½ log (Σ / β̃)."""
     t = torch.arange(2, 21, dtype=torch.float64) / 20
     share = exact_share(TWENTY, t, c).requires_grad_()
     assert bool(((share > 0) & (share < 1)).all())
@@ -109,7 +113,7 @@ def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: floa
     v_t, v_s = (alpha**2 * c + sigma**2 for alpha, sigma in (TWENTY(t), TWENTY(s)))
     variance = step.reverse_variance(share)
     torch.testing.assert_close(variance, v * v_s / v_t, rtol=1e-12, atol=0)
-    # By the covariance of x_s and x_t, too.
+    # The covariance of x_s and x_t gives the same variance.
     covariance = alpha_t / TWENTY(s)[0] * v_s
     torch.testing.assert_close(variance, v_s - covariance**2 / v_t, rtol=1e-9, atol=0)
 
@@ -127,10 +131,10 @@ def test_the_share_of_least_divergence_is_the_exact_variance_of_the_step(c: floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("share", "variance"), [(0.0, "small"), (1.0, "large")])
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=["linear", "cosine"])
-def test_the_ends_of_the_share_are_the_fixed_variances(
+def test_fractions_zero_and_one_give_the_fixed_variances(
     schedule: DiscreteSchedule, share: float, variance: str, dtype: torch.dtype
 ) -> None:
-    """Bit by bit, on a grid of 50 steps."""
+    """The samples are bitwise equal on a grid of 50 steps."""
     prior, start = GaussianDenoiser(schedule), normal(16, 4, dtype=dtype)
     learned, fixed = (
         Ancestral(50, name)(
@@ -146,10 +150,11 @@ def test_the_ends_of_the_share_are_the_fixed_variances(
 
 
 @pytest.mark.parametrize("c", [0.05, 0.25])
-def test_twenty_steps_have_the_variance_of_the_data(c: float) -> None:
-    """To rounding until the last step, which adds no noise: E[x_0 | x_t] has a known variance.
+def test_exact_fraction_preserves_the_data_variance_in_twenty_steps(c: float) -> None:
+    """The variance is exact to rounding before the last step, which adds no noise.
 
-    The fixed variances are off by more than a tenth.
+    The output of the last step is E[x_0 | x_t], whose variance is known. The fixed variances
+    differ from the data's by more than 10%.
     """
     denoiser, found = Gaussians(TWENTY, c), {}
     start = denoiser.marginal(1.0)
@@ -167,8 +172,12 @@ def test_twenty_steps_have_the_variance_of_the_data(c: float) -> None:
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
-def test_a_step_over_many_indices_is_between_the_ends_of_its_own(steps: int) -> None:
-    """Both ends are those of the step from t to s, not of DDPM's: noise alone, of known size."""
+def test_fraction_interpolates_the_variances_of_the_actual_step_t_to_s(steps: int) -> None:
+    """Both interpolation ends are the variances of the step from t to s, not of DDPM's single
+    step.
+
+    The prior mean is zero, so that each step is a known multiple of x_t and the noise.
+    """
     schedule, states = Cosine(), list[State]()
     still = Sharing(GaussianDenoiser(schedule, 0 * MEAN), lambda t: 0.3 + 0.4 * t)
     start = normal(1, 4)
@@ -190,8 +199,11 @@ def test_a_step_over_many_indices_is_between_the_ends_of_its_own(steps: int) -> 
 
 
 @pytest.mark.parametrize("index", [999, 412, 1, 0])
-def test_a_step_is_that_of_diffusers(index: int) -> None:
-    """Every index: on a coarser grid diffusers takes β of the single index for the larger end."""
+def test_step_with_learned_variance_matches_diffusers(index: int) -> None:
+    """The grid has every index.
+
+    On a coarser grid diffusers uses β of a single index as the larger variance.
+    """
     import diffusers
 
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
@@ -216,7 +228,7 @@ def test_a_step_is_that_of_diffusers(index: int) -> None:
 
 
 class Says(nn.Module):
-    """A network of twice as many channels that returns a given output and counts its calls."""
+    """A network with learned variance that returns a given output and counts its calls."""
 
     learn_variance = True
 
@@ -229,7 +241,7 @@ class Says(nn.Module):
         return self.says
 
 
-def test_half_of_the_output_is_the_share() -> None:
+def test_second_half_of_the_output_is_the_variance_fraction() -> None:
     output, x_t, t = normal(2, 6, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor(0.3).double()
     network = Says(output)
     denoiser = NetworkDenoiser(network, Cosine(), kinds.X0())
@@ -251,7 +263,7 @@ def test_half_of_the_output_is_the_share() -> None:
     assert GaussianDenoiser(Cosine()).with_variance(normal(2, 4), t)[1] is None
 
 
-def test_a_sampler_asks_once_a_step_and_others_ignore_the_share() -> None:
+def test_sampler_calls_the_network_once_per_step_and_ddim_ignores_variance() -> None:
     network = Says(0.5 * normal(2, 6, 4, 4))
     denoiser, states = NetworkDenoiser(network, Linear(), kinds.X0()), list[State]()
     start = normal(2, 3, 4, 4)
@@ -263,7 +275,7 @@ def test_a_sampler_asks_once_a_step_and_others_ignore_the_share() -> None:
     assert torch.equal(DDIM(5)(denoiser, start), DDIM(5)(plain, start))
 
 
-def test_without_a_learned_variance_the_way_out_is_named() -> None:
+def test_error_without_learned_variance_names_the_alternatives() -> None:
     with pytest.raises(ConfigError) as caught:
         Ancestral(3, "learned")(GaussianDenoiser(Linear()), normal(2, 4))
     for text in (
@@ -273,8 +285,8 @@ def test_without_a_learned_variance_the_way_out_is_named() -> None:
         assert text in str(caught.value)
 
 
-def test_a_network_without_it_is_what_it_was() -> None:
-    """The same names and numbers, and twice as many in the last layer with it."""
+def test_learn_variance_changes_only_the_last_layer_of_the_unet() -> None:
+    """The names and initial values are equal; only the last layer has twice as many channels."""
     arguments = {"channels": 8, "multipliers": (1, 1), "attention_levels": (), "groups": 4}
     torch.manual_seed(0)
     plain = UNet(**arguments, blocks=1).state_dict()
@@ -301,11 +313,11 @@ EIGHT = torch.tensor([1, 2, 3, 50, 300, 600, 999, 1000], dtype=torch.float64) / 
 
 
 def drawn(kind: str, schedule: DiscreteSchedule, t: Tensor) -> tuple[Tensor, ...]:
-    """x_0, the output, its target and the estimate x̂ for images of 3 x 4 x 4, and the share."""
+    """x_0, the output, its target and the estimate x̂ for 3 x 4 x 4 images, and the fraction."""
     x_0, epsilon = levels(len(t), 3, 4, 4), normal(len(t), 3, 4, 4).float()
     alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
     target = PARAMETERIZATIONS[kind].target(x_0, epsilon, alpha_t, sigma_t)
-    # It errs in x̂ by about half of the noise, as a network does.
+    # The error of x̂ is about half of the noise, as for a trained network.
     gain = PARAMETERIZATIONS[kind].gain(alpha_t, sigma_t)
     away = 0.5 * sigma_t / torch.hypot(alpha_t, sigma_t)
     output = target + gain * away * normal(*x_0.shape, seed=1).float()
@@ -317,7 +329,11 @@ def drawn(kind: str, schedule: DiscreteSchedule, t: Tensor) -> tuple[Tensor, ...
 
 
 def term_by_hand(x_0: Tensor, denoised: Tensor, share: Tensor, t: float) -> Tensor:
-    """The term of one image in bits, from DDPM's β alone: KL of two normals, or a pixel's mass."""
+    """The term of one image in bits, from DDPM's β alone.
+
+    It is the KL divergence of two normals or, for the last step, the probability of a pixel's
+    level.
+    """
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     bar = (1 - beta).cumprod(0)
     i = round(t * 1000) - 1
@@ -333,15 +349,19 @@ def term_by_hand(x_0: Tensor, denoised: Tensor, share: Tensor, t: float) -> Tens
         above, below = p.cdf(x_0 + 1 / 255), p.cdf(x_0 - 1 / 255)
         above, below = torch.where(x_0 == 1, 1, above), torch.where(x_0 == -1, 0, below)
         return -torch.log2(above - below).mean()
-    of_x_0 = bar[i - 1].sqrt() * beta[i] / (1 - bar[i])  # what x_t adds is the same in both
+    # The term in x_t is the same in both means.
+    of_x_0 = bar[i - 1].sqrt() * beta[i] / (1 - bar[i])
     q = torch.distributions.Normal(of_x_0 * x_0, low.sqrt())
     p = torch.distributions.Normal(of_x_0 * denoised, std)
     return torch.distributions.kl_divergence(q, p).mean() / math.log(2)
 
 
 @pytest.mark.parametrize("kind", PARAMETERIZATIONS)
-def test_the_loss_and_its_gradients_are_those_of_the_paper(kind: str) -> None:
-    """The mean's gradient is L_simple's bit by bit, the share's that of the bound by hand."""
+def test_hybrid_loss_and_gradients_match_nichol_and_dhariwal(kind: str) -> None:
+    """The gradient of the mean equals that of L_simple bitwise.
+
+    The gradient of the variance fraction equals that of the bound.
+    """
     schedule, t = Linear(), EIGHT
     x_0, output, target, denoised, share = drawn(kind, schedule, t)
     arguments = target, schedule, PARAMETERIZATIONS[kind], t
@@ -365,13 +385,13 @@ def test_the_loss_and_its_gradients_are_those_of_the_paper(kind: str) -> None:
         (hybrid - simple).detach().double() / 2, terms.detach(), rtol=2e-4, atol=2e-6
     )
     for got, wanted in zip(of_share.double(), expected, strict=True):
-        # In float32 gain and KL cancel to rounding where a step changes hardly anything.
+        # In float32 the gain and the KL divergence cancel to rounding if a step changes little.
         atol = max(1e-12, 1e-3 * float(wanted.abs().max()))
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=atol)
 
 
-def test_the_error_of_other_times_does_no_harm() -> None:
-    """Of a network that is far off: finite, and finite gradients, also of the first index."""
+def test_hybrid_loss_and_gradients_are_finite_for_large_errors() -> None:
+    """The output of the network is far from the target, also at the first index."""
     x_0, t = levels(8, 3, 4, 4), EIGHT
     share = torch.full_like(x_0, 0.5).requires_grad_()
     output = (30 * normal(8, 3, 4, 4).float()).requires_grad_()
@@ -384,8 +404,8 @@ def test_the_error_of_other_times_does_no_harm() -> None:
         assert all(bool(g.isfinite().all()) for g in gradients)
 
 
-def test_the_module_trains_both_halves() -> None:
-    """By one step on one batch: the loss is L_simple and a thousandth of T terms."""
+def test_module_computes_gradients_for_the_mean_and_the_variance() -> None:
+    """The loss of one batch is L_simple plus T / 1000 times the variational terms."""
 
     class Half(nn.Module):
         learn_variance = True
@@ -434,7 +454,7 @@ def test_the_module_trains_both_halves() -> None:
 
 @pytest.mark.parametrize("mean", [-1.02, -0.4, 0.0, 0.7, 1.0])
 @pytest.mark.parametrize("std", [0.002, 0.01, 0.4])
-def test_the_masses_of_all_levels_are_one(mean: float, std: float) -> None:
+def test_probabilities_of_all_levels_sum_to_one(mean: float, std: float) -> None:
     variance = torch.tensor(std**2, dtype=torch.float64)
     nats = discretized_gaussian_nll(LEVELS, torch.full_like(LEVELS, mean), variance)
     assert float(torch.exp(-nats).sum()) == pytest.approx(1, abs=1e-12)
@@ -445,7 +465,7 @@ def test_the_masses_of_all_levels_are_one(mean: float, std: float) -> None:
     assert bool(nats.isfinite().all())
 
 
-def test_the_last_variance_is_between_that_of_the_pixels_and_that_of_the_step_before() -> None:
+def test_final_step_variance_interpolates_posterior_variance_and_beta_0() -> None:
     beta = np.linspace(1e-4, 0.02, 1000)
     before = beta[1] * beta[0] / (1 - (1 - beta[0]) * (1 - beta[1]))
     for share, expected in ((0.0, before), (1.0, beta[0]), (0.5, math.sqrt(before * beta[0]))):
@@ -453,11 +473,11 @@ def test_the_last_variance_is_between_that_of_the_pixels_and_that_of_the_step_be
         assert float(actual) == pytest.approx(expected, rel=1e-9)
 
 
-# --- the bound ----------------------------------------------------------------------------------
+# --- the variational bound ----------------------------------------------------------------------
 
 
 class Chosen(KeyedGenerator):
-    """The same uniform number for every image, and no noise."""
+    """A generator that returns the same uniform number for every image, and zeros as noise."""
 
     def __init__(self, count: int, u: float) -> None:
         super().__init__(make_key(0, torch.arange(count)))
@@ -471,7 +491,7 @@ class Chosen(KeyedGenerator):
 
 
 class Shrink(Denoiser):
-    """x̂ = 0.9 x_t / α_t."""
+    """The denoiser x̂ = 0.9 x_t / α_t."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_t, _ = (broadcast(c, x_t) for c in self.schedule(t))
@@ -479,7 +499,7 @@ class Shrink(Denoiser):
 
 
 def masses(schedule: DiscreteSchedule) -> Tensor:
-    """How the bound shares its terms out over the steps, T - 1 cumulative numbers up to 1."""
+    """Cumulative probabilities, from 0 to 1, with which the bound draws the T - 1 steps."""
     t = torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
     snr = schedule.ratio(t) ** -2
     mass = ((snr[:-1] - snr[1:]) / (1 + snr[1:])).cumsum(0)
@@ -487,15 +507,15 @@ def masses(schedule: DiscreteSchedule) -> Tensor:
 
 
 @pytest.mark.parametrize("schedule", [TWENTY, Cosine(steps=12)], ids=["linear", "cosine"])
-def test_the_terms_of_the_loss_are_those_of_the_bound(schedule: DiscreteSchedule) -> None:
-    """Step by step, each drawn alone; and their sum with KL(q(x_1 | x_0) ‖ p) is the bound."""
+def test_terms_of_the_hybrid_loss_equal_the_terms_of_the_bound(schedule: DiscreteSchedule) -> None:
+    """Each term is drawn alone; their sum with KL(q(x_1 | x_0) ‖ p) equals the bound."""
     p = torch.randint(256, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
     x_0 = p.double() / 127.5 - 1
     denoiser = Sharing(Shrink(schedule), lambda t: 0.2 + 0.6 * t)
     mass, steps = masses(schedule), schedule.steps
 
     def term(k: int) -> Tensor:
-        """That of the step from (k + 1) / T, of x_t without noise."""
+        """The loss term of the step at t = (k + 1) / T for x_t without noise."""
         t = torch.full((3,), (k + 1) / steps, dtype=torch.float64)
         alpha_t, _ = (broadcast(c, x_0) for c in schedule(t))
         denoised, share = denoiser.with_variance(alpha_t * x_0, t)
@@ -515,8 +535,8 @@ def test_the_terms_of_the_loss_are_those_of_the_bound(schedule: DiscreteSchedule
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
 
 
-def test_the_bound_of_the_small_variance_is_the_bound_without_a_share() -> None:
-    """But for the last step, which is the network's own where it has a share."""
+def test_bound_with_zero_fraction_equals_the_bound_with_fixed_variance() -> None:
+    """The bounds differ only in the last step, where a learned variance is used if present."""
     p = torch.randint(256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
     x_0, schedule = p.double() / 127.5 - 1, Linear()
     plain, key = Shrink(schedule), make_key(0, torch.arange(4))
@@ -538,8 +558,11 @@ def test_the_bound_of_the_small_variance_is_the_bound_without_a_share() -> None:
     torch.testing.assert_close(with_variance - without, difference, rtol=1e-4, atol=1e-5)
 
 
-def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
-    """With the exact share, E KL = ½ log (Σ / β̃) at every step: 0.64 bits less in all."""
+def test_exact_fraction_lowers_the_bound_by_the_closed_form() -> None:
+    """With the exact fraction, E KL = ½ log (Σ / β̃) at every step.
+
+    The bound is 0.64 bits lower in total.
+    """
     mu, tau, schedule = -0.05, 0.25, Linear()
 
     class Pixels(Denoiser):
@@ -561,7 +584,8 @@ def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
     small = ((r[:-1] ** -2 - r[1:] ** -2) / 2 * square).sum()
     sigma = schedule(torch.arange(1, 1001, dtype=torch.float64) / 1000)[1]
     gain = exact_share(schedule, t, tau**2) * torch.log(sigma[1:] ** 2 / sigma[:-1] ** 2)
-    # The pixels, by the network: N(x̂, β_0), and by the levels: a softmax, around x_t / α_t.
+    # The pixel term: the network uses N(x̂, β_0), the other bound a softmax over levels around x_t
+    # / α_t.
     first = float(r[0])
     n = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     weight = torch.exp(-(n**2) / 2) / torch.exp(-(n**2) / 2).sum()
@@ -582,8 +606,8 @@ def test_the_bound_of_gaussian_pixels_is_lower_by_what_is_known() -> None:
 # --- diffusers ----------------------------------------------------------------------------------
 
 
-def test_a_network_of_diffusers_with_twice_the_channels(tmp_path: Path) -> None:
-    """Loads with its values, returns its variance fraction, and is written back bit for bit."""
+def test_diffusers_network_with_learned_variance_round_trips(tmp_path: Path) -> None:
+    """It loads with equal outputs, returns its variance fraction, and is saved bit for bit."""
     from diffusers import UNet2DModel
 
     d, u = "DownBlock2D", "UpBlock2D"
@@ -616,7 +640,7 @@ def test_a_network_of_diffusers_with_twice_the_channels(tmp_path: Path) -> None:
     assert not load_unet(tmp_path / "c").learn_variance
 
 
-def test_a_variance_that_is_no_share_is_refused(tmp_path: Path) -> None:
+def test_unsupported_variance_type_of_diffusers_is_an_error(tmp_path: Path) -> None:
     settings = {
         "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
         "num_train_timesteps": 1000,
@@ -629,7 +653,7 @@ def test_a_variance_that_is_no_share_is_refused(tmp_path: Path) -> None:
         load_schedule(tmp_path)
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- invalid configurations ---------------------------------------------------------------------
 
 LEARNED = ["loss=hybrid", "network.learn_variance=true"]
 
@@ -651,18 +675,18 @@ LEARNED = ["loss=hybrid", "network.learn_variance=true"]
         (["sampler.variance=big"], ["sampler.variance=big", "learned"]),
     ],
 )
-def test_what_does_not_go_together_is_refused(overrides: list[str], texts: list[str]) -> None:
+def test_incompatible_options_are_an_error(overrides: list[str], texts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check_train(compose("train", [*overrides, "++paths.output_dir=out"]))
     assert all(text in str(caught.value) for text in texts), caught.value
 
 
-def test_what_goes_together_is_not_refused() -> None:
+def test_compatible_options_are_accepted() -> None:
     for more in ([], ["time.stratified=true"], ["sampler.variance=learned"], ["schedule=cosine"]):
         check_train(compose("train", [*LEARNED, *more, "++paths.output_dir=out"]))
 
 
-def test_the_module_and_the_loss_refuse_by_themselves() -> None:
+def test_module_and_loss_raise_errors_without_the_command_line() -> None:
     parts = (Linear(), kinds.Epsilon())
     for network, loss in ((nn.Identity(), Hybrid()), (Says(torch.zeros(1)), Simple())):
         with pytest.raises(ConfigError, match=r"loss=hybrid"):
@@ -674,10 +698,10 @@ def test_the_module_and_the_loss_refuse_by_themselves() -> None:
         Hybrid(0.0)
 
 
-# --- by command ---------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------
 
 
-def test_a_run_learns_its_variance_and_samples_with_it(lab: Command, tiny: Command) -> None:
+def test_run_trains_and_samples_with_learned_variance(lab: Command, tiny: Command) -> None:
     result = tiny(
         *LEARNED, "sampler.variance=learned", "trainer.max_steps=3", "hydra.run.dir=a",
         "optimizer.lr=0.01",
@@ -686,7 +710,8 @@ def test_a_run_learns_its_variance_and_samples_with_it(lab: Command, tiny: Comma
     assert Path("a/samples/grid-0000003.png").is_file()
     network = load_run("a", ema=False).network
     assert network.learn_variance
-    assert float(network.conv_out.weight[3:].abs().max()) > 1e-4  # the share's half has moved
+    # The variance half of the output was trained.
+    assert float(network.conv_out.weight[3:].abs().max()) > 1e-4
 
     common = ["sampler.steps=3", "num_samples=2", "trainer.accelerator=cpu", "task=generate"]
     images = []
@@ -708,10 +733,10 @@ def test_a_run_learns_its_variance_and_samples_with_it(lab: Command, tiny: Comma
     assert "bound" in result.text
 
 
-def test_a_run_from_before_loads_and_goes_on(
+def test_old_run_without_learn_variance_loads_and_resumes(
     lab: Command, tiny: Command, trained: Trained
 ) -> None:
-    """Neither its configuration nor its checkpoint knows the key."""
+    """The configuration and the checkpoint of an old run lack `network.learn_variance`."""
     trained("a", "trainer.max_steps=2")
     file = Path("a/.hydra/config.yaml")
     config = OmegaConf.load(file)

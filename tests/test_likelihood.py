@@ -1,4 +1,4 @@
-"""Likelihoods against closed forms: Gaussian pixels in bits, the mixture's density in nats."""
+"""Likelihoods against closed forms: Gaussian pixels in bits, mixture densities in nats."""
 
 import math
 
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pixels(count: int, shift: float = 0.0, spread: float = 1.0) -> Tensor:
-    """The nearest levels of N(μ + shift τ, (spread τ)²), uint8; none is at the range's end."""
+    """Samples of N(μ + shift τ, (spread τ)²), rounded to uint8; few are 0 or 255."""
     level = MU + TAU * (shift + spread * normal(count, *SHAPE))
     p = ((level + 1) * 127.5).round().clamp(0, 255).byte()
     assert float(((p == 0) | (p == 255)).double().mean()) < 1e-3
@@ -48,7 +48,7 @@ def pixels(count: int, shift: float = 0.0, spread: float = 1.0) -> Tensor:
 
 
 def exact_bits(pixels: Tensor, tau: float = TAU) -> Tensor:
-    """-log2 of the probability that N(μ, τ²) falls nearest to the level, mean over the pixels."""
+    """-log2 of the probability that N(μ, τ²) rounds to the level, averaged over the pixels."""
     low, high = (((pixels.double().numpy() + e) / 127.5 - 1) for e in (-0.5, 0.5))
     probability = norm.cdf(high, MU, tau) - norm.cdf(low, MU, tau)
     return torch.from_numpy(-np.log2(probability)).flatten(1).mean(1)
@@ -58,15 +58,15 @@ def exact_bits(pixels: Tensor, tau: float = TAU) -> Tensor:
 
 
 class OffGenerator(KeyedGenerator):
-    """Noise in [½, 1½) of a bin's width."""
+    """A generator whose dequantization noise is wrong: in [½, 3/2) of a bin width."""
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return super().uniform(*shape, dtype=dtype) + 0.5
 
 
 @every_schedule
-def test_the_flow_of_gaussian_pixels(schedule: str) -> None:
-    """The pixels lie one τ beside the mean, where half a bin more or less is 0.02 bits."""
+def test_flow_likelihood_of_gaussian_pixels_is_exact(schedule: str) -> None:
+    """The pixels are near μ + τ, where a shift of half a bin changes the bits by 0.02."""
     p = pixels(16, shift=1.0, spread=0.3)
     denoiser, solver = PRIOR.denoiser(SCHEDULES[schedule]), ProbabilityFlow()
     bits = flow(denoiser, solver, p, streams(16))
@@ -75,22 +75,22 @@ def test_the_flow_of_gaussian_pixels(schedule: str) -> None:
     assert abs(error) < 2e-3, error
 
 
-def test_the_density_is_that_of_the_image_at_the_smallest_time() -> None:
-    """Of x_t / α_t, not of x_t, where α is 0.994: it has noise of 0.11 beside the τ of 0.25."""
+def test_flow_likelihood_is_the_density_of_x_t_over_alpha_at_t_min() -> None:
+    """Here α_t = 0.994, and the noise in x_t / α_t is 0.11, beside τ = 0.25."""
     schedule, p = VP(t_min=0.03), pixels(16, shift=1.0, spread=0.3)
     bits = flow(PRIOR.denoiser(schedule), ProbabilityFlow(), p, streams(16))
     expected = exact_bits(p, math.hypot(TAU, float(schedule.ratio(0.03))))
     assert abs(float((bits - expected).mean())) < 2e-3
 
 
-def test_half_a_bin_more_would_be_seen() -> None:
+def test_flow_likelihood_detects_a_shift_of_half_a_bin() -> None:
     p = pixels(16, shift=1.0, spread=0.3)
     wrong = flow(PRIOR.denoiser(VP()), ProbabilityFlow(), p, OffGenerator(streams(16).key))
     assert abs(float((wrong - exact_bits(p)).mean())) > 1e-2
 
 
-def test_the_exact_trace_of_gaussian_pixels() -> None:
-    """The Jacobian is a multiple of I, of which Hutchinson's estimate is exact, too."""
+def test_exact_trace_equals_hutchinson_estimate_for_gaussian_pixels() -> None:
+    """The Jacobian is a multiple of I, for which Hutchinson's estimate is exact."""
     prior = Gaussian(torch.full((12,), MU), TAU**2 * torch.eye(12), shape=(3, 2, 2))
     p, denoiser = pixels(2)[:, :, :2, :2], prior.denoiser(VP())
     estimated, exact = (
@@ -100,7 +100,7 @@ def test_the_exact_trace_of_gaussian_pixels() -> None:
 
 
 def bound_in_closed_form(schedule: Schedule) -> float:
-    """The expectation of DDPM's bound over the pixels of N(μ, τ²), term by term."""
+    """The expectation of DDPM's bound over pixels of N(μ, τ²), summed term by term."""
     if isinstance(schedule, DiscreteSchedule):
         r = schedule.ratio(torch.arange(1, 1001, dtype=torch.float64) / 1000).numpy()
     else:
@@ -113,7 +113,8 @@ def bound_in_closed_form(schedule: Schedule) -> float:
     # E|x_0 - x̂|² = τ² / (1 + τ² SNR).
     snr = r**-2.0
     inner = np.sum((snr[:-1] - snr[1:]) / 2 * TAU**2 / (1 + TAU**2 * snr[1:]))
-    # -log of the softmax over levels j Δ, seen with noise n ~ N(0, r²) around level 0.
+    # The decoder term is -log of the softmax over levels j Δ, with noise n ~ N(0, r²) around level
+    # 0.
     n, j = np.linspace(-9, 9, 4001) * r[0], np.arange(-40, 41)
     logits = -((n[:, None] - j / 127.5) ** 2) / (2 * r[0] ** 2)
     largest = logits.max(1, keepdims=True)
@@ -123,15 +124,18 @@ def bound_in_closed_form(schedule: Schedule) -> float:
 
 
 @every_schedule
-def test_the_bound_of_gaussian_pixels(schedule: str) -> None:
-    """Above the exact value; under a thousand of DDPM's steps by much, in the limit by little."""
+def test_bound_of_gaussian_pixels_matches_the_closed_form(schedule: str) -> None:
+    """The bound is above the exact value.
+
+    The gap is over 0.5 bits with 1000 steps of DDPM, and below 0.1 bits for continuous schedules.
+    """
     p = pixels(256)
     bits = bound(PRIOR.denoiser(SCHEDULES[schedule]), p, streams(256), terms=100)
     expected = bound_in_closed_form(SCHEDULES[schedule])
     error = float(bits.std()) / math.sqrt(256)
     assert error < 0.02
     assert abs(float(bits.mean()) - expected) < 4 * error
-    excess = bits - exact_bits(p)  # whose spread is less: both know the pixels
+    excess = bits - exact_bits(p)  # its variance is smaller, since both depend on the same pixels
     error = float(excess.std()) / math.sqrt(256)
     assert float(excess.mean()) > -4 * error
     entropy = math.log2(127.5 * TAU * math.sqrt(2 * math.pi * math.e))
@@ -142,7 +146,7 @@ def test_the_bound_of_gaussian_pixels(schedule: str) -> None:
         assert float(excess.mean()) < 0.1 + 4 * error
 
 
-def test_the_number_of_terms_changes_the_spread_and_not_the_mean() -> None:
+def test_number_of_terms_changes_the_variance_of_the_bound_but_not_its_mean() -> None:
     p = pixels(256)
     few, many = (
         bound(PRIOR.denoiser(SCHEDULES["vp"]), p, streams(256, seed), terms=terms)
@@ -167,7 +171,8 @@ def test_bits_are_independent_of_the_batch(kind: str) -> None:
         return flow(denoiser, ProbabilityFlow(), p[chosen], generator)
 
     together, alone = bits([0, 1, 2, 3, 4]), bits([3])
-    assert float(together[3]) == pytest.approx(float(alone[0]), rel=0, abs=1e-6)  # float32 in it
+    # Part of the computation is float32.
+    assert float(together[3]) == pytest.approx(float(alone[0]), rel=0, abs=1e-6)
 
 
 # --- densities ----------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ every_wide = pytest.mark.parametrize("schedule", WIDE.values(), ids=WIDE.keys())
 
 
 def points(schedule: Schedule, count: int, t: float | None = None) -> tuple[Tensor, Tensor]:
-    """Draws of x_t, and log p(x_t)."""
+    """Samples of x_t, and log p(x_t)."""
     level = torch.tensor(schedule.t_min if t is None else t, dtype=torch.float64)
     alpha_t, sigma_t = schedule(level)
     x_0 = MIXTURE.sample(count, torch.Generator().manual_seed(3))
@@ -187,8 +192,10 @@ def points(schedule: Schedule, count: int, t: float | None = None) -> tuple[Tens
 
 @every_wide
 @pytest.mark.parametrize("t", [None, 0.3])
-def test_the_density_of_the_mixture(schedule: Schedule, t: float | None) -> None:
-    """But for what the start at t = 1 ignores, which is nothing under VE and Flow."""
+def test_flow_density_of_the_mixture_matches_the_closed_form(
+    schedule: Schedule, t: float | None
+) -> None:
+    """The flow assumes N(0, prior_std² I) at t = 1, which is the main source of error under VP."""
     x_t, expected = points(schedule, 48, t)
     actual, _ = ProbabilityFlow().log_prob(MIXTURE.denoiser(schedule), x_t, t, exact=True)
     bits = (actual - expected) / (D * math.log(2))
@@ -196,8 +203,8 @@ def test_the_density_of_the_mixture(schedule: Schedule, t: float | None) -> None
     assert float(bits.abs().max()) < 1e-2
 
 
-def test_only_the_start_is_missing_under_vp() -> None:
-    """With the density of x_1 itself in place of N(0, I), each point is exact."""
+def test_flow_density_error_under_vp_comes_only_from_the_prior_at_t_1() -> None:
+    """If the exact density of x_1 replaces that of N(0, I), the density of each point is exact."""
     schedule = WIDE["vp"]
     x_t, expected = points(schedule, 8)
     solver = ProbabilityFlow(rtol=1e-7, atol=1e-7)
@@ -210,8 +217,8 @@ def test_only_the_start_is_missing_under_vp() -> None:
 
 
 @every_wide
-def test_hutchinsons_estimate_has_the_right_mean(schedule: Schedule) -> None:
-    """Of one point, over 300 directions."""
+def test_hutchinson_estimate_is_unbiased(schedule: Schedule) -> None:
+    """The mean over 300 random directions at one point is compared with the closed form."""
     x_t, expected = points(schedule, 1)
     estimates, _ = ProbabilityFlow().log_prob(
         MIXTURE.denoiser(schedule), x_t.repeat(300, 1), generator=streams(300, seed=5)
@@ -222,7 +229,7 @@ def test_hutchinsons_estimate_has_the_right_mean(schedule: Schedule) -> None:
 
 
 @every_wide
-def test_to_the_latent_and_back(schedule: Schedule) -> None:
+def test_flow_to_the_latent_and_back_restores_the_input(schedule: Schedule) -> None:
     x, _ = points(schedule, 16)
     solver, denoiser = ProbabilityFlow(rtol=1e-6, atol=1e-6), MIXTURE.denoiser(schedule)
     latent = solver.integrate(denoiser, x, schedule.t_min, 1.0)
@@ -234,10 +241,10 @@ def test_to_the_latent_and_back(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_densities_are_independent_of_the_batch(exact: bool) -> None:
-    """Each point has its own steps and its own v of Hutchinson's estimator."""
+    """Each point has its own step sizes and its own direction v of Hutchinson's estimator."""
     schedule, key = WIDE["vp"], make_key(6, torch.arange(5))
     x, _ = points(schedule, 5)
-    x[0] *= 1.5  # needs other steps
+    x[0] *= 1.5  # this point needs other step sizes
 
     def density(chosen: list[int]) -> tuple[Tensor, Tensor]:
         return ProbabilityFlow().log_prob(

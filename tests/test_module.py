@@ -1,4 +1,4 @@
-"""DiffusionModule: training loss, moving average of the weights, learning rates, log rows."""
+"""Tests of `DiffusionModule`: training loss, EMA of the weights, learning rate, logged metrics."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
 
 class Affine(nn.Module):
-    """w x_t + v i / 1000: it sees both the image and the index."""
+    """The output w x_t + v i / 1000 depends on both the image and the index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Affine(nn.Module):
 
 
 class Devices:
-    """A fake trainer during a fit, with the losses of other devices.
+    """A fake trainer during a fit that averages the loss with given losses of other devices.
 
     Arguments:
-        every: Steps between two rows of the log.
+        every: Number of steps between two logged rows.
         others: The losses of the other devices.
     """
 
@@ -70,7 +70,7 @@ def make_module(network: nn.Module | None = None, **kwargs) -> DiffusionModule:
 
 
 def fitting(devices: Devices | None = None, **kwargs) -> DiffusionModule:
-    """A module during a fit; `module.logged` has the values that it logs."""
+    """A module during a fit; `module.logged` collects the logged names and values."""
     module = make_module(**kwargs)
     module._trainer, module.logged = devices or Devices(), []
 
@@ -94,7 +94,7 @@ def make_batch(count: int, first: int = 0, weight: float = 1.0) -> dict:
 
 
 def by_hand(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
-    """The loss of each image, from DDPM's β alone, float64."""
+    """The loss of each image in float64, computed from DDPM's β alone."""
     alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
     losses = []
     for image, time, noise in zip(x_0.double(), t, epsilon.double(), strict=True):
@@ -106,8 +106,8 @@ def by_hand(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [4, 1000])
-def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
-    """1/T, 2/T, ..., 1 and nothing else: never the clean image, and the noisiest one too."""
+def test_uniform_times_are_uniform_over_the_indices(steps: int) -> None:
+    """The times are 1/T, 2/T, ..., 1 with equal probability: t = 0 is never drawn, t = 1 is."""
     u = KeyedGenerator(make_key(0, torch.arange(100_000))).uniform().double()
     t, factor = Uniform()(u, Linear(steps=steps))
     assert t.dtype == factor.dtype == torch.float64
@@ -123,13 +123,13 @@ def test_the_times_are_uniform_over_the_indices(steps: int) -> None:
 
 
 def draws(batch: dict) -> tuple[Tensor, Tensor]:
-    """DDPM's times k / T, k uniform in {1, ..., T}, and ε, of the keys of a batch."""
+    """DDPM's times k / T, with k uniform in {1, ..., T}, and ε, drawn from the keys of a batch."""
     generator = KeyedGenerator(batch["key"])
     t = ((generator.uniform().double() * 1000).floor() + 1) / 1000
     return t, generator.normal(3, 4, 4)
 
 
-def test_the_training_loss_is_that_of_the_paper() -> None:
+def test_training_loss_matches_ddpm_equation_14() -> None:
     module, batch = fitting(Devices(every=1)), make_batch(6)
     t, epsilon = draws(batch)
     assert len(set(t.tolist())) == 6 and float(t.min()) > 0 and float(t.max()) <= 1
@@ -141,7 +141,10 @@ def test_the_training_loss_is_that_of_the_paper() -> None:
 
 
 def each_loss(module: DiffusionModule, batch: dict) -> Tensor:
-    """The training loss of each image, from batches of one; their mean is the batch's."""
+    """The training loss of each image, computed from batches of one image.
+
+    Their mean must equal the loss of the whole batch.
+    """
     losses = []
     for k in range(len(batch["x_0"])):
         one = {n: v[k : k + 1] if isinstance(v, Tensor) else v for n, v in batch.items()}
@@ -161,10 +164,10 @@ def each_loss(module: DiffusionModule, batch: dict) -> Tensor:
     ids=["min_snr", "min_snr_0.3", "p2"],
 )
 @pytest.mark.parametrize("parameterization", [Epsilon(), X0(), V()])
-def test_a_weighted_loss_weighs_the_error_of_the_estimate(
+def test_weighted_loss_is_the_weighted_error_of_the_estimate(
     parameterization: Parameterization, loss: Loss, weight
 ) -> None:
-    """w(SNR) |x̂ - x_0|² for every parameterization: x̂ from DDPM's β, in float64."""
+    """The loss is w(SNR) |x̂ - x_0|² for every parameterization, with x̂ from DDPM's β."""
     module, batch = fitting(parameterization=parameterization, loss=loss), make_batch(40)
     alpha_bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
     w, v = module.network.w.item(), module.network.v.item()
@@ -181,15 +184,16 @@ def test_a_weighted_loss_weighs_the_error_of_the_estimate(
         }[type(parameterization)]
         snrs.append(float(alpha**2 / sigma**2))
         expected.append(weight(snrs[-1]) * (estimate - x_0).square().mean())
-    assert min(snrs) < 0.3 and max(snrs) > 5  # both sides of every bend
+    assert min(snrs) < 0.3 and max(snrs) > 5  # both sides of every bend of w
     torch.testing.assert_close(each_loss(module, batch), torch.stack(expected), rtol=2e-5, atol=0)
 
 
 def importance_times(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """t, the factor and g² / σ_t² of importance times under the VP SDE, in closed form.
 
-    The density ∝ g² / σ_t² = B' / (1 - e^{-B}) has the integral log(e^B - 1), in which t is
-    therefore uniform; the factor is 1 / (p (1 - t_min)).
+    The density ∝ g² / σ_t² = B' / (1 - e^{-B}) has the integral log(e^B - 1), so that this
+    integral is uniform in [log(e^B(t_min) - 1), log(e^B(1) - 1)]; the factor is 1 / (p (1 -
+    t_min)).
     """
     slope, ends = 19.9, torch.tensor([1e-3, 1.0], dtype=torch.float64)
     low, high = torch.expm1(0.1 * ends + slope * ends**2 / 2).log()
@@ -200,7 +204,7 @@ def importance_times(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def losses_under_vp(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) -> Tensor:
-    """|ε̂ - ε|² of each image, float64."""
+    """The loss |ε̂ - ε|² of each image under the VP SDE, in float64."""
     variance = -torch.expm1(-(0.1 * t + 19.9 * t**2 / 2)).reshape(-1, 1, 1, 1)
     epsilon, index = epsilon.double(), (t * 1000 - 1).reshape(-1, 1, 1, 1)
     x_t = (1 - variance).sqrt() * x_0.double() + variance.sqrt() * epsilon
@@ -208,8 +212,8 @@ def losses_under_vp(x_0: Tensor, t: Tensor, epsilon: Tensor, network: Affine) ->
     return (predicted - epsilon).square().flatten(1).mean(1)
 
 
-def test_the_factor_of_importance_times_enters_the_loss_of_each_image() -> None:
-    """The times are drawn by a table of 4096 intervals, of 0.5% each where g² / σ² is steep."""
+def test_importance_factor_multiplies_the_loss_of_each_image() -> None:
+    """The times come from a table of 4096 intervals, 0.5% wide where g² / σ² is steep."""
     module, batch = fitting(schedule=VP(), time=Importance()), make_batch(40)
     generator = KeyedGenerator(batch["key"])
     u, epsilon = generator.uniform().double(), generator.normal(3, 4, 4)
@@ -217,13 +221,13 @@ def test_the_factor_of_importance_times_enters_the_loss_of_each_image() -> None:
     drawn, by_table = Importance()(u, VP())
     torch.testing.assert_close(drawn, t, rtol=1e-4, atol=0)
     torch.testing.assert_close(by_table, factor, rtol=3e-3, atol=0)
-    assert float(factor.max()) > 50 * float(factor.min())  # none is like another
+    assert float(factor.max()) > 50 * float(factor.min())  # the factors differ between images
     expected = by_table * losses_under_vp(batch["x_0"], drawn, epsilon, module.network)
     torch.testing.assert_close(each_loss(module, batch), expected, rtol=5e-5, atol=0)
 
 
 def test_likelihood_with_importance_times_weights_all_images_equally() -> None:
-    """g² / σ_t² times 1 / p: the same for every image, though their times are far apart."""
+    """The product of the weight g² / σ_t² and 1 / p is constant, although the times differ."""
     module = fitting(schedule=VP(), loss=Likelihood(), time=Importance())
     batch = make_batch(40)
     generator = KeyedGenerator(batch["key"])
@@ -235,8 +239,8 @@ def test_likelihood_with_importance_times_weights_all_images_equally() -> None:
     torch.testing.assert_close(each_loss(module, batch), expected, rtol=3e-3, atol=0)
 
 
-def test_likelihood_with_uniform_times_has_the_same_mean() -> None:
-    """E over u of weight times factor is the same for both, here of |ε̂ - ε|² = 1."""
+def test_likelihood_mean_is_equal_for_uniform_and_importance_times() -> None:
+    """The mean over u of weight times factor is equal for both, here for |ε̂ - ε|² = 1."""
     u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
     means = []
     for time in (Uniform(), Importance()):
@@ -247,7 +251,7 @@ def test_likelihood_with_uniform_times_has_the_same_mean() -> None:
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_stratified_times_come_from_the_stratum_and_the_noise_does_not(stratified: bool) -> None:
+def test_stratified_times_use_the_stratum_and_noise_uses_the_key(stratified: bool) -> None:
     module = fitting(time=Uniform(stratified))
     batch = {**make_batch(6), "stratum": (torch.arange(6, dtype=torch.float64) + 0.37) / 6}
     t, epsilon = draws(batch)
@@ -257,7 +261,7 @@ def test_stratified_times_come_from_the_stratum_and_the_noise_does_not(stratifie
     torch.testing.assert_close(each_loss(module, batch), losses, rtol=2e-5, atol=0)
 
 
-def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
+def test_gradient_reaches_the_network_but_not_its_ema() -> None:
     module, batch = fitting(), make_batch(6)
     module.training_step(batch, 0).backward()
     gradient, step = float(module.network.w.grad), 1e-3
@@ -271,7 +275,7 @@ def test_the_gradient_reaches_the_network_and_not_its_average() -> None:
     assert all(p.grad is None for p in module.network_ema.parameters())
 
 
-def test_the_loss_is_the_mean_of_two_halves() -> None:
+def test_loss_is_the_mean_of_the_losses_of_two_halves() -> None:
     module = fitting()
     whole = module.training_step(make_batch(8), 0)
     halves = [module.training_step(make_batch(4, first), 0) for first in (0, 4)]
@@ -280,12 +284,12 @@ def test_the_loss_is_the_mean_of_two_halves() -> None:
 
 
 def losses_by_hand(batch: dict, network: Affine) -> Tensor:
-    """The training loss of each image of a batch, float64."""
+    """The training loss of each image of a batch, in float64."""
     return by_hand(batch["x_0"], *draws(batch), network)
 
 
-def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole() -> None:
-    """7 images on three devices as 3, 2 and 2: each weighs its part of 7/3."""
+def test_weighted_unequal_device_batches_give_the_loss_of_the_whole_batch() -> None:
+    """7 images are split over three devices as 3, 2 and 2; each weight is count / (7/3)."""
     parts = [(3, 0), (2, 3), (2, 5)]
     module, devices = fitting(), [fitting() for _ in parts]
     whole = module.training_step(make_batch(7), 0)
@@ -304,12 +308,12 @@ def test_weighted_losses_and_gradients_of_unequal_parts_are_those_of_the_whole()
         torch.testing.assert_close(
             sum(gradients) / 3, getattr(module.network, name).grad, rtol=1e-5, atol=1e-7
         )
-    # Without the weights it is another number.
+    # The unweighted mean is a different number.
     means = [float(loss.detach()) * 7 / 3 / n for loss, (n, _) in zip(losses, parts, strict=True)]
     assert sum(means) / 3 != pytest.approx(float(expected), rel=1e-3)
 
 
-def test_the_logged_loss_is_the_mean_over_the_micro_batches_of_the_step() -> None:
+def test_logged_loss_is_the_mean_over_the_micro_batches_of_a_step() -> None:
     module = fitting(Devices(every=1))
     means = []
     for number in range(6):
@@ -346,7 +350,7 @@ def test_devices_communicate_only_in_logged_steps(every: int, micro: int) -> Non
     assert [value for _, value in module.logged] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_draws_follow_the_key_and_not_the_place_in_the_batch() -> None:
+def test_random_draws_depend_on_the_key_and_not_on_the_batch_position() -> None:
     module, batch = fitting(), make_batch(8)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     moved = {k: v[order] if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -356,7 +360,7 @@ def test_the_draws_follow_the_key_and_not_the_place_in_the_batch() -> None:
     assert float(module.training_step(later, 0).detach()) != pytest.approx(one, rel=1e-3)
 
 
-def test_the_validation_losses_are_those_of_both_networks() -> None:
+def test_validation_computes_the_losses_of_the_network_and_its_ema() -> None:
     module = make_module().eval()
     with torch.no_grad():
         module.network_ema.w.fill_(0.2)
@@ -376,12 +380,12 @@ def test_the_validation_losses_are_those_of_both_networks() -> None:
     assert float(module.val_loss_ema.compute()) == pytest.approx(float(averaged.mean()), rel=1e-5)
     for k, metric in enumerate(module.val_loss_bin):
         inside = (t > k / 10) & (t <= (k + 1) / 10)
-        assert 2 <= int(inside.sum()) <= 5  # spread evenly
+        assert 2 <= int(inside.sum()) <= 5  # the times are spread evenly
         expected = float(averaged[inside].mean())
         assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
 
 
-# --- the moving average -------------------------------------------------------------------------
+# --- exponential moving average (EMA) -----------------------------------------------------------
 
 
 def end_of_batch(callback: EMA, module: DiffusionModule, step: int) -> None:
@@ -393,7 +397,7 @@ def end_of_batch(callback: EMA, module: DiffusionModule, step: int) -> None:
     "decay, decays",
     [(0.9999, [2 / 11, 3 / 12, 4 / 13]), (0.2, [2 / 11, 0.2, 0.2]), (0.0, [0] * 3)],
 )
-def test_the_average_after_three_steps(decay: float, decays: list[float]) -> None:
+def test_ema_after_three_steps_matches_the_recursion(decay: float, decays: list[float]) -> None:
     module, callback = make_module(), EMA(decay)
     callback.on_train_start(SimpleNamespace(global_step=0), module)
     expected = 0.7
@@ -403,11 +407,11 @@ def test_the_average_after_three_steps(decay: float, decays: list[float]) -> Non
         end_of_batch(callback, module, n)
         expected = d * expected + (1 - d) * weight
         assert float(module.network_ema.w) == pytest.approx(expected, rel=1e-5)
-        assert float(module.network.w.detach()) == weight  # itself untouched
+        assert float(module.network.w.detach()) == weight  # the network itself is not changed
     assert float(module.network_ema.v) == pytest.approx(-0.4)
 
 
-def test_the_average_keeps_its_decay_late_in_training() -> None:
+def test_ema_uses_its_full_decay_late_in_training() -> None:
     module, callback = make_module(), EMA(0.9)
     callback.on_train_start(SimpleNamespace(global_step=4999), module)
     with torch.no_grad():
@@ -416,7 +420,7 @@ def test_the_average_keeps_its_decay_late_in_training() -> None:
     assert float(module.network_ema.w) == pytest.approx(0.9 * 0.7 + 0.1 * 1.7, rel=1e-5)
 
 
-def test_no_update_while_gradients_are_accumulated_nor_right_after_a_resume() -> None:
+def test_ema_updates_only_after_a_new_optimizer_step() -> None:
     module, callback = make_module(), EMA(0.5)
     callback.on_train_start(SimpleNamespace(global_step=7), module)
     with torch.no_grad():
@@ -430,7 +434,7 @@ def test_no_update_while_gradients_are_accumulated_nor_right_after_a_resume() ->
     assert float(module.network_ema.w) == after
 
 
-def test_buffers_are_not_averaged() -> None:
+def test_ema_does_not_average_buffers() -> None:
     module, callback = make_module(), EMA(0.5)
     callback.on_train_start(SimpleNamespace(global_step=0), module)
     module.network.count.fill_(10)
@@ -439,12 +443,12 @@ def test_buffers_are_not_averaged() -> None:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_bad_decay_is_named(decay: float) -> None:
+def test_ema_error_names_the_invalid_decay(decay: float) -> None:
     with pytest.raises(ValueError, match=rf"decay={decay} .*\[0, 1\)"):
         EMA(decay)
 
 
-def test_the_averaged_network_is_never_trained() -> None:
+def test_ema_network_stays_in_eval_mode_without_gradients() -> None:
     module = make_module(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5)))
     for mode in (True, False, True):
         module.train(mode)
@@ -457,7 +461,7 @@ def test_the_averaged_network_is_never_trained() -> None:
         assert torch.equal(raw, averaged) and raw.data_ptr() != averaged.data_ptr()
 
 
-def test_the_denoiser_uses_the_averaged_weights_by_default() -> None:
+def test_denoiser_uses_the_ema_weights_by_default() -> None:
     module = make_module()
     with torch.no_grad():
         module.network_ema.w.fill_(0.1)
@@ -473,7 +477,7 @@ def test_the_denoiser_uses_the_averaged_weights_by_default() -> None:
     assert torch.equal(actual, module.denoiser(True)(x_t, t))
 
 
-# --- optimizer and learning rates ---------------------------------------------------------------
+# --- optimizer and learning rate ----------------------------------------------------------------
 
 
 def factors(make, steps: int) -> list[float]:
@@ -486,30 +490,31 @@ def factors(make, steps: int) -> list[float]:
     return result
 
 
-def test_constant_after_a_linear_warmup() -> None:
+def test_constant_learning_rate_follows_a_linear_warmup() -> None:
     actual = factors(lambda optimizer: Constant(optimizer, 100, warmup=4), 101)
     assert actual[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert actual[4:] == [1.0] * 97
     assert factors(lambda optimizer: Constant(optimizer, -1), 3) == [1.0] * 3
 
 
-def test_cosine_warms_up_and_falls_to_its_end() -> None:
+def test_cosine_learning_rate_warms_up_and_decays_to_its_final_value() -> None:
     actual = factors(lambda o: Cosine(o, 105, warmup=4, final=0.1), 108)
     assert actual[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert actual[4] == pytest.approx(1.0)
-    assert actual[54] == pytest.approx(0.55)  # the middle
-    assert actual[29] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)  # a quarter
-    assert actual[104:] == pytest.approx([0.1] * 4)  # and stays there
+    assert actual[54] == pytest.approx(0.55)  # halfway through the decay
+    # A quarter of the decay.
+    assert actual[29] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert actual[104:] == pytest.approx([0.1] * 4)  # constant after the last step
     assert actual[4:] == sorted(actual[4:], reverse=True)
     assert factors(lambda o: Cosine(o, 10), 10)[-1] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_cosine_without_a_limit_does_not_decay() -> None:
+def test_cosine_learning_rate_without_max_steps_does_not_decay() -> None:
     actual = factors(lambda o: Cosine(o, -1, warmup=1), 50)
     assert actual == [0.5] + [1.0] * 49
 
 
-def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() -> None:
+def test_optimizer_gets_the_network_parameters_and_max_steps() -> None:
     module = make_module()
     module._trainer = SimpleNamespace(max_steps=13)
     result = module.configure_optimizers()
@@ -517,10 +522,11 @@ def test_the_optimizer_gets_the_networks_parameters_and_the_number_of_steps() ->
     assert [id(p) for p in group["params"]] == [id(p) for p in module.network.parameters()]
     assert result["lr_scheduler"]["interval"] == "step"
     schedule = result["lr_scheduler"]["scheduler"]
-    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)  # halfway from 2 to 12, the last
+    # Halfway between step 2 and the last step, 12.
+    assert schedule.lr_lambdas[0](7) == pytest.approx(0.5)
 
 
-def test_a_checkpoint_carries_the_configuration() -> None:
+def test_checkpoint_contains_the_configuration() -> None:
     checkpoint: dict = {}
     make_module().on_save_checkpoint(checkpoint)
     bins = {"sums": [[0.0] * 10] * 2, "last": {}}
@@ -528,11 +534,11 @@ def test_a_checkpoint_carries_the_configuration() -> None:
     assert checkpoint == {"diffusion_lab": own}
 
 
-# --- in a trainer -------------------------------------------------------------------------------
+# --- with a Lightning trainer -------------------------------------------------------------------
 
 
 class Recorder(Callback):
-    """Keeps the raw weight after every batch; comes before `EMA` and sees what it will see."""
+    """Records the weight w after every batch; runs before `EMA`, so both see the same weight."""
 
     def __init__(self) -> None:
         self.weights: list[tuple[int, float]] = []
@@ -542,7 +548,7 @@ class Recorder(Callback):
 
 
 def fit(module: DiffusionModule, *callbacks: Callback, **kwargs) -> Trainer:
-    """Trains on eight batches of four images, and validates on one of sixteen."""
+    """Trains on eight batches of four images and validates on one batch of sixteen."""
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -557,8 +563,8 @@ def fit(module: DiffusionModule, *callbacks: Callback, **kwargs) -> Trainer:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_averages_once_a_step_and_logs_both_losses() -> None:
-    """With two batches a step: 8 batches are 4 updates, each of them with the ramp's decay."""
+def test_trainer_updates_the_ema_once_per_step_and_logs_both_losses() -> None:
+    """Two batches per step: 8 batches give 4 EMA updates, each with the warm-up decay."""
     module, recorder = make_module(), Recorder()
     trainer = fit(
         module, recorder, EMA(0.9), max_steps=4, accumulate_grad_batches=2, val_check_interval=8
@@ -583,7 +589,7 @@ def test_a_trainer_averages_once_a_step_and_logs_both_losses() -> None:
 
 
 class Losses(Callback):
-    """Keeps the training loss that is known after every batch."""
+    """Records the logged training loss after every batch."""
 
     def __init__(self) -> None:
         self.known: list[float | None] = []
@@ -594,8 +600,8 @@ class Losses(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_shows_the_mean_loss_of_each_step() -> None:
-    """8 batches, 3 a step, are steps of 3, 3 and 2: an epoch's last one takes what is left."""
+def test_trainer_logs_the_mean_loss_of_each_step() -> None:
+    """8 batches with 3 per step give steps of 3, 3 and 2 batches."""
     module, losses = make_module(), Losses()
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     fit(module, losses, max_epochs=1, accumulate_grad_batches=3, log_every_n_steps=1)
@@ -608,7 +614,7 @@ def test_a_trainer_shows_the_mean_loss_of_each_step() -> None:
 
 
 class Rows(Callback):
-    """Keeps what is known after every step that is logged."""
+    """Records the logged metrics after every logged step."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -623,8 +629,11 @@ class Rows(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_row_has_the_losses_of_all_images_since_the_last_one_by_noise_level() -> None:
-    """Rows after steps 3, 6 and 8 of two batches of four each, but for the last epoch's end."""
+def test_row_has_the_loss_per_noise_level_since_the_previous_row() -> None:
+    """Rows are logged at steps 3, 6 and 8 (the end of training).
+
+    A step has two batches of four images.
+    """
     module, rows = make_module(), Rows()
     module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     fit(module, rows, max_steps=8, accumulate_grad_batches=2, log_every_n_steps=3)
@@ -644,15 +653,15 @@ def test_a_row_has_the_losses_of_all_images_since_the_last_one_by_noise_level() 
     assert len(previous) == 10
 
 
-def test_the_bins_of_training_are_those_of_validation() -> None:
+def test_bin_index_and_bin_name_of_ten_noise_levels() -> None:
     u = torch.tensor([0.0, 0.0999, 0.1, 0.3, 0.55, 0.9, 1 - 1e-9], dtype=torch.float64)
     assert bin_index(u).tolist() == [0, 0, 1, 3, 5, 9, 9]
     assert [bin_name(k) for k in (0, 8, 9)] == ["0.1", "0.9", "1.0"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_row_has_the_norm_before_clipping_and_the_rate_of_the_step() -> None:
-    """Steps 1 and 2 of a warm-up of two: a third and two thirds of 0.1."""
+def test_row_has_the_gradient_norm_before_clipping_and_the_learning_rate() -> None:
+    """The learning rates of the two warm-up steps are 1/3 and 2/3 of 0.1."""
     module, rows = make_module(), Rows()
     fit(module, rows, max_steps=3, max_epochs=1, log_every_n_steps=1, gradient_clip_val=1e-3)
     reference = fitting()
@@ -664,8 +673,8 @@ def test_a_row_has_the_norm_before_clipping_and_the_rate_of_the_step() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_row_of_two_devices_is_that_of_one(tmp_path: Path) -> None:
-    """3 and 1 images of each batch of four, weighed: sums over images are those of all."""
+def test_row_of_two_devices_equals_the_row_of_one_device(tmp_path: Path) -> None:
+    """The devices get 3 and 1 images of each batch of four, with weights."""
 
     class Share(Callback):
         def on_train_batch_start(self, trainer: Trainer, module, batch: dict, _) -> None:
@@ -696,14 +705,18 @@ def test_a_row_of_two_devices_is_that_of_one(tmp_path: Path) -> None:
         assert {k: two[step][k] for k in row} == pytest.approx(row, rel=1e-5)
 
 
-def test_a_fused_optimizer_resumes_from_a_state_in_another_memory_format() -> None:
-    """The state is of a network that was not channels_last; Adam reads it in memory order."""
+def test_fused_adam_resumes_from_a_state_in_another_memory_format() -> None:
+    """The saved state is contiguous and the resumed network is channels_last.
+
+    Fused Adam reads its state in memory order, so the state must be converted on loading.
+    """
 
     def step(module: DiffusionModule, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in module.network.parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = torch.empty_like(parameter).copy_(drawn)  # as autograd lays it out
+            # In the memory format of autograd.
+            parameter.grad = torch.empty_like(parameter).copy_(drawn)
         optimizer.step()
 
     def make(layout: torch.memory_format) -> tuple[DiffusionModule, torch.optim.Optimizer]:
