@@ -1,4 +1,4 @@
-"""Class labels: from the source to the network; classifier-free guidance in closed form."""
+"""Class labels from the data source to the network, and classifier-free guidance."""
 
 from pathlib import Path
 
@@ -36,11 +36,11 @@ def opened(tmp_path: Path, **options) -> ImageDataModule:
     return data
 
 
-# --- from the source ----------------------------------------------------------------------------
+# --- data sources -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", ["uint8", "bytes", "none"])
-def test_the_label_of_a_face_is_its_factor(tmp_path: Path, cache: str) -> None:
+def test_face_labels_are_the_chosen_factor(tmp_path: Path, cache: str) -> None:
     """Every batch has the label of each image, in any order."""
     splits = {"train": 40, "val": 8, "test": 8}
     data = opened(tmp_path, source="faces", splits=splits, label="hair_style", cache=cache)
@@ -54,8 +54,8 @@ def test_the_label_of_a_face_is_its_factor(tmp_path: Path, cache: str) -> None:
     assert plain.classes == [] and "label" not in next(iter(plain.train_dataloader()))
 
 
-def test_the_label_of_a_file_is_its_folder(tmp_path: Path) -> None:
-    """Also if an earlier image was skipped."""
+def test_file_labels_are_the_folder_names(tmp_path: Path) -> None:
+    """The labels stay correct after an unreadable image is skipped."""
     names = [f"{kind}/{k}.png" for kind in ("cat", "dog", "eel") for k in range(4)]
     fill(tmp_path / "in", names)
     (tmp_path / "in" / "cat" / "1.png").write_bytes(b"")
@@ -66,7 +66,7 @@ def test_the_label_of_a_file_is_its_folder(tmp_path: Path) -> None:
         assert [data.classes[k] for k in split.labels] == [n.split("/")[0] for n in split.names]
 
 
-def test_the_label_of_a_row_is_its_column(tmp_path: Path) -> None:
+def test_parquet_labels_are_the_column_values(tmp_path: Path) -> None:
     rows = [{"bytes": encoded(pixels(k)), "path": None} for k in range(10)]
     kinds = [["male", "female"][k % 3 == 0] for k in range(10)]
     table = pa.table({"image": rows, "sex": kinds, "age": [0.5] * 10})
@@ -84,7 +84,7 @@ def test_the_label_of_a_row_is_its_column(tmp_path: Path) -> None:
         opened(tmp_path, source=source, splits=SHARES, label="age")
 
 
-def test_a_label_that_the_source_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_unknown_label_of_a_source_is_an_error(tmp_path: Path) -> None:
     faces = {"source": "faces", "splits": {"train": 8, "val": 4, "test": 4}}
     with pytest.raises(DataError, match=r"data.label=width is not allowed; faces have .*glasses"):
         opened(tmp_path, **faces, label="width")
@@ -97,11 +97,11 @@ def test_a_label_that_the_source_does_not_know_is_refused(tmp_path: Path) -> Non
         opened(tmp_path, source=str(packed), splits=SHARES, label="hair_style")
 
 
-# --- in training --------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 class Told(nn.Module):
-    """A network that returns its label."""
+    """A network whose output is the label times a scale."""
 
     classes = 3
 
@@ -133,7 +133,7 @@ def batch(count: int, first: int = 0) -> dict:
     }  # fmt: skip
 
 
-def test_labels_are_withheld_at_the_rate_and_by_the_image() -> None:
+def test_label_dropout_has_its_rate_and_depends_on_the_image_only() -> None:
     labels = torch.arange(4000) % 3
     for dropout in (0.0, 0.1, 1.0):
         trained = module(dropout)
@@ -149,14 +149,14 @@ def test_labels_are_withheld_at_the_rate_and_by_the_image() -> None:
     assert torch.equal(trained.network.seen, whole[2000:2007])
 
 
-def test_validation_tells_every_label() -> None:
+def test_validation_uses_every_label() -> None:
     trained = module(1.0)
     trained.log = lambda *args, **kwargs: None
     trained.validation_step({**batch(30), "split": "val"}, 0)
     assert torch.equal(trained.network.seen, torch.arange(30) % 3)
 
 
-def test_a_new_network_does_not_tell_the_classes_apart_but_learns_to() -> None:
+def test_class_embedding_starts_at_zero_and_gets_gradients() -> None:
     torch.manual_seed(0)
     unet = UNet(channels=8, multipliers=(1,), blocks=1, attention_levels=(), groups=4, classes=3)
     x = torch.randn(4, 3, 8, 8)
@@ -180,8 +180,8 @@ def mixture() -> GaussianMixture:
     return GaussianMixture(torch.tensor([0.3, 0.7]), means, covariances)
 
 
-def test_guidance_is_the_line_through_both_estimates() -> None:
-    """At w = 1 samples are those of the class; the score is that of p(x_t) (p(c | x_t))^w."""
+def test_classifier_free_score_is_the_score_of_the_tilted_density() -> None:
+    """The score is that of p(x_t) p(c | x_t)^w; at w = 1 the samples are samples of the class."""
     whole, schedule = mixture(), Linear()
     one = Gaussian(whole.means[0], whole.covariances[0])
     conditional, unconditional = one.denoiser(schedule), whole.denoiser(schedule)
@@ -201,7 +201,7 @@ def test_guidance_is_the_line_through_both_estimates() -> None:
     assert bool((whole.responsibilities(samples)[:, 0] > 0.9).all())
 
 
-def test_labels_reach_the_network_one_for_each_image() -> None:
+def test_denoiser_passes_one_label_per_image_to_the_network() -> None:
     labels = torch.tensor([0, 2, 1])
     denoiser = NetworkDenoiser(Told(), Linear(), Epsilon(), labels)
     x_t, t = torch.zeros(3, 1, 2, 2), torch.tensor(0.5)
@@ -209,10 +209,10 @@ def test_labels_reach_the_network_one_for_each_image() -> None:
     assert output[:, 0, 0, 0].tolist() == [0, 2, 1]
 
 
-# --- by command ---------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------
 
 
-def test_a_class_is_drawn_by_its_name(lab: Command) -> None:
+def test_eval_generates_a_class_by_name_or_number(lab: Command) -> None:
     tiny = [word for word in TINY if not word.startswith("experiment=")]
     result = lab("train", "experiment=ddpm_faces_classes", *tiny, "trainer.max_steps=3",
                  "optimizer.lr=0.05", "hydra.run.dir=run")  # fmt: skip
@@ -238,7 +238,7 @@ def test_a_class_is_drawn_by_its_name(lab: Command) -> None:
     assert "label=blond is not one of the 9 classes" in result.text and "curly" in result.text
 
 
-def test_classes_that_do_not_fit_the_network_are_refused(lab: Command) -> None:
+def test_mismatch_of_classes_and_network_is_an_error(lab: Command) -> None:
     for options, message in (
         (["data.label=glasses"], "network.classes=0, but the images have 2 classes"),
         (["network.classes=9"], "the images have 0 classes (data.label=None); set network.cla"),

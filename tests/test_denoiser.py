@@ -1,4 +1,4 @@
-"""Denoisers: relation of network output, estimate of x_0 and score."""
+"""Denoisers: the relation between network output, estimate of x_0 and score."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 class Recorder(nn.Module):
-    """Returns a given output, and records its inputs."""
+    """Returns a given output and records its inputs."""
 
     def __init__(self, says: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def test_broadcast() -> None:
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.5), torch.tensor([0.5, 0.1, 0.7531]).double()])
-def test_a_network_that_knows_the_noise_finds_the_image(t: Tensor) -> None:
+def test_network_that_returns_the_noise_gives_x_0_and_the_score(t: Tensor) -> None:
     schedule = Linear()
     x_0, epsilon = normal(3, 2, 4, 4), normal(6, 2, 4, 4)[3:]
     alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t.double()))
@@ -60,7 +60,7 @@ def test_a_network_that_knows_the_noise_finds_the_image(t: Tensor) -> None:
     torch.testing.assert_close(denoiser(x_t, t.double()), x_0, rtol=1e-9, atol=1e-9)
     score = denoiser.score(x_t, t.double())
     torch.testing.assert_close(score, -epsilon / sigma_t, rtol=1e-8, atol=1e-8)
-    expected = (t.double() * 1000 - 1).expand(3).float()  # fractional where t is
+    expected = (t.double() * 1000 - 1).expand(3).float()  # fractional if t is between indices
     torch.testing.assert_close(network.index, expected, rtol=1e-6, atol=0)
     target = Epsilon().target(x_0, epsilon, alpha_t, sigma_t)
     assert torch.equal(target, epsilon)
@@ -68,10 +68,10 @@ def test_a_network_that_knows_the_noise_finds_the_image(t: Tensor) -> None:
 
 @every_schedule
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=lambda p: type(p).__name__)
-def test_a_network_that_says_its_target_finds_the_image(
+def test_network_that_returns_its_target_gives_x_0_and_the_score(
     parameterization: Parameterization, schedule: Schedule
 ) -> None:
-    """And sees x_t at a variance of about one, at the schedule's own index."""
+    """The network receives x_t scaled to a variance of about one, and the schedule's index."""
     x_0, epsilon = normal(3, 2, 4, 4), normal(6, 2, 4, 4)[3:]
     t = torch.tensor([0.5, 0.1, 0.7531], dtype=torch.float64)
     alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
@@ -89,7 +89,7 @@ def test_a_network_that_says_its_target_finds_the_image(
 
 
 @every_schedule
-def test_no_index_is_below_the_first(schedule: Schedule) -> None:
+def test_index_below_t_min_is_clamped_to_zero(schedule: Schedule) -> None:
     network = Recorder(torch.zeros(2, 3), torch.float64)
     denoiser = NetworkDenoiser(network, schedule, X0())
     for t in (schedule.t_min / 2, 1e-9):
@@ -98,7 +98,7 @@ def test_no_index_is_below_the_first(schedule: Schedule) -> None:
         torch.testing.assert_close(network.index, torch.full((2,), float(expected)))
 
 
-def test_the_network_runs_in_its_own_precision_and_the_estimate_does_not() -> None:
+def test_network_uses_its_own_dtype_and_the_estimate_that_of_x_t() -> None:
     x_t, t = normal(2, 3, dtype=torch.float32), torch.tensor(0.3)
     network = Recorder(normal(2, 3), torch.bfloat16)
     denoised = NetworkDenoiser(network, Linear(), Epsilon())(x_t, t)
@@ -109,7 +109,7 @@ def test_the_network_runs_in_its_own_precision_and_the_estimate_does_not() -> No
 
 
 @pytest.mark.parametrize("t", [0.05, 0.4, 1.0])
-def test_the_score_is_the_gradient_of_the_log_density(t: float) -> None:
+def test_score_is_the_gradient_of_the_log_density(t: float) -> None:
     denoiser = GaussianDenoiser(Cosine(), MEAN, COVARIANCE)
     time = torch.tensor(t, dtype=torch.float64)
     density = torch.distributions.MultivariateNormal(*denoiser.marginal(time))
@@ -122,8 +122,10 @@ def test_the_score_is_the_gradient_of_the_log_density(t: float) -> None:
 
 @every_schedule
 @pytest.mark.parametrize("own", [Linear(), VE(), SubVP(), Flow()], ids=lambda s: type(s).__name__)
-def test_a_denoiser_under_another_schedule(schedule: Schedule, own: Schedule) -> None:
-    """That of a Gaussian is known under both; at σ_y from 0.05 to 50, for one t and for many."""
+def test_rescheduled_gaussian_denoiser_matches_the_closed_form(
+    schedule: Schedule, own: Schedule
+) -> None:
+    """The levels σ_t / α_t are 0.05 to 50, with one t per image and with one t for all images."""
     expected = GaussianDenoiser(schedule, MEAN, COVARIANCE)
     denoiser = Rescheduled(GaussianDenoiser(own, MEAN, COVARIANCE), schedule)
     assert denoiser.schedule is schedule
@@ -135,7 +137,7 @@ def test_a_denoiser_under_another_schedule(schedule: Schedule, own: Schedule) ->
     torch.testing.assert_close(denoiser.score(x_t, t), score, rtol=1e-6, atol=1e-6)
 
 
-def test_a_denoiser_is_not_called_beyond_its_own_schedule() -> None:
+def test_rescheduled_denoiser_raises_outside_its_own_schedule() -> None:
     denoiser = Rescheduled(GaussianDenoiser(EDM(sigma_max=20.0)), VE())
     x_t, edge = normal(2, 4), VE().t_from_ratio(20.0)
     assert bool(denoiser(x_t, edge).isfinite().all())
@@ -143,7 +145,7 @@ def test_a_denoiser_is_not_called_beyond_its_own_schedule() -> None:
         denoiser(x_t, edge + 1e-3)
 
 
-def test_clipped_changes_what_is_derived_too() -> None:
+def test_clipped_changes_the_estimate_and_the_score() -> None:
     denoiser = GaussianDenoiser(Linear(), 3 * MEAN, COVARIANCE)
     x_t, t = normal(64, 4), torch.tensor(0.2, dtype=torch.float64)
     plain, clipped = denoiser(x_t, t), Clipped(denoiser)(x_t, t)

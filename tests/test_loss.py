@@ -60,7 +60,7 @@ ROWS: dict[str, tuple[Loss, str, Callable[[Tensor], Tensor]]] = {  # on the erro
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "vp"])
-def test_weights_are_those_of_the_papers(row: str, schedule: str) -> None:
+def test_weights_match_the_papers(row: str, schedule: str) -> None:
     loss, kind, expected = ROWS[row]
     weight = loss.output_weight(SCHEDULES[schedule], KINDS[kind], TIMES)
     expected = expected(snr(SCHEDULES[schedule]))
@@ -69,14 +69,14 @@ def test_weights_are_those_of_the_papers(row: str, schedule: str) -> None:
 
 
 @every_schedule
-def test_the_loss_of_edm_is_one_under_every_schedule(schedule: str) -> None:
+def test_edm_weight_of_the_network_output_is_one(schedule: str) -> None:
     weight = EDM(0.4).output_weight(SCHEDULES[schedule], KINDS["edm"], TIMES)
     torch.testing.assert_close(weight, torch.ones_like(TIMES), rtol=1e-9, atol=0)
 
 
 @every_schedule
-def test_likelihood_weighs_the_score_by_g_squared(schedule: str) -> None:
-    """|ŝ - s|² = |ε̂ - ε|² / σ_t², and a network of `Score` says σ_t s."""
+def test_likelihood_weights_the_score_error_by_g_squared(schedule: str) -> None:
+    """|ŝ - s|² = |ε̂ - ε|² / σ_t², and a `Score` network returns σ_t s."""
     sigma_t = SCHEDULES[schedule](TIMES)[1]
     expected = SCHEDULES[schedule].diffusion(TIMES) ** 2 / sigma_t**2
     for kind in ("epsilon", "score"):
@@ -85,7 +85,7 @@ def test_likelihood_weighs_the_score_by_g_squared(schedule: str) -> None:
 
 
 @every_schedule
-def test_likelihood_is_the_fall_of_the_snr(schedule: str) -> None:
+def test_likelihood_weight_is_minus_the_derivative_of_the_snr(schedule: str) -> None:
     """w = -d SNR / dt on |x̂ - x_0|² (Kingma et al., 2021, eq. 17), by central differences."""
     h = 1e-6
     ahead, behind = (SCHEDULES[schedule].ratio(TIMES + step) ** -2 for step in (h, -h))
@@ -107,15 +107,15 @@ def batch(schedule: Schedule) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("loss", [SNR(), MinSNR(), P2(), EDM(), Likelihood()])
 @pytest.mark.parametrize("schedule", ["linear", "ve", "flow"])
-def test_a_loss_does_not_depend_on_the_parameterization(loss: Loss, schedule: str) -> None:
-    """The same x̂ costs the same, w(t) |x̂ - x_0|², for every parameterization."""
+def test_weighted_loss_is_independent_of_the_parameterization(loss: Loss, schedule: str) -> None:
+    """The loss of an estimate x̂ is w(t) |x̂ - x_0|² for every parameterization."""
     schedule = SCHEDULES[schedule]
     t, alpha_t, sigma_t, x_0, epsilon, denoised = batch(schedule)
     x_t = alpha_t * x_0 + sigma_t * epsilon
     expected = loss.weight(schedule, t) * (denoised - x_0).square().mean((1, 2, 3))
     assert expected.shape == (6,) and float(expected.min()) > 0
     for name, kind in KINDS.items():
-        # What it says of x_t when it means x̂: the target of an image x̂ with the noise left over.
+        # The output for an estimate x̂ is the target for x̂ and the corresponding noise.
         output = kind.target(denoised, (x_t - alpha_t * denoised) / sigma_t, alpha_t, sigma_t)
         target = kind.target(x_0, epsilon, alpha_t, sigma_t)
         actual = loss(output, target, schedule, kind, t)
@@ -125,7 +125,7 @@ def test_a_loss_does_not_depend_on_the_parameterization(loss: Loss, schedule: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_simple_loss_is_the_mean_squared_error(kind: str) -> None:
+def test_simple_loss_is_the_mean_squared_error(kind: str) -> None:
     schedule = SCHEDULES["vp"]
     t, _, _, target, output, _ = batch(schedule)
     actual = Simple()(output, target, schedule, KINDS[kind], t)
@@ -133,7 +133,7 @@ def test_the_simple_loss_is_the_mean_squared_error(kind: str) -> None:
     assert actual.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_simple_loss_of_v_weighs_x_0_by_the_snr_plus_one() -> None:
+def test_simple_loss_of_v_weights_the_x_0_error_by_snr_plus_one() -> None:
     """Salimans & Ho, section 4: |v̂ - v|² = (1 + SNR) |x̂ - x_0|²."""
     schedule = SCHEDULES["cosine"]
     t, alpha_t, sigma_t, x_0, epsilon, denoised = batch(schedule)
@@ -145,10 +145,10 @@ def test_the_simple_loss_of_v_weighs_x_0_by_the_snr_plus_one() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["vp", "subvp", "flow"])
-def test_the_likelihood_loss_is_the_information_of_a_gaussian(schedule: str) -> None:
-    """½ ∫ w E|x̂ - x_0|² dt = ½ log (1 + τ² SNR), between both ends (Guo et al., 2005, eq. 18).
+def test_likelihood_loss_of_a_gaussian_is_the_mutual_information(schedule: str) -> None:
+    """½ ∫ w E|x̂ - x_0|² dt = ½ log (1 + τ² SNR) between both ends (Guo et al., 2005, eq. 18).
 
-    For x_0 ~ N(0, τ²) the exact estimate is off by E|x̂ - x_0|² = τ² / (1 + τ² SNR).
+    For x_0 ~ N(0, τ²), the exact estimate has the error E|x̂ - x_0|² = τ² / (1 + τ² SNR).
     """
     schedule, tau = SCHEDULES[schedule], 0.5
     r = torch.logspace(-2, 1.5, 4001, dtype=torch.float64)
@@ -169,6 +169,6 @@ def test_the_likelihood_loss_is_the_information_of_a_gaussian(schedule: str) -> 
         (lambda: EDM(0.0), r"sigma_data=0\.0"),
     ],
 )
-def test_wrong_arguments_are_refused(make: Callable[[], Loss], text: str) -> None:
+def test_invalid_arguments_are_an_error(make: Callable[[], Loss], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()

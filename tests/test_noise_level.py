@@ -1,4 +1,4 @@
-"""Noise levels: four equivalent ways to state one, and errors for all others."""
+"""Noise levels: four equivalent ways to specify one, and errors for invalid values."""
 
 import math
 import re
@@ -18,7 +18,7 @@ CONTINUOUS = [VP(), SubVP(), VE(), EDM(), Flow()]
     "schedule", [Linear(), Cosine(), Sigmoid(), *CONTINUOUS], ids=lambda s: type(s).__name__
 )
 @pytest.mark.parametrize("key", KEYS)
-def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
+def test_four_ways_to_specify_a_level_agree(schedule: Schedule, key: str) -> None:
     level = resolve(schedule, {"sigma_t": 0.3})
     again = resolve(schedule, {key: getattr(level, key), **dict.fromkeys(set(KEYS) - {key})})
     for name in KEYS:
@@ -26,14 +26,14 @@ def test_the_four_ways_agree(schedule: Schedule, key: str) -> None:
     alpha_t, sigma_t = schedule(torch.tensor(level.t, dtype=torch.float64))
     if schedule.variance_preserving:
         assert float(sigma_t) == pytest.approx(0.3, rel=1e-9)
-    # On any scale of the schedule: σ_t of the variance-preserving form.
+    # On every schedule, sigma_t is that of the variance-preserving form.
     assert float(sigma_t / torch.hypot(alpha_t, sigma_t)) == pytest.approx(0.3, rel=1e-9)
     assert level.sigma_y == pytest.approx(float(sigma_t / alpha_t), rel=1e-9)
     assert level.snr_db == pytest.approx(20 * math.log10(alpha_t / sigma_t), rel=1e-9)
 
 
 @pytest.mark.parametrize("values", [{"sigma_t": 0.5}, {}, {"sigma_t": None, "t": None}])
-def test_the_default_level_on_the_linear_schedule(values: dict[str, Any]) -> None:
+def test_default_level_on_the_linear_schedule(values: dict[str, Any]) -> None:
     level = resolve(Linear(), values)
     assert level.sigma_t == pytest.approx(0.5, rel=1e-12)
     assert level.sigma_y == pytest.approx(0.57735, abs=5e-6)
@@ -41,7 +41,7 @@ def test_the_default_level_on_the_linear_schedule(values: dict[str, Any]) -> Non
     assert 165 / 1000 < level.t < 166 / 1000  # between DDPM's indices 164 and 165
 
 
-def test_half_the_time_is_not_half_the_noise() -> None:
+def test_sigma_t_at_t_one_half_depends_on_the_schedule() -> None:
     assert resolve(Linear(), {"t": 0.5}).sigma_t == pytest.approx(0.96, abs=0.005)
     assert resolve(Linear(), {"t": 0.5}).sigma_y == pytest.approx(3.4, abs=0.05)
     assert resolve(Cosine(), {"t": 0.5}).sigma_t == pytest.approx(0.71, abs=0.005)
@@ -65,7 +65,7 @@ def test_both_ends_of_the_schedule_are_allowed() -> None:
     ],
     ids=["ve", "ve_50", "edm", "flow", "vp", "subvp"],
 )
-def test_both_ends_of_a_continuous_schedule(
+def test_both_ends_of_a_continuous_schedule_are_allowed(
     schedule: Schedule, t_min: float, low: float, high: float
 ) -> None:
     assert schedule.t_min == pytest.approx(t_min, rel=1e-5)
@@ -80,7 +80,7 @@ def test_both_ends_of_a_continuous_schedule(
 
 
 @pytest.mark.parametrize("other", ["t", "sigma_y", "snr_db"])
-def test_two_statements_exclude_each_other(other: str) -> None:
+def test_two_specifications_of_the_level_are_an_error(other: str) -> None:
     with pytest.raises(ConfigError, match=f"sigma_t=0.5 and {other}=0.25 all set the noise level"):
         chosen({"sigma_t": 0.5, other: 0.25})
 
@@ -95,7 +95,7 @@ def test_two_statements_exclude_each_other(other: str) -> None:
         *[("snr_db", value) for value in (41, -44, 1e5, -1e5)],
     ],
 )
-def test_a_bad_value_is_named_with_its_key(key: str, value: Any) -> None:
+def test_error_names_the_key_and_the_invalid_value(key: str, value: Any) -> None:
     shown = "true" if value is True else value
     with pytest.raises(ConfigError, match=re.escape(f"{key}={shown}")):
         resolve(Linear(), {key: value})
@@ -110,17 +110,18 @@ def test_a_bad_value_is_named_with_its_key(key: str, value: Any) -> None:
         ("snr_db", "ten", "a number"),
     ],
 )
-def test_the_message_says_what_is_allowed(key: str, value: Any, allowed: str) -> None:
+def test_error_states_the_allowed_values(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}={value} is not .*{allowed}$"):
         chosen({key: value})
 
 
-def test_outside_the_schedule_the_message_gives_the_range() -> None:
+def test_error_for_a_level_outside_the_schedule_gives_the_range() -> None:
     with pytest.raises(ConfigError, match=r"sigma_y=200.*Linear.*sigma_y=0\.01 to 157\.4"):
         resolve(Linear(), {"sigma_y": 200})
-    assert resolve(Cosine(), {"sigma_y": 200}).sigma_y == 200  # another schedule reaches further
+    # The cosine schedule has a larger range.
+    assert resolve(Cosine(), {"sigma_y": 200}).sigma_y == 200
 
 
-def test_a_level_prints_all_four() -> None:
+def test_str_of_a_level_has_all_four_values() -> None:
     level = NoiseLevel(sigma_t=0.5, t=0.16512, sigma_y=0.577350, snr_db=4.7712)
     assert str(level) == "sigma_t = 0.5, t = 0.1651, sigma_y = 0.5774, snr_db = 4.771"

@@ -50,8 +50,8 @@ def levels(schedule: str, t: float) -> tuple[Tensor, Tensor]:
 @every_kind
 @every_schedule
 @times
-def test_the_target_gives_the_image_back(kind: str, schedule: str, t: float) -> None:
-    """To the rounding of x_t, which is amplified by 1 / α_t."""
+def test_denoised_of_the_target_is_the_image(kind: str, schedule: str, t: float) -> None:
+    """The tolerance is the rounding of x_t, which is amplified by 1 / α_t."""
     x_0, epsilon = normal(2, 16, 3, 2)
     alpha_t, sigma_t = levels(schedule, t)
     x_t = alpha_t * x_0 + sigma_t * epsilon
@@ -64,7 +64,9 @@ def test_the_target_gives_the_image_back(kind: str, schedule: str, t: float) -> 
 @every_kind
 @every_schedule
 @times
-def test_the_gain_is_the_slope_of_the_output(kind: str, schedule: str, t: float) -> None:
+def test_gain_is_the_inverse_slope_of_denoised_in_the_output(
+    kind: str, schedule: str, t: float
+) -> None:
     alpha_t, sigma_t = levels(schedule, t)
     output = normal(4).requires_grad_()
     denoised = KINDS[kind].denoised(output, normal(4, seed=1), alpha_t, sigma_t)
@@ -76,8 +78,8 @@ def test_the_gain_is_the_slope_of_the_output(kind: str, schedule: str, t: float)
 @every_kind
 @every_schedule
 @times
-def test_the_input_has_unit_variance(kind: str, schedule: str, t: float) -> None:
-    """For data of unit variance, which only EDM knows better."""
+def test_scaled_input_has_unit_variance(kind: str, schedule: str, t: float) -> None:
+    """The data have unit variance, except for EDM, which uses σ_data²."""
     std = SIGMA_DATA if kind == "edm" else 1.0
     alpha_t, sigma_t = levels(schedule, t)
     scale = float(KINDS[kind].input_scale(alpha_t, sigma_t))
@@ -88,9 +90,7 @@ def test_the_input_has_unit_variance(kind: str, schedule: str, t: float) -> None
     "schedule", [VP(), Linear(), SubVP(), VE(), EDMSchedule(), FlowSchedule()]
 )
 @every_kind
-def test_the_input_is_left_alone_exactly_where_the_factor_is_one(
-    kind: str, schedule: Schedule
-) -> None:
+def test_scales_input_is_false_exactly_if_the_factor_is_one(kind: str, schedule: Schedule) -> None:
     t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
     one = torch.allclose(
         KINDS[kind].input_scale(*schedule(t)), torch.ones_like(t), rtol=0, atol=1e-12
@@ -99,8 +99,8 @@ def test_the_input_is_left_alone_exactly_where_the_factor_is_one(
 
 
 @times
-def test_targets_are_those_of_the_papers(t: float) -> None:
-    """On one pixel: x_0 = 0.7, ε = -1.3."""
+def test_targets_match_the_papers(t: float) -> None:
+    """The targets of one pixel are compared, with x_0 = 0.7 and ε = -1.3."""
     alpha_t, sigma_t = (float(c) for c in levels("vp", t))
     expected = {
         "epsilon": -1.3,
@@ -116,8 +116,8 @@ def test_targets_are_those_of_the_papers(t: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
 @pytest.mark.parametrize("sigma_data", [0.5, 0.3])
-def test_edm_is_table_1(sigma: float, sigma_data: float) -> None:
-    """D(x; σ) = c_skip x + c_out F(c_in x), on x = x_0 + σ ε, where α is 1."""
+def test_edm_matches_table_1_of_karras_et_al(sigma: float, sigma_data: float) -> None:
+    """D(x; σ) = c_skip x + c_out F(c_in x), with x = x_0 + σ ε and α = 1."""
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
     c_out = sigma * sigma_data / math.sqrt(sigma_data**2 + sigma**2)
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
@@ -127,7 +127,7 @@ def test_edm_is_table_1(sigma: float, sigma_data: float) -> None:
     torch.testing.assert_close(edm.denoised(output, x, one, level), expected, rtol=1e-12, atol=0)
     assert float(edm.input_scale(one, level)) == pytest.approx(c_in, rel=1e-12)
     assert float(edm.gain(one, level)) == pytest.approx(1 / c_out, rel=1e-12)
-    # Eq. 8: the loss's effective target, (y - c_skip (y + n)) / c_out.
+    # Eq. 8: the effective training target is (y - c_skip (y + n)) / c_out.
     y, n = x, sigma * output
     target = edm.target(y, output, one, level)
     torch.testing.assert_close(target, (y - c_skip * (y + n)) / c_out, rtol=1e-9, atol=1e-9)
@@ -135,10 +135,11 @@ def test_edm_is_table_1(sigma: float, sigma_data: float) -> None:
 
 @every_schedule
 @times
-def test_the_target_of_edm_has_unit_variance(schedule: str, t: float) -> None:
-    """It is linear in x_0 and ε: its variance is the sum of the squared slopes, σ_d² that of x_0.
+def test_edm_target_has_unit_variance(schedule: str, t: float) -> None:
+    """The target is linear in x_0 and ε: its variance is the sum of squared slopes, times σ_d² for
+    x_0.
 
-    Under any schedule, since D sees x_t / α_t at the level r = σ_t / α_t.
+    This holds under any schedule, since D is applied to x_t / α_t at the level r = σ_t / α_t.
     """
     alpha_t, sigma_t = levels(schedule, t)
     edm, zero, one = KINDS["edm"], number(0.0), number(1.0)
@@ -147,8 +148,8 @@ def test_the_target_of_edm_has_unit_variance(schedule: str, t: float) -> None:
     assert SIGMA_DATA**2 * of_x_0**2 + of_epsilon**2 == pytest.approx(1, rel=1e-9)
 
 
-def test_coefficients_of_each_image() -> None:
-    """α_t and σ_t of shape (B, 1, 1, 1): each image as it would be alone."""
+def test_targets_with_one_time_per_image_match_single_images() -> None:
+    """α_t and σ_t have the shape (B, 1, 1, 1)."""
     schedule, t = VP(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     x_0, epsilon = normal(2, 3, 2, 4, 4)
     alpha_t, sigma_t = (broadcast(c, x_0) for c in schedule(t))
@@ -160,7 +161,7 @@ def test_coefficients_of_each_image() -> None:
 
 
 @pytest.mark.parametrize("sigma_data", [0.0, -1.0, math.nan])
-def test_data_without_a_spread_is_refused(sigma_data: float) -> None:
+def test_edm_with_invalid_sigma_data_is_an_error(sigma_data: float) -> None:
     with pytest.raises(ValueError, match=f"sigma_data={sigma_data}"):
         EDM(sigma_data)
 
@@ -169,7 +170,7 @@ def test_data_without_a_spread_is_refused(sigma_data: float) -> None:
 
 
 class Net(nn.Module):
-    """A random ε-network of one hidden layer, float64."""
+    """A random ε-network with one hidden layer, in float64."""
 
     def __init__(self, d: int = 6) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ class Net(nn.Module):
 
 
 class Converted(nn.Module):
-    """The ε-network as a network of another kind: of its scaled input, and with its output.
+    """The ε-network, converted to another parameterization: the same function with another output.
 
     It uses only its inputs: the scaled x_t and the index, from which it computes α_t and σ_t.
     """
@@ -217,7 +218,7 @@ def of_kind(kind: str, schedule: Schedule) -> NetworkDenoiser:
 
 
 @every_kind
-def test_a_converted_network_denoises_alike(kind: str) -> None:
+def test_converted_network_gives_the_same_estimate_and_score(kind: str) -> None:
     schedule, x_t = VP(), normal(4, 6, seed=5)
     t = torch.tensor([0.001, 0.25, 0.5, 1.0], dtype=torch.float64)
     alpha_t, sigma_t = (broadcast(c, x_t) for c in schedule(t))
@@ -240,8 +241,8 @@ def test_a_converted_network_denoises_alike(kind: str) -> None:
     ],
     ids=lambda s: type(s).__name__,
 )
-def test_a_converted_network_samples_alike(sampler: Sampler, kind: str) -> None:
-    """On an even grid, whose indices are integers: networks receive them in float32."""
+def test_converted_network_gives_the_same_samples(sampler: Sampler, kind: str) -> None:
+    """The time grid is uniform, so that the indices are integers and exact in float32."""
     schedule, start = VP(), normal(8, 6, seed=6)
     samples = [
         sampler(of_kind(k, schedule), start, generator=torch.Generator().manual_seed(7))
@@ -254,8 +255,8 @@ def test_a_converted_network_samples_alike(sampler: Sampler, kind: str) -> None:
 
 @pytest.mark.parametrize("schedule", [VP(), VE(), SubVP(), FlowSchedule(), Linear()])
 @pytest.mark.parametrize("t", [0.02, 0.4, 1.0])
-def test_the_score_is_the_gradient_of_the_log_density(schedule: Schedule, t: float) -> None:
-    """Of the mixture, at draws of x_t."""
+def test_score_is_the_gradient_of_the_log_density(schedule: Schedule, t: float) -> None:
+    """The score of the mixture is evaluated at samples of x_t."""
     level = number(t)
     alpha_t, sigma_t = schedule(level)
     x_0 = MIXTURE.sample(32, torch.Generator().manual_seed(8))

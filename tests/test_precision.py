@@ -1,8 +1,8 @@
-"""A network in bfloat16 under a float32 state: by how much images and posteriors change.
+"""U-Net blocks in bfloat16: the change of samples and posteriors.
 
-Cast are the blocks' weights, and so what lies between the blocks. The time embedding, the class
-embedding, the first convolution, the sums of the norms, the last norm and convolution, x_t, the
-estimate, the method and its solver stay float32.
+Only the weights of the blocks, and so the activations between them, are bfloat16. The time
+embedding, the class embedding, the first convolution, the sums of the norms, the last norm and
+convolution, x_t, the estimate, the method and its solver stay float32.
 """
 
 import copy
@@ -33,7 +33,7 @@ def bfloat16_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random_network() -> UNet:
-    """A U-Net in which every branch counts as much as any other."""
+    """A U-Net with random weights in which all branches have a similar scale."""
     torch.manual_seed(0)
     network = UNet(16, (1, 2), 1, (1,), 4).eval().requires_grad_(False)
     for layer in network.modules():
@@ -53,7 +53,7 @@ def reduced(network: UNet) -> UNet:
 
 
 class Inside(nn.Module):
-    """Records the types of a network's inputs and outputs."""
+    """Records the dtypes of the inputs and the output of a network."""
 
     def __init__(self, network: UNet) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_only_the_blocks_are_reduced(dtype: torch.dtype) -> None:
+def test_only_the_blocks_are_cast_to_bfloat16(dtype: torch.dtype) -> None:
     network = reduced(random_network())
     types = {name: weight.dtype for name, weight in network.named_parameters()}
     kept = {name.partition(".")[0] for name, of in types.items() if of == torch.float32}
@@ -81,8 +81,8 @@ def test_only_the_blocks_are_reduced(dtype: torch.dtype) -> None:
         assert value.dtype == dtype
 
 
-def test_an_image_of_fifty_steps_hardly_changes() -> None:
-    """In levels of 255, in the mean: at most 2.5; under autocast, which rounds more, 1.5."""
+def test_bfloat16_blocks_change_samples_of_fifty_steps_by_few_levels() -> None:
+    """The mean difference is at most 2.5 of 255 levels; under autocast it is at most 1.5."""
     network = random_network()
     x_1 = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -92,14 +92,14 @@ def test_an_image_of_fifty_steps_hardly_changes() -> None:
     expected, actual = sample(network), sample(reduced(network))
     with torch.autocast("cpu", torch.bfloat16):
         autocast = sample(network)
-    assert 0.5 < float(expected.std()) < 0.95  # neither grey nor black and white
+    assert 0.5 < float(expected.std()) < 0.95  # neither constant nor saturated
     for image, bound in ((actual, 2.5), (autocast, 1.5)):
         assert image.dtype == torch.float32
         assert 0.05 < float((image - expected).abs().mean()) * 127.5 < bound
 
 
 def covariance() -> Tensor:
-    """That of smooth images, of shape (d, d)."""
+    """The covariance of smooth images, of shape (d, d)."""
     k = torch.arange(SIDE, dtype=torch.float64)
     smooth = torch.exp(-((k[:, None] - k) ** 2) / 4)
     return torch.kron(smooth, smooth) / 4 + 0.01 * torch.eye(SIDE**2, dtype=torch.float64)
@@ -107,7 +107,7 @@ def covariance() -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> UNet:
-    """A network that was trained on a Gaussian."""
+    """A network trained on samples of a Gaussian."""
     generator, schedule, steps = torch.Generator().manual_seed(0), Cosine(), 300
     torch.manual_seed(0)
     prior = Gaussian(torch.zeros(SIDE**2, dtype=torch.float64), covariance())
@@ -134,10 +134,10 @@ def trained() -> UNet:
     [(TruncatedReverseSDE(), Identity()), (MMPS(), BoxInpainting((1, SIDE, SIDE)))],
     ids=["truncated", "mmps"],
 )
-def test_the_variance_of_a_posterior_does_not_move(
+def test_bfloat16_blocks_do_not_change_the_posterior_variance(
     trained: UNet, guidance: Guidance, operator: Operator
 ) -> None:
-    """Over the exact one's: by far less than its standard error, with the same noise."""
+    """With equal noise, the ratio to the exact variance changes by less than its error."""
     count, sigma_y, c = 64, 0.3, covariance()
     generator = torch.Generator().manual_seed(1)
     x_0 = torch.linalg.cholesky(c) @ torch.randn(SIDE**2, generator=generator).double()
@@ -159,5 +159,5 @@ def test_the_variance_of_a_posterior_does_not_move(
     expected, actual = ratios(trained), ratios(reduced(trained))
     error = float(expected.std()) / count**0.5
     print(f"{expected.mean():.4f} ± {error:.4f}, moved by {(actual - expected).mean():.5f}")
-    assert 0.8 < float(expected.mean()) < 1.25  # the network is good enough for a posterior
+    assert 0.8 < float(expected.mean()) < 1.25  # the network is accurate enough for a posterior
     assert 0 < abs(float((actual - expected).mean())) < error

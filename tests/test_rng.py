@@ -17,7 +17,7 @@ COUNT = 200_000
 
 
 def mix(x: int) -> int:
-    """The finaliser of SplitMix64 as published, in Python's integers."""
+    """The finalizer of SplitMix64 as published, with Python integers."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)
@@ -33,7 +33,7 @@ def key_of(*parts: int | str) -> int:
 
 
 def bits_of(key: int, draw: int, number: int) -> int:
-    """Number `number` (from 1) of draw `draw` (from 0): m(m(k + c G) + j G)."""
+    """Value `number` (from 1) of draw `draw` (from 0): m(m(k + c G) + j G)."""
     return mix((mix((key + draw * G) & MASK) + number * G) & MASK)
 
 
@@ -46,12 +46,12 @@ def keys(count: int = COUNT) -> Tensor:
 
 
 def uncorrelated(a: Tensor, b: Tensor) -> bool:
-    """Whether the correlation is within 4 standard errors of none."""
+    """Returns whether the correlation is within 4 standard errors of zero."""
     r = torch.corrcoef(torch.stack([a.flatten().double(), b.flatten().double()]))[0, 1]
     return abs(float(r)) < 4 / math.sqrt(a.numel())
 
 
-def test_the_finaliser_gives_the_published_stream_of_splitmix64() -> None:
+def test_mix_gives_the_published_stream_of_splitmix64() -> None:
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -71,16 +71,16 @@ def test_the_finaliser_gives_the_published_stream_of_splitmix64() -> None:
         (0,),
         (0, "train", 3, 41),
         (-1, "val"),
-        (2**63, "train", 0, 0),  # more than a signed 64-bit integer holds
+        (2**63, "train", 0, 0),  # larger than a signed 64-bit integer
         (2**64 + 5, 2**200 + 1),
         ("", "é"),
     ],
 )
-def test_keys_are_those_of_the_formula(parts: tuple[int | str, ...]) -> None:
+def test_make_key_matches_its_formula(parts: tuple[int | str, ...]) -> None:
     assert int(make_key(*parts)) == signed(key_of(*parts))
 
 
-def test_uniform_numbers_are_those_of_the_formula() -> None:
+def test_uniform_matches_its_formula() -> None:
     parts = [(2**63, "a", 0), (2**63, "a", 1), (2**63, "a", 2)]
     generator = KeyedGenerator(make_key(2**63, "a", torch.arange(3)))
     for draw in range(3):
@@ -98,7 +98,7 @@ def test_uniform_numbers_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_normal_numbers_are_box_muller(count: int) -> None:
+def test_normal_matches_the_box_muller_transform(count: int) -> None:
     key = key_of(3, "b")
     pairs = []
     for j in range(1, (count + 1) // 2 + 1):
@@ -114,7 +114,9 @@ def test_normal_numbers_are_box_muller(count: int) -> None:
 
 
 @pytest.mark.parametrize("draw", [KeyedGenerator.normal, KeyedGenerator.uniform])
-def test_an_image_gets_its_numbers_in_any_batch(draw: Callable[..., Tensor]) -> None:
+def test_random_numbers_of_an_image_do_not_depend_on_its_batch(
+    draw: Callable[..., Tensor],
+) -> None:
     whole = KeyedGenerator(keys(64))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:20]
     part = KeyedGenerator(keys(64)[order])
@@ -124,14 +126,14 @@ def test_an_image_gets_its_numbers_in_any_batch(draw: Callable[..., Tensor]) -> 
     assert torch.equal(draw(alone, 3, 5), draw(KeyedGenerator(keys(64)), 3, 5)[9:10])
 
 
-def test_the_same_key_repeats_and_successive_draws_differ() -> None:
+def test_equal_keys_give_equal_numbers_and_successive_draws_differ() -> None:
     one, two = KeyedGenerator(keys(8)), KeyedGenerator(keys(8))
     first = one.normal(100)
     assert torch.equal(first, two.normal(100))
     assert not torch.isclose(first, one.normal(100), atol=1e-6, rtol=0).all(1).any()
 
 
-def test_every_part_of_a_key_and_its_place_matter() -> None:
+def test_keys_depend_on_every_part_and_its_position() -> None:
     variants = [
         (0, "train", 1, 2),
         (1, "train", 1, 2),
@@ -155,10 +157,11 @@ def test_every_part_of_a_key_and_its_place_matter() -> None:
     grid = make_key(torch.arange(20)[:, None, None], torch.arange(50)[:, None], torch.arange(100))
     assert grid.shape == (20, 50, 100)
     assert len(grid.unique()) == grid.numel()
-    assert int(grid[3, 7, 42]) == int(make_key(3, 7, 42))  # a tensor is its numbers
+    # A tensor part is equivalent to its values.
+    assert int(grid[3, 7, 42]) == int(make_key(3, 7, 42))
 
 
-def test_integer_types_give_one_key() -> None:
+def test_make_key_is_independent_of_the_integer_dtype() -> None:
     expected = make_key(5, torch.arange(9))
     assert torch.equal(
         make_key(torch.tensor(5, dtype=torch.int32), torch.arange(9).int()), expected
@@ -166,8 +169,8 @@ def test_integer_types_give_one_key() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_distributions(dtype: torch.dtype) -> None:
-    """Across keys and within one stream; p-values of fixed numbers do not vary."""
+def test_normal_and_uniform_have_their_distributions(dtype: torch.dtype) -> None:
+    """Across keys and within one stream. The numbers are fixed, so the p-values do not vary."""
     for key, shape in ((keys(), ()), (keys(1), (COUNT,))):
         z = KeyedGenerator(key).normal(*shape, dtype=dtype).flatten().double()
         u = KeyedGenerator(key).uniform(*shape, dtype=dtype).flatten().double()
@@ -177,17 +180,17 @@ def test_the_distributions(dtype: torch.dtype) -> None:
             error = math.sqrt(float((z**power).var()) / COUNT)
             assert abs(float((z**power).mean()) - expected) < 4 * error
         assert 0 <= float(u.min()) < 1e-4 and 1 - 1e-4 < float(u.max()) < 1
-        assert 4 < float(z.abs().max()) < 6.7  # √(2 · 32 ln 2) = 6.66 is the largest there is
+        assert 4 < float(z.abs().max()) < 6.7  # √(2 · 32 ln 2) = 6.66 is the maximum
 
 
-def test_float64_has_more_digits_than_float32() -> None:
+def test_float64_numbers_are_not_rounded_to_float32() -> None:
     for draw in (KeyedGenerator.uniform, KeyedGenerator.normal):
         x = draw(KeyedGenerator(keys(1000)), dtype=torch.float64)
         assert x.dtype == torch.float64 and (x != x.float().double()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ["uniform", "normal"])
-def test_nothing_is_correlated(name: str) -> None:
+def test_draws_keys_and_seeds_are_uncorrelated(name: str) -> None:
     generator = KeyedGenerator(keys(COUNT // 10))
     first, second = getattr(generator, name)(10), getattr(generator, name)(10)
     for f in (lambda x: x, lambda x: (x - x.mean()).square()):
@@ -200,7 +203,7 @@ def test_nothing_is_correlated(name: str) -> None:
         assert uncorrelated(a, other)  # neighbouring seeds
 
 
-def test_normal_like() -> None:
+def test_normal_like_with_each_kind_of_generator() -> None:
     x = torch.zeros(4, 2, 3, dtype=torch.float64)
     keyed = normal_like(x, KeyedGenerator(keys(4)))
     assert torch.equal(keyed, KeyedGenerator(keys(4)).normal(2, 3, dtype=torch.float64))
@@ -215,6 +218,6 @@ def test_normal_like() -> None:
     assert torch.equal(drawn, torch.randn(4, 2, 3))
 
 
-def test_streams_are_never_shared() -> None:
+def test_fewer_streams_than_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="1 random streams for a batch of 4"):
         normal_like(torch.empty(4, 2), KeyedGenerator(make_key(0, torch.arange(1))))
