@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians against torch's densities, autograd, and integrals on a grid."""
+"""Gaussian mixtures against torch.distributions, autograd, and integrals on a grid."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,10 @@ def number(value: float) -> Tensor:
 
 
 def parameters(components: int, d: int, spread: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means `spread` wide, and full covariances with deviations of about 0.2 to 1."""
+    """Weights, means of standard deviation `spread`, and full covariances.
+
+    The standard deviations of the components are about 0.2 to 1.
+    """
     weights = torch.arange(1, components + 1, dtype=torch.float64)
     factors = normal(components, d, d, seed=1) / (2 * math.sqrt(d))
     covariances = factors @ factors.mT + 0.05 * torch.eye(d, dtype=torch.float64)
@@ -49,7 +52,7 @@ def mixture(components: int = 3, d: int = 4, spread: float = 1.5) -> GaussianMix
 def reference(
     alpha_t: float, sigma_t: float, components: int = 3, d: int = 4
 ) -> MixtureSameFamily:
-    """torch's own p(x_t)."""
+    """p(x_t), built with torch.distributions."""
     weights, means, covariances = parameters(components, d)
     noise = sigma_t**2 * torch.eye(d, dtype=torch.float64)
     parts = MultivariateNormal(alpha_t * means, alpha_t**2 * covariances + noise)
@@ -57,7 +60,7 @@ def reference(
 
 
 def noisy(alpha_t: float, sigma_t: float, count: int = 6) -> Tensor:
-    """Points x_t about where there are some, and one far away."""
+    """Points x_t in regions of high density, and one point far away."""
     x_t = alpha_t * 2 * normal(count, 4) + sigma_t * normal(count, 4, seed=5)
     x_t[-1] *= 10
     return x_t
@@ -71,7 +74,7 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 # --- densities ----------------------------------------------------------------------------------
 
 
-def test_log_prob_is_torchs() -> None:
+def test_log_prob_matches_torch_distributions() -> None:
     x = 2 * normal(50, 4)
     torch.testing.assert_close(
         mixture().log_prob(x), reference(1, 0).log_prob(x), rtol=1e-10, atol=1e-10
@@ -79,7 +82,7 @@ def test_log_prob_is_torchs() -> None:
 
 
 @every_level
-def test_log_prob_t_is_torchs(level: tuple[float, float]) -> None:
+def test_log_prob_t_matches_torch_distributions(level: tuple[float, float]) -> None:
     x_t = noisy(*level)
     expected = reference(*level).log_prob(x_t)
     alpha_t, sigma_t = (number(c) for c in level)
@@ -90,7 +93,7 @@ def test_log_prob_t_is_torchs(level: tuple[float, float]) -> None:
     torch.testing.assert_close(mixture().marginal(*level).log_prob(x_t), expected, **close)
 
 
-def test_each_point_has_its_own_level() -> None:
+def test_log_prob_t_accepts_one_level_per_point() -> None:
     x_t = normal(4, 4)
     levels = torch.tensor(LEVELS, dtype=torch.float64)
     expected = torch.stack([reference(*LEVELS[k]).log_prob(x_t[k]) for k in range(4)])
@@ -99,7 +102,7 @@ def test_each_point_has_its_own_level() -> None:
     )
 
 
-def test_responsibilities_are_by_bayes_rule() -> None:
+def test_responsibilities_follow_bayes_rule() -> None:
     weights, means, covariances = parameters(3, 4)
     x = normal(20, 4)
     joint = np.stack(
@@ -113,16 +116,16 @@ def test_responsibilities_are_by_bayes_rule() -> None:
     torch.testing.assert_close(mixture().responsibilities(x), expected, rtol=1e-8, atol=1e-12)
 
 
-def test_responsibilities_far_from_everything_are_not_nan() -> None:
+def test_responsibilities_far_from_all_components_are_finite() -> None:
     r = mixture().responsibilities(1e4 * normal(5, 4))
     torch.testing.assert_close(r.sum(1), torch.ones(5, dtype=torch.float64))
     assert bool((r.amax(1) > 0.999).all())
 
 
-# --- draws --------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------
 
 
-def test_moments_of_draws() -> None:
+def test_samples_have_the_moments_of_the_mixture() -> None:
     n = 40_000
     weights, means, covariances = parameters(3, 4)
     x = mixture().sample(n, seeded())
@@ -138,7 +141,7 @@ def test_moments_of_draws() -> None:
     assert bool(((products.mean(0) - covariance).abs() < 5 * error).all())
 
 
-def test_draws_repeat_with_their_seed() -> None:
+def test_samples_are_reproducible_with_a_seed() -> None:
     assert torch.equal(mixture().sample(7, seeded(3)), mixture().sample(7, seeded(3)))
     assert not torch.equal(mixture().sample(7, seeded(3)), mixture().sample(7, seeded(4)))
     torch.manual_seed(0)
@@ -148,7 +151,7 @@ def test_draws_repeat_with_their_seed() -> None:
     assert torch.equal(first, mixture().sample(7))
 
 
-def test_whitened_draws_of_separate_components_are_standard_normal() -> None:
+def test_whitened_samples_of_separate_components_are_standard_normal() -> None:
     prior, n = mixture(spread=30.0), 20_000
     x = prior.sample(n, seeded())
     z, k = prior.whitened(x)
@@ -165,12 +168,12 @@ def test_whitened_draws_of_separate_components_are_standard_normal() -> None:
     torch.testing.assert_close(z.square().sum(1), expected, rtol=1e-9, atol=1e-9)
 
 
-# --- the denoiser -------------------------------------------------------------------------------
+# --- denoiser -----------------------------------------------------------------------------------
 
 
 @every_level
-def test_the_mean_follows_from_the_score(level: tuple[float, float]) -> None:
-    """Tweedie: E[x_0 | x_t] = (x_t + σ_t² ∇ log p(x_t)) / α_t."""
+def test_mean_t_matches_tweedies_formula(level: tuple[float, float]) -> None:
+    """Tweedie's formula is E[x_0 | x_t] = (x_t + σ_t² ∇ log p(x_t)) / α_t."""
     (alpha_t, sigma_t), x_t = level, noisy(*level)
     levels = number(alpha_t), number(sigma_t)
     actual = mixture().mean_t(x_t, *levels)
@@ -181,7 +184,7 @@ def test_the_mean_follows_from_the_score(level: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("level", [(0.8, 0.6), (1.0, 0.05), (1.0, 5.0), (0.7, 0.51)])
-def test_the_mean_is_the_integral_in_one_dimension(level: tuple[float, float]) -> None:
+def test_mean_and_variance_match_integrals_in_one_dimension(level: tuple[float, float]) -> None:
     alpha_t, sigma_t = level
     weights, means, covariances = (p.numpy() for p in parameters(3, 1))
     x_0 = np.linspace(-12, 12, 40_001)
@@ -219,7 +222,7 @@ def moments_on(points: np.ndarray, density: np.ndarray) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("level", [(0.8, 0.6), (1.0, 2.0), (0.7, 0.51)])
-def test_the_mean_and_the_covariance_are_integrals_in_the_plane(
+def test_mean_and_covariance_match_integrals_in_two_dimensions(
     level: tuple[float, float],
 ) -> None:
     (alpha_t, sigma_t), points = level, grid()
@@ -234,8 +237,8 @@ def test_the_mean_and_the_covariance_are_integrals_in_the_plane(
         np.testing.assert_allclose(actual.numpy(), covariance, rtol=0, atol=1e-9)
 
 
-def test_the_mean_is_that_of_weighted_draws() -> None:
-    """Importance sampling with draws of torch's own mixture, within five standard errors."""
+def test_mean_t_matches_importance_sampling() -> None:
+    """The samples come from torch's mixture; the tolerance is five standard errors."""
     torch.manual_seed(0)
     x_0 = reference(1, 0, 3, 2).sample((200_000,))
     x_t, alpha_t, sigma_t = torch.tensor([0.4, -0.2], dtype=torch.float64), 0.8, 0.6
@@ -250,7 +253,7 @@ def test_the_mean_is_that_of_weighted_draws() -> None:
     "schedule", [Linear(), VP(), SubVP(), VE()], ids=lambda s: type(s).__name__
 )
 @pytest.mark.parametrize("t", [0.01, 0.3, 1.0])
-def test_the_denoiser_takes_its_levels_from_the_schedule(schedule: Schedule, t: float) -> None:
+def test_denoiser_uses_the_levels_of_the_schedule(schedule: Schedule, t: float) -> None:
     alpha_t, sigma_t = (float(c) for c in schedule(number(t)))
     x_t = noisy(alpha_t, sigma_t)
     score = gradient(reference(alpha_t, sigma_t).log_prob, x_t)
@@ -264,7 +267,7 @@ def test_the_denoiser_takes_its_levels_from_the_schedule(schedule: Schedule, t: 
     assert denoiser.schedule is schedule
 
 
-def test_one_time_for_each_point_and_any_batch_size() -> None:
+def test_denoiser_accepts_one_time_per_point_and_any_batch_size() -> None:
     denoiser, x_t = mixture().denoiser(VE()), 3 * normal(5, 4)
     t = torch.tensor([0.05, 0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
     together = denoiser(x_t, t)
@@ -275,7 +278,7 @@ def test_one_time_for_each_point_and_any_batch_size() -> None:
     torch.testing.assert_close(same[2:4], denoiser(x_t[2:4], t[1]), rtol=1e-13, atol=1e-13)
 
 
-def test_the_estimate_is_of_the_inputs_type_and_computed_in_float64() -> None:
+def test_denoiser_returns_the_input_dtype_and_computes_in_float64() -> None:
     x_t, t = normal(5, 4).float(), torch.tensor(0.4)
     denoiser = mixture().denoiser(Linear())
     actual = denoiser(x_t, t)
@@ -286,7 +289,7 @@ def test_the_estimate_is_of_the_inputs_type_and_computed_in_float64() -> None:
     torch.testing.assert_close(single.denoiser(Linear())(x_t, t), actual, rtol=1e-5, atol=1e-5)
 
 
-def test_hardly_any_noise_leaves_the_point() -> None:
+def test_mean_t_without_noise_is_the_scaled_point() -> None:
     x_t = noisy(1, 0)
     for sigma_t in (1e-6, 1e-12, 0.0):
         actual = mixture().mean_t(x_t, number(0.9), number(sigma_t))
@@ -294,7 +297,7 @@ def test_hardly_any_noise_leaves_the_point() -> None:
 
 
 @pytest.mark.parametrize("level", [(1.0, 1e10), (0.0, 1.0), (1e-13, 1.0), (0.0, 348.0)])
-def test_hardly_any_signal_leaves_the_prior(level: tuple[float, float]) -> None:
+def test_moments_without_signal_are_those_of_the_prior(level: tuple[float, float]) -> None:
     weights, means, covariances = parameters(3, 4)
     alpha_t, sigma_t = (number(c) for c in level)
     x_t, mean = sigma_t * normal(5, 4), weights @ means
@@ -307,17 +310,17 @@ def test_hardly_any_signal_leaves_the_prior(level: tuple[float, float]) -> None:
     torch.testing.assert_close(actual, expected.expand(5, 4, 4), rtol=1e-8, atol=1e-8)
 
 
-def test_the_largest_level_of_ve_by_hand() -> None:
-    """For N(m, s): m + s (x_t - m) / (s + σ²)."""
+def test_mean_t_at_the_largest_level_of_ve() -> None:
+    """For N(m, s), the mean is m + s (x_t - m) / (s + σ²)."""
     prior = Gaussian(torch.tensor([0.3]), torch.tensor([[0.25]]))
     x_t = torch.tensor([[500.0], [-200.0]], dtype=torch.float64)
     expected = 0.3 + 0.25 * (x_t - 0.3) / (0.25 + 348.0**2)
     actual = prior.mean_t(x_t, number(1.0), number(348.0))
-    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)  # 0.3 was a float32
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)  # 0.3 was rounded to float32
 
 
 @every_level
-def test_the_covariance_is_the_jacobian_of_the_mean(level: tuple[float, float]) -> None:
+def test_covariance_t_is_the_scaled_jacobian_of_mean_t(level: tuple[float, float]) -> None:
     """Cov[x_0 | x_t] = σ_t² / α_t ∂ E[x_0 | x_t] / ∂ x_t."""
     alpha_t, sigma_t = (number(c) for c in level)
     x_t = noisy(*level)
@@ -330,7 +333,7 @@ def test_the_covariance_is_the_jacobian_of_the_mean(level: tuple[float, float]) 
         torch.testing.assert_close(actual[k], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_covariance_at_each_points_own_level() -> None:
+def test_covariance_t_accepts_one_level_per_point() -> None:
     levels, x_t = torch.tensor(LEVELS, dtype=torch.float64), normal(4, 4)
     together = mixture().covariance_t(x_t, levels[:, 0], levels[:, 1])
     for k in range(4):
@@ -338,13 +341,13 @@ def test_the_covariance_at_each_points_own_level() -> None:
         torch.testing.assert_close(together[k], alone[0], rtol=1e-12, atol=1e-12)
 
 
-# --- the posterior ------------------------------------------------------------------------------
+# --- posterior ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "matrix", [[[1.0, 0.0]], [[0.5, -1.0]], [[1.0, 2.0], [0.3, -0.4]], [[1, 0], [0, 1], [1, 1.0]]]
 )
-def test_the_posterior_is_bayes_rule_on_a_grid(matrix: list[list[float]]) -> None:
+def test_posterior_matches_bayes_rule_on_a_grid(matrix: list[list[float]]) -> None:
     a, points, sigma_y = np.array(matrix), grid(), 0.5
     y = 0.4 * np.arange(1, len(a) + 1)
     density = prior_on(points) * np.exp(-(((y - points @ a.T) / sigma_y) ** 2).sum(1) / 2)
@@ -363,7 +366,7 @@ def test_the_posterior_is_bayes_rule_on_a_grid(matrix: list[list[float]]) -> Non
 
 
 @pytest.mark.parametrize("m", [1, 3, 4, 6])
-def test_the_posterior_of_one_gaussian_is_the_linear_gaussian_one(m: int) -> None:
+def test_posterior_of_one_gaussian_matches_the_closed_form(m: int) -> None:
     a, y, sigma_y = normal(m, 4, seed=7), normal(m, seed=8), 0.3
     precision = torch.linalg.inv(COVARIANCE)
     covariance = torch.linalg.inv(precision + a.T @ a / sigma_y**2)
@@ -374,7 +377,7 @@ def test_the_posterior_of_one_gaussian_is_the_linear_gaussian_one(m: int) -> Non
     torch.testing.assert_close(posterior.covariances[0], covariance, rtol=1e-10, atol=1e-10)
 
 
-def test_without_noise_the_posterior_meets_the_observation() -> None:
+def test_posterior_without_noise_satisfies_the_observation() -> None:
     a, y = normal(2, 4, seed=7), normal(2, seed=8)
     posterior = mixture().posterior(y, a, 0.0)
     torch.testing.assert_close(posterior.sample(50, seeded()) @ a.T, y.expand(50, 2))
@@ -390,8 +393,8 @@ def test_without_noise_the_posterior_meets_the_observation() -> None:
 
 
 @pytest.mark.parametrize("level", [(1.0, 0.4), (0.8, 0.6), (0.7, 0.51)])
-def test_what_is_observed_as_it_is_denoised(level: tuple[float, float]) -> None:
-    """With A = α_t I and σ_y = σ_t, y is x_t."""
+def test_denoising_equals_the_posterior_for_a_scaled_identity(level: tuple[float, float]) -> None:
+    """With A = α_t I, σ_y = σ_t and y = x_t, the posterior has the moments of p(x_0 | x_t)."""
     alpha_t, sigma_t = (number(c) for c in level)
     x_t = normal(1, 4)
     a = alpha_t * torch.eye(4, dtype=torch.float64)
@@ -407,7 +410,7 @@ def test_what_is_observed_as_it_is_denoised(level: tuple[float, float]) -> None:
     torch.testing.assert_close(covariance, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_two_observations_are_one_of_both() -> None:
+def test_two_successive_posteriors_equal_the_joint_posterior() -> None:
     a, y = normal(3, 4, seed=7), normal(3, seed=8)
     both = mixture().posterior(y, a, 0.3)
     twice = mixture().posterior(y[:1], a[:1], 0.3).posterior(y[1:], a[1:], 0.3)
@@ -416,8 +419,8 @@ def test_two_observations_are_one_of_both() -> None:
     torch.testing.assert_close(twice.covariances, both.covariances, rtol=1e-9, atol=1e-9)
 
 
-def test_the_conditional_denoiser_joins_the_observation_and_the_noisy_point() -> None:
-    """E[x_0 | x_t, y] is the mean given both, stacked and scaled to one noise."""
+def test_conditional_denoiser_matches_the_posterior_of_stacked_observations() -> None:
+    """E[x_0 | x_t, y] is the mean given both observations, stacked and scaled to equal noise."""
     a, y, sigma_y, t = normal(2, 4, seed=7), normal(2, seed=8), 0.3, number(0.3)
     x_t, schedule = normal(3, 4), Linear()
     alpha_t, sigma_t = schedule(t)
@@ -429,7 +432,7 @@ def test_the_conditional_denoiser_joins_the_observation_and_the_noisy_point() ->
         torch.testing.assert_close(actual[k], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_function_is_its_matrix() -> None:
+def test_posterior_for_a_function_matches_that_for_its_matrix() -> None:
     prior = GaussianMixture(*parameters(3, 8), shape=(2, 2, 2))
     y = normal(2, 1, 2, seed=8)
     by_function = prior.posterior(y, lambda x: x.mean(2, keepdim=True), 0.2)
@@ -444,25 +447,28 @@ def test_a_function_is_its_matrix() -> None:
     assert by_function.shape == (2, 2, 2)
 
 
-def test_a_component_that_the_observation_rules_out_returns_at_its_own_place() -> None:
-    """Its weight is e^-5000, below float64: without its logarithm the point would go nowhere."""
+def test_log_weights_keep_components_with_underflowing_weights() -> None:
+    """The second component has the weight e^-2500, which is zero in float64.
+
+    Near that component, its log weight is needed for correct responsibilities.
+    """
     weights, means = torch.tensor([0.5, 0.5]), torch.tensor([[0.0], [100.0]])
     prior = GaussianMixture(weights, means, torch.ones(2, 1, 1))
     posterior = prior.posterior(torch.zeros(1), torch.eye(1), 1.0)
     assert posterior.weights.tolist() == [1, 0]
     # Evidence: N(0; 100, 1 + 1) against N(0; 0, 1 + 1).
     assert float(posterior.log_weights[1]) == pytest.approx(-(100**2) / 4, rel=1e-12)
-    # At x_0 = 100 the second component, of mean 50 and variance 1/2, is as likely as the first.
+    # The second component has mean 50 and variance 1/2. Both are equally likely at x_0 = 50.
     x = torch.tensor([[40.0], [60.0], [49.0], [51.0]], dtype=torch.float64)
     first, second = -(x**2), -2500 - (x - 50) ** 2
     expected = torch.softmax(torch.cat([first, second], 1), 1)
     torch.testing.assert_close(posterior.responsibilities(x), expected, rtol=1e-9, atol=1e-12)
 
 
-# --- shapes, and what is refused ----------------------------------------------------------------
+# --- shapes and invalid arguments ---------------------------------------------------------------
 
 
-def test_images_are_what_flat_points_are() -> None:
+def test_image_shape_gives_the_same_results_as_flat_points() -> None:
     flat = mixture(3, 12)
     image = GaussianMixture(*parameters(3, 12), shape=(3, 2, 2))
     x, t = normal(5, 12), torch.linspace(0.1, 0.9, 5).double()
@@ -482,14 +488,14 @@ def test_images_are_what_flat_points_are() -> None:
     assert single.sample(3, seeded()).shape == (3, 1, 2, 2)
 
 
-def test_a_point_mass_has_a_denoiser() -> None:
+def test_point_mass_has_a_denoiser() -> None:
     prior = Gaussian(MEAN, torch.zeros(4, 4))
     actual = prior.denoiser(Linear())(normal(3, 4), number(0.5))
     torch.testing.assert_close(actual, MEAN.expand(3, 4), rtol=0, atol=1e-15)
     assert torch.equal(prior.sample(3, seeded()), MEAN.expand(3, 4))
 
 
-def test_a_flat_covariance_in_float32_is_accepted() -> None:
+def test_singular_covariance_in_float32_is_accepted() -> None:
     factor = normal(4, 2).float()
     prior = Gaussian(MEAN.float(), factor @ factor.T)
     torch.testing.assert_close(
@@ -521,12 +527,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "options", "reason"), BAD.values(), ids=BAD.keys())
-def test_what_is_no_mixture_is_refused(arguments, options, reason: str) -> None:
+def test_invalid_mixture_is_an_error(arguments, options, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         GaussianMixture(*arguments, **options)
 
 
-def test_weights_are_normalised() -> None:
+def test_weights_are_normalized() -> None:
     rounded = GaussianMixture(WEIGHTS * (1 + 5e-7), MEANS, COVARIANCES)
     assert float(rounded.weights.sum()) == pytest.approx(1, abs=1e-15)
 
@@ -535,12 +541,12 @@ def test_weights_are_normalised() -> None:
     "operator", [torch.abs, torch.square, lambda x: x + 1, lambda x: x.clamp(-1, 1), torch.relu]
 )
 @pytest.mark.parametrize("d", [1, 4])
-def test_a_function_that_is_not_linear_is_refused(operator, d: int) -> None:
+def test_nonlinear_function_is_an_error(operator, d: int) -> None:
     with pytest.raises(ValueError, match="not linear"):
         mixture(3, d).posterior(torch.zeros(d), operator, 0.1)
 
 
-def test_observations_that_do_not_fit_are_refused() -> None:
+def test_mismatched_observation_is_an_error() -> None:
     y, a = torch.zeros(2), torch.eye(4)[:2]
     with pytest.raises(ValueError, match=r"shape \(2, 3\), not \(m, 4\)"):
         mixture().posterior(y, a[:, :3], 0.1)
@@ -554,34 +560,37 @@ def test_observations_that_do_not_fit_are_refused() -> None:
             mixture().posterior(torch.zeros(len(flat)), flat, 0.0)
 
 
-# --- how samples are compared with a mixture ----------------------------------------------------
+# --- distance of samples to a mixture -----------------------------------------------------------
 
 SEPARATE = mixture(spread=30.0)
 COUNT = 20_000
 LOWEST = cache(lambda: floor(SEPARATE, COUNT, seed=0))
 
 
-def test_exact_draws_are_at_the_floor() -> None:
+def test_distance_of_exact_samples_is_at_the_floor() -> None:
     lowest = LOWEST()
     assert lowest < 0.02
     for seed in range(5):
         shape, shares = distance(SEPARATE, SEPARATE.sample(COUNT, seeded(seed)), seed=seed)
         assert shape == pytest.approx(lowest, rel=0.3)
         assert shares < 5 * 0.5 / math.sqrt(COUNT)
-    assert floor(SEPARATE, COUNT // 16, seed=0) > 3 * lowest  # about as 1 / √n
+    assert floor(SEPARATE, COUNT // 16, seed=0) > 3 * lowest  # the floor decreases about as 1 / √n
 
 
-def test_a_wrong_scale_is_seen() -> None:
+def test_distance_detects_a_wrong_scale() -> None:
     x = SEPARATE.sample(COUNT, seeded())
     lowest, centre = LOWEST(), SEPARATE.means[SEPARATE.whitened(x)[1]]
     for scale in (0.95, 1.05):
         shape, shares = distance(SEPARATE, centre + scale * (x - centre))
         assert shape > 2.5 * lowest and shape == pytest.approx(0.05, abs=lowest)
-        assert shares < 0.02  # that is another matter
+        assert shares < 0.02  # the weights are unaffected
 
 
-def test_a_shift_is_seen() -> None:
-    """By 0.1 deviations along every axis: 0.1 |cos| of the angle with a direction, times √d."""
+def test_distance_detects_a_shift() -> None:
+    """The samples are shifted by 0.1 standard deviations along every axis.
+
+    A projection moves by 0.1 √d |cos| of the angle between its direction and the shift.
+    """
     x = SEPARATE.sample(COUNT, seeded())
     z, k = SEPARATE.whitened(x)
     shifted = (z + 0.1) * SEPARATE.eigenvalues[k].sqrt()
@@ -592,10 +601,10 @@ def test_a_shift_is_seen() -> None:
     assert shape > 4 * LOWEST()
 
 
-def test_wrong_shares_are_seen() -> None:
+def test_distance_detects_wrong_component_weights() -> None:
     weights, means, covariances = parameters(3, 4, spread=30.0)
     weights = weights + torch.tensor([0.05, 0, -0.05])
     x = GaussianMixture(weights, means, covariances).sample(COUNT, seeded())
     shape, shares = distance(SEPARATE, x)
     assert shares == pytest.approx(0.05, abs=0.015)
-    assert shape == pytest.approx(LOWEST(), rel=0.3)  # another matter
+    assert shape == pytest.approx(LOWEST(), rel=0.3)  # the shape is unaffected

@@ -9,9 +9,9 @@ from diffusion_lab.analytic import Gaussian, damped_spring, trajectory
 def smoother(
     y: np.ndarray, seen: list[int], transition, noise, start, length: int, sigma_y: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means (L, n) and covariances (L, n, n) by filtering forwards, then smoothing backwards.
+    """Means (L, n) and covariances (L, n, n) by a forward filter and a backward smoother.
 
-    Rauch, Tung, Striebel, 1965; position 0 of the state is seen at some moments.
+    See Rauch, Tung and Striebel, 1965. Component 0 of the state is observed at the times `seen`.
     """
     f, q, p_0 = (np.asarray(m) for m in (transition, noise, start))
     n = len(f)
@@ -35,7 +35,7 @@ def smoother(
     return np.array(means), np.array(covariances)
 
 
-def test_the_posterior_is_that_of_a_kalman_smoother() -> None:
+def test_posterior_matches_a_kalman_smoother() -> None:
     spring, model = damped_spring(12)
     prior = Gaussian(spring.means[0], spring.covariances[0])
     seen, sigma_y = [0, 3, 4, 9], 0.2
@@ -48,8 +48,8 @@ def test_the_posterior_is_that_of_a_kalman_smoother() -> None:
     np.testing.assert_allclose(blocks.permute(2, 0, 1).numpy(), covariances, atol=1e-10)
 
 
-def test_draws_follow_the_dynamics() -> None:
-    """z_{k+1} - F z_k is N(0, Q) and has nothing to do with z_k."""
+def test_samples_follow_the_dynamics() -> None:
+    """z_{k+1} - F z_k is distributed as N(0, Q) and is uncorrelated with z_k."""
     f = torch.tensor([[0.9, 0.3], [-0.2, 0.7]], dtype=torch.float64)
     q = torch.tensor([[0.2, 0.05], [0.05, 0.1]], dtype=torch.float64)
     prior = trajectory(f, q, torch.eye(2), 6)
@@ -61,6 +61,6 @@ def test_draws_follow_the_dynamics() -> None:
     assert float((kick.T @ before / len(kick)).abs().max()) < 5e-3
 
 
-def test_the_spring_is_stationary() -> None:
+def test_damped_spring_is_stationary() -> None:
     spring, _ = damped_spring(10)
     assert torch.allclose(spring.covariances[0].diagonal(), torch.ones(20, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Power-function averages: weights, widths, reconstruction from snapshots, resume."""
+"""Power-function EMA: profiles, widths, reconstruction from snapshots, resuming."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ class Path64(nn.Module):
 
 
 def module_of(network: nn.Module) -> SimpleNamespace:
-    """Fake module that has skipped no step."""
+    """A fake module that has skipped no step."""
     return SimpleNamespace(network=network, skipped=torch.tensor(False))
 
 
@@ -49,7 +49,7 @@ def trainer_at(step: int, **more) -> SimpleNamespace:
 
 
 def track(callback: PowerEMA, path: Tensor, network: nn.Module | None = None) -> None:
-    """Calls the callback as a trainer does, with parameters on a path of shape (T, size)."""
+    """Calls the callback as a trainer does, with parameters from `path` of shape (T, size)."""
     module = module_of(network or Path64(path.shape[1]))
     callback.on_train_start(trainer_at(0), module)
     for n, value in enumerate(path, start=1):
@@ -66,7 +66,7 @@ def random_walk(steps: int, size: int = 64) -> Tensor:
 
 
 def training_like(steps: int, size: int = 64) -> Tensor:
-    """A quick approach to an optimum that drifts, and the noise of a constant learning rate."""
+    """A fast approach to a drifting optimum, with the noise of a constant learning rate."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(steps, size, generator=generator)
     first, drift = torch.randn(2, size, generator=generator)
@@ -78,22 +78,22 @@ def training_like(steps: int, size: int = 64) -> Tensor:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_exponent_has_that_width(width: float) -> None:
+def test_gamma_of_width_gives_the_requested_width(width: float) -> None:
     gamma = ema.gamma_of_width(width)
     assert gamma >= 0
     variance = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))
     assert variance**0.5 == pytest.approx(width, rel=1e-10)
 
 
-def test_known_exponents() -> None:
-    """6.94 and 16.97 are those of the paper; γ = 1 is a ramp, of variance 1/18."""
+def test_gamma_of_width_matches_the_paper() -> None:
+    """6.94 and 16.97 are those of the paper; γ = 1 is a linear profile, whose variance is 1/18."""
     assert ema.gamma_of_width(0.10) == pytest.approx(6.94, abs=0.005)
     assert ema.gamma_of_width(0.05) == pytest.approx(16.97, abs=0.005)
     assert ema.gamma_of_width(18**-0.5) == pytest.approx(1, rel=1e-10)
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.009, 0.29, float("nan")])
-def test_a_bad_width_is_named(width: float, tmp_path: Path) -> None:
+def test_invalid_width_is_an_error(width: float, tmp_path: Path) -> None:
     for refused in (
         lambda: ema.gamma_of_width(width),
         lambda: PowerEMA(str(tmp_path), [0.1, width]),
@@ -104,7 +104,7 @@ def test_a_bad_width_is_named(width: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_profile_is_the_product_of_the_betas(width: float) -> None:
+def test_profile_matches_the_products_of_beta(width: float) -> None:
     steps, gamma = 300, ema.gamma_of_width(width)
     beta = [(1 - 1 / t) ** (gamma + 1) for t in range(1, steps + 1)]
     expected = [(1 - beta[k]) * float(np.prod(beta[k + 1 :])) for k in range(steps)]
@@ -114,7 +114,7 @@ def test_the_profile_is_the_product_of_the_betas(width: float) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_profile_tends_to_a_power_of_that_width(width: float) -> None:
+def test_profile_converges_to_a_power_function_of_the_width(width: float) -> None:
     steps, gamma = 20_000, ema.gamma_of_width(width)
     w = ema.profile(width, steps)
     tau = torch.arange(1, steps + 1, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_the_profile_tends_to_a_power_of_that_width(width: float) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 500])
-def test_the_recursion_is_the_weighted_sum(steps: int, tmp_path: Path) -> None:
+def test_recursion_equals_the_weighted_sum(steps: int, tmp_path: Path) -> None:
     callback, path = PowerEMA(str(tmp_path), WIDTHS, 10_000), random_walk(steps) + 3
     track(callback, path)
     for width in WIDTHS:
@@ -137,7 +137,7 @@ def test_the_recursion_is_the_weighted_sum(steps: int, tmp_path: Path) -> None:
         torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
 
 
-def test_the_first_step_forgets_the_initial_weights(tmp_path: Path) -> None:
+def test_first_update_discards_the_initial_weights(tmp_path: Path) -> None:
     network = Path64(3)
     nn.init.constant_(network.a, 1e30)
     callback = PowerEMA(str(tmp_path))
@@ -146,8 +146,8 @@ def test_the_first_step_forgets_the_initial_weights(tmp_path: Path) -> None:
         assert torch.equal(callback.averages[width]["a"], torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_an_average_of_many_steps_loses_little_to_float32(tmp_path: Path) -> None:
-    """The last steps weigh 1e-4 to 1e-3 each: far above a float32's 6e-8."""
+def test_average_of_100000_steps_is_accurate_in_float32(tmp_path: Path) -> None:
+    """The last steps have weights of 1e-4 to 1e-3, far above the float32 precision of 6e-8."""
     steps = 100_000
     callback, path = PowerEMA(str(tmp_path), [0.05, 0.2], steps), training_like(steps, 8) + 1
     track(callback, path)
@@ -158,10 +158,10 @@ def test_an_average_of_many_steps_loses_little_to_float32(tmp_path: Path) -> Non
         )
 
 
-# --- when and of what ---------------------------------------------------------------------------
+# --- updates and parameter names ----------------------------------------------------------------
 
 
-def test_no_update_while_gradients_are_accumulated(tmp_path: Path) -> None:
+def test_average_is_updated_once_per_optimizer_step(tmp_path: Path) -> None:
     module, callback = module_of(Path64(1)), PowerEMA(str(tmp_path), [0.1])
     callback.on_train_start(trainer_at(0), module)
     path = [1.0, 5.0, -2.0, 4.0, 8.0, 3.0]
@@ -173,8 +173,8 @@ def test_no_update_while_gradients_are_accumulated(tmp_path: Path) -> None:
     assert float(callback.averages[0.1]["a"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_names_are_those_of_a_network_that_is_not_compiled(tmp_path: Path) -> None:
-    """Compiled as a whole and in part; what was averaged differs from the initial weights."""
+def test_parameter_names_have_no_prefix_of_torch_compile(tmp_path: Path) -> None:
+    """The network is compiled as a whole and in part."""
     inner = torch.compile(nn.Linear(2, 2), backend="eager")
     network = torch.compile(nn.Sequential(inner, nn.Linear(2, 2)), backend="eager")
     assert all("_orig_mod." in name for name, _ in network.named_parameters())
@@ -195,20 +195,20 @@ def test_names_are_those_of_a_network_that_is_not_compiled(tmp_path: Path) -> No
         torch.testing.assert_close(result[name], before[name] + mean, rtol=1e-6, atol=1e-6)
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     plain.load_state_dict(result)
-    # and a run goes on with or without compilation
+    # a run can resume with or without compilation
     other = PowerEMA(str(tmp_path), [0.1], 3)
     other.load_state_dict(callback.state_dict())
     other.on_train_start(trainer_at(3), module_of(plain))
     assert all(torch.equal(other.averages[0.1][k], callback.averages[0.1][k]) for k in names)
 
 
-def test_without_widths_it_does_nothing(tmp_path: Path) -> None:
+def test_callback_without_widths_does_nothing(tmp_path: Path) -> None:
     callback = PowerEMA(str(tmp_path / "ema"), [])
     track(callback, random_walk(3))
     assert callback.state_dict() == {} and not (tmp_path / "ema").exists()
 
 
-def test_strided_parameters_are_averaged_and_written(tmp_path: Path) -> None:
+def test_channels_last_parameters_are_averaged_and_saved(tmp_path: Path) -> None:
     network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     module, callback = module_of(network), PowerEMA(str(tmp_path), [0.1], 1)
     callback.on_train_start(trainer_at(0), module)
@@ -219,7 +219,7 @@ def test_strided_parameters_are_averaged_and_written(tmp_path: Path) -> None:
 # --- snapshots ----------------------------------------------------------------------------------
 
 
-def test_a_snapshot_says_what_it_is(tmp_path: Path) -> None:
+def test_snapshot_contains_the_averages_and_their_metadata(tmp_path: Path) -> None:
     callback = PowerEMA(str(tmp_path / "ema"), [0.05, 0.10], every_n_steps=4)
     track(callback, random_walk(10))
     names = ["000000004.safetensors", "000000008.safetensors", "000000010.safetensors"]
@@ -235,7 +235,7 @@ def test_a_snapshot_says_what_it_is(tmp_path: Path) -> None:
     assert facts == {"format": 1, "step": 10, "widths": [0.05, 0.1]}
 
 
-def test_only_the_first_device_writes_and_a_debug_run_does_not(tmp_path: Path) -> None:
+def test_snapshots_are_written_by_rank_zero_only_and_not_in_debug_runs(tmp_path: Path) -> None:
     for facts in ({"is_global_zero": False}, {"fast_dev_run": 1}):
         module, callback = module_of(Path64(1)), PowerEMA(str(tmp_path), [0.1], 1)
         callback.on_train_start(trainer_at(0, **facts), module)
@@ -244,10 +244,10 @@ def test_only_the_first_device_writes_and_a_debug_run_does_not(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_passes_up_and_earlier_snapshots_are_intact(
+def test_full_disk_raises_an_error_and_keeps_earlier_snapshots(
     disk: Callable[[str], Path],
 ) -> None:
-    folder, path = disk("512k") / "ema", random_walk(4, 20_000)  # 160 kB a snapshot
+    folder, path = disk("512k") / "ema", random_walk(4, 20_000)  # 160 kB per snapshot
     callback = PowerEMA(str(folder), every_n_steps=1)
     with pytest.raises(OSError, match="No space left"):
         track(callback, path)
@@ -259,11 +259,11 @@ def test_a_full_disk_passes_up_and_earlier_snapshots_are_intact(
     torch.testing.assert_close(ema.reconstruct(folder, 0.05)["a"], expected)
 
 
-# --- other widths -------------------------------------------------------------------------------
+# --- reconstruction of other widths -------------------------------------------------------------
 
 
-def test_the_inner_products_are_the_integrals() -> None:
-    """Midpoint sums over products of profiles, of both orders of t and γ."""
+def test_inner_products_match_numerical_integrals() -> None:
+    """The reference sums products of two profiles at midpoints, for both orders of t and γ."""
     tau = (np.arange(200_000) + 0.5) / 100
     for gamma_i, t_i, gamma_j, t_j in [(7, 500, 17, 2000), (17, 500, 7, 2000), (7, 900, 17, 900)]:
 
@@ -276,8 +276,8 @@ def test_the_inner_products_are_the_integrals() -> None:
             assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mixture_is_the_least_squares_fit_of_the_profiles() -> None:
-    """Against numpy's fit of the profiles themselves, on a grid of steps."""
+def test_solve_mixture_matches_numpy_least_squares() -> None:
+    """The reference fits the profiles on a grid of steps."""
     kept = [(width, t) for t in range(500, 3001, 500) for width in (0.05, 0.1)]
     columns = np.zeros((3000, len(kept)))
     for k, (width, t) in enumerate(kept):
@@ -292,7 +292,7 @@ def test_the_mixture_is_the_least_squares_fit_of_the_profiles() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 30, 300])
-def test_a_width_that_was_kept_has_weight_one(count: int) -> None:
+def test_stored_profile_has_weight_one(count: int) -> None:
     kept = [(width, 100 * k) for k in range(1, count + 1) for width in (0.05, 0.1)]
     for width, t in kept[-2:]:
         x, error = ema.solve_mixture(kept, width, t)
@@ -303,7 +303,10 @@ def test_a_width_that_was_kept_has_weight_one(count: int) -> None:
 
 @pytest.fixture(scope="module", params=[random_walk, training_like])
 def tracked(request, tmp_path_factory) -> tuple[Path, dict[float, Tensor], PowerEMA]:
-    """2,000 steps with 40 snapshots of 0.05 and 0.10, and other widths as they should be."""
+    """2,000 steps with 40 snapshots of the widths 0.05 and 0.10.
+
+    Other widths are averaged directly.
+    """
     folder, path = tmp_path_factory.mktemp("ema"), request.param(2000)
     callback = PowerEMA(str(folder), [0.05, 0.10], every_n_steps=50)
     track(callback, path)
@@ -314,7 +317,7 @@ def tracked(request, tmp_path_factory) -> tuple[Path, dict[float, Tensor], Power
 
 
 def relative_error(tracked: tuple, width: float, every: int, tmp_path: Path) -> float:
-    """The distance to the average kept directly, over the distance between those that were."""
+    """The reconstruction error, relative to the distance between the two stored averages."""
     folder, averages, _ = tracked
     fewer = tmp_path / str(every)
     if not fewer.exists():
@@ -326,19 +329,20 @@ def relative_error(tracked: tuple, width: float, every: int, tmp_path: Path) -> 
     return float(off.norm() / (averages[0.05] - averages[0.10]).norm())
 
 
-def test_a_kept_width_comes_back_as_it_is(tracked: tuple) -> None:
+def test_stored_width_is_reconstructed_exactly(tracked: tuple) -> None:
     folder, averages, callback = tracked
     for width in (0.05, 0.10):
         assert torch.equal(ema.reconstruct(folder, width)["a"], averages[width])
         assert torch.equal(callback.averages[width]["a"], averages[width])
 
 
-def test_another_width_is_the_average_that_would_have_been_kept(
+def test_other_width_is_reconstructed_accurately(
     tracked: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Measured, random walk and training: 5e-5 and 5e-4 with 40 snapshots, 6e-4 and 2e-3 with 20.
+    """Measured errors at 0.07 for `random_walk` and `training_like`:
 
-    Outside of [0.05, 0.10] with 40: 1e-3 and 1e-2 at 0.03, 7e-4 and 6e-3 at 0.20.
+    5e-5 and 5e-4 with 40 snapshots, 6e-4 and 2e-3 with 20. Outside [0.05, 0.10] with 40 snapshots:
+    1e-3 and 1e-2 at 0.03, 7e-4 and 6e-3 at 0.20.
     """
     error = {every: relative_error(tracked, 0.07, every, tmp_path) for every in (50, 100, 200)}
     assert error[50] < 1e-3 and error[100] < 5e-3
@@ -350,7 +354,7 @@ def test_another_width_is_the_average_that_would_have_been_kept(
     assert "by the 8 kept averages" in caplog.text
 
 
-def test_an_earlier_step_knows_nothing_of_later_ones(tracked: tuple, tmp_path: Path) -> None:
+def test_reconstruction_at_a_step_uses_no_later_snapshots(tracked: tuple, tmp_path: Path) -> None:
     folder, *_ = tracked
     early = tmp_path / "early"
     early.mkdir()
@@ -361,12 +365,12 @@ def test_an_earlier_step_knows_nothing_of_later_ones(tracked: tuple, tmp_path: P
     assert torch.equal(ema.reconstruct(folder, 0.07, step=1000)["a"], expected["a"])
 
 
-def test_a_poor_mixture_warns(tracked: tuple, caplog: pytest.LogCaptureFixture) -> None:
+def test_inaccurate_reconstruction_warns(tracked: tuple, caplog: pytest.LogCaptureFixture) -> None:
     folder, *_ = tracked
     with caplog.at_level(logging.WARNING):
         ema.reconstruct(folder, 0.07)
         assert not caplog.records
-        ema.reconstruct(folder, 0.07, step=50)  # of a single snapshot of each
+        ema.reconstruct(folder, 0.07, step=50)  # only one snapshot per width
         (record,) = caplog.records
         assert "width 0.07 at step 50" in record.message
         assert "error of 4.4%" in record.message and "sum to 1.036" in record.message
@@ -377,7 +381,7 @@ def test_a_poor_mixture_warns(tracked: tuple, caplog: pytest.LogCaptureFixture) 
 # --- errors -------------------------------------------------------------------------------------
 
 
-def test_missing_snapshots_are_named(tracked: tuple, tmp_path: Path) -> None:
+def test_missing_snapshot_is_an_error(tracked: tuple, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunError, match=rf"{folder} has no snapshots.*ema\.widths="):
             ema.reconstruct(folder, 0.07)
@@ -412,7 +416,7 @@ def other_shapes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [cut, empty, noise, foreign, other_names, other_shapes])
-def test_a_damaged_snapshot_is_named(harm: Callable, tmp_path: Path) -> None:
+def test_damaged_snapshot_is_an_error_that_names_the_file(harm: Callable, tmp_path: Path) -> None:
     track(PowerEMA(str(tmp_path), every_n_steps=10), random_walk(100))
     path = ema.snapshots(tmp_path)[80]
     harm(path)
@@ -423,7 +427,7 @@ def test_a_damaged_snapshot_is_named(harm: Callable, tmp_path: Path) -> None:
     ema.reconstruct(tmp_path, 0.07)
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+def test_newer_snapshot_format_is_an_error(tmp_path: Path) -> None:
     facts = {"format": 2, "step": 7, "widths": [0.1]}
     file = tmp_path / "000000007.safetensors"
     save_file({"0.1/a": torch.zeros(1)}, file, {"ema": json.dumps(facts)})
@@ -432,7 +436,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"widths": [0.1, 0.10]}, {"every_n_steps": 0}])
-def test_bad_arguments_are_named(arguments: dict, tmp_path: Path) -> None:
+def test_invalid_arguments_are_an_error(arguments: dict, tmp_path: Path) -> None:
     (key,) = arguments
     with pytest.raises(ValueError, match=f"{key}=.* is not allowed"):
         PowerEMA(str(tmp_path), **arguments)
@@ -445,35 +449,35 @@ def test_bad_arguments_are_named(arguments: dict, tmp_path: Path) -> None:
         "ema.widths=[true]", "ema.widths=null", "ema.snapshot_every_n_steps=0",
     ],
 )  # fmt: skip
-def test_a_bad_configuration_is_named(override: str) -> None:
+def test_invalid_configuration_is_an_error(override: str) -> None:
     key = override.split("=")[0]
     with pytest.raises(ConfigError, match=rf"^{key}=.* is not allowed; it must be"):
         check_train(compose("train", [override, "++paths.output_dir=out"]))
 
 
-def test_the_averages_are_off_by_default_and_good_values_pass() -> None:
+def test_power_ema_is_off_by_default_and_valid_widths_pass() -> None:
     assert compose("train", []).ema.widths == []
     check_train(compose("train", ["ema.widths=[0.05,0.1,0.28]", "++paths.output_dir=out"]))
 
 
-# --- in a trainer, and resumed ------------------------------------------------------------------
+# --- with a Lightning trainer, and resumed ------------------------------------------------------
 
 
 class Recorder(Callback):
-    """Keeps the parameters after every optimizer step."""
+    """Records the parameters after every optimizer step."""
 
     def __init__(self) -> None:
         self.path: dict[int, dict[str, float]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_) -> None:
-        if trainer.global_step:  # the last batch of a step comes last
+        if trainer.global_step:  # the last batch of a step overwrites the others
             self.path[trainer.global_step] = {
                 name: value.item() for name, value in module.network.named_parameters()
             }
 
 
 def fit(directory: Path, steps: int, widths: list[float], resume: bool = False) -> tuple:
-    """Trains the two parameters of a network for some steps of two batches each."""
+    """Trains the two parameters of a network, with two batches per step."""
     module, recorder = make_module(Affine()), Recorder()
     callback = PowerEMA(str(directory / "ema"), widths, every_n_steps=3)
     trainer = Trainer(
@@ -494,7 +498,7 @@ def fit(directory: Path, steps: int, widths: list[float], resume: bool = False) 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_averages_each_step_and_writes_snapshots(tmp_path: Path) -> None:
+def test_trainer_averages_each_step_and_writes_snapshots(tmp_path: Path) -> None:
     _, callback, recorder = fit(tmp_path, 11, [0.05, 0.1])
     assert sorted(recorder.path) == list(range(1, 12))
     assert list(ema.snapshots(tmp_path / "ema")) == [3, 6, 9, 11]
@@ -517,8 +521,8 @@ def state(run: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(tiny: Command, tmp_path: Path) -> None:
-    """Stopped in an epoch; first on a step without a snapshot, then on one. 4 steps an epoch."""
+def test_resumed_run_equals_the_uninterrupted_run(tiny: Command, tmp_path: Path) -> None:
+    """The run is interrupted within an epoch (4 steps), first at a step without a snapshot."""
     overrides = [
         "ema.widths=[0.05,0.1]", "ema.snapshot_every_n_steps=3", "lr_schedule=constant",
         "trainer.accumulate_grad_batches=2", "callbacks.samples.every_n_steps=100",
@@ -530,7 +534,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny: Command, tmp_path: Path) -
         result = tiny(*arguments)
         assert result.code == 0, result.text
     whole, part = tmp_path / "whole", tmp_path / "part"
-    lost = part / "ema" / "000000008.safetensors"  # of a training beyond the checkpoint
+    lost = part / "ema" / "000000008.safetensors"  # a snapshot of a step after the checkpoint
     lost.write_bytes(b"lost")
     for steps in (9, 14):
         result = tiny("resume=part", f"trainer.max_steps={steps}")
@@ -553,7 +557,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny: Command, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_keeps_its_widths_or_none(tmp_path: Path) -> None:
+def test_resumed_run_accepts_only_its_own_widths_or_none(tmp_path: Path) -> None:
     fit(tmp_path / "with", 5, [0.05, 0.1])
     text = r"ema.widths=\[0.2\] .*checkpoint of step 5 holds those of \[0.05, 0.1\] .*widths=\[\]"
     with pytest.raises(RunError, match=text):
@@ -567,7 +571,7 @@ def test_a_resumed_run_keeps_its_widths_or_none(tmp_path: Path) -> None:
         fit(tmp_path / "with", 11, [0.1], resume=True)
 
 
-def test_averages_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_averages_of_another_network_are_an_error(tmp_path: Path) -> None:
     callback, other = (PowerEMA(str(tmp_path), [0.1], 100) for _ in range(2))
     track(callback, random_walk(3))
     other.load_state_dict(copy.deepcopy(callback.state_dict()))

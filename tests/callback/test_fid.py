@@ -1,4 +1,4 @@
-"""Fréchet distance during training: value, schedule of measurements, no side effects."""
+"""Fréchet distance during training: value, steps of the measurements, no side effects."""
 
 import csv
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from diffusion_lab.sampler import SEEDS
 ON = [
     "fid.every_n_steps=2", "fid.num_samples=9", "fid.sampler.steps=2", "fid.batch_size=4",
     "trainer.val_check_interval=1", "hydra.run.dir=run",
-    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick
+    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # fast
 ]  # fmt: skip
 NAME = "val/frechet_pixels8_9"
 
 
 def measured(directory: str = "run") -> dict[int, float]:
-    """The distance by step."""
+    """The measured distance at each step."""
     with open(Path(directory) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {int(row["step"]) + 1: float(row[NAME]) for row in rows if row.get(NAME)}
 
 
 def distance(ema: bool) -> float:
-    """The distance of the run's last weights, with all images in one batch."""
+    """The distance for the last weights of the run, with all images in one batch."""
     run = rebuild("run", ema)
     generator = KeyedGenerator(make_key(0, "fid", torch.arange(9)))
     start = run.denoiser.schedule.prior((9, 3, 16, 16), generator)
@@ -47,8 +47,10 @@ def distance(ema: bool) -> float:
     return frechet_distance(Moments.of(drawn), Moments.of(real))
 
 
-def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Result]) -> None:
-    """At every second step and the last; a resumed run has the same values."""
+def test_fid_of_the_ema_weights_is_measured_at_the_configured_steps(
+    tiny: Callable[..., Result],
+) -> None:
+    """It is measured at every second step and the last; a resumed run has the same values."""
     result = tiny(*ON, "trainer.max_steps=3", "optimizer.lr=0.05")
     assert result.code == 0, result.text
     found = measured()
@@ -57,12 +59,12 @@ def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Res
     assert found[3] == pytest.approx(averaged, rel=1e-4)
     assert abs(found[3] - averaged) < 0.1 * abs(found[3] - raw)
     checkpoint = load_checkpoint(Path("run/checkpoints/last.ckpt"))
-    assert checkpoint["callbacks"]["FID"] == {"measured_step": 2}  # and no weights
+    assert checkpoint["callbacks"]["FID"] == {"measured_step": 2}  # the callback saves no weights
     assert not any("extractor" in name for name in checkpoint["state_dict"])
 
     again = tiny("resume=run", "trainer.max_steps=5")
     assert again.code == 0, again.text
-    # What the end added stays; every second step goes on from 2.
+    # The measurement at the end (step 3) stays; the others continue every 2 steps.
     later = measured()
     assert list(later) == [2, 3, 4, 5] and {k: later[k] for k in found} == found
 
@@ -70,7 +72,7 @@ def test_it_is_that_of_the_averaged_weights_at_its_steps(tiny: Callable[..., Res
 def test_fid_is_off_by_default(
     tiny: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No extractor is created then, so that its weights may be missing."""
+    """No extractor is created by default, so its weights may be missing."""
 
     def missing(network: EfficientNetLite0) -> None:
         raise AssertionError
@@ -81,7 +83,7 @@ def test_fid_is_off_by_default(
     assert measured() == {}
 
 
-def test_a_sampler_that_diverges_does_not_end_the_training(
+def test_diverging_sampler_does_not_stop_the_training(
     tiny: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(*arguments: object, **more: object) -> None:
@@ -95,7 +97,7 @@ def test_a_sampler_that_diverges_does_not_end_the_training(
     assert Path("run/finished.json").exists()
 
 
-def test_a_debug_run_measures_a_few_images(lab: Command, tmp_path: Path) -> None:
+def test_debug_run_measures_two_images_without_a_cache_file(lab: Command, tmp_path: Path) -> None:
     seen = []
     extractor = fid.extract
 
@@ -126,7 +128,7 @@ def test_a_debug_run_measures_a_few_images(lab: Command, tmp_path: Path) -> None
         (["fid.every=3"], "fid.every"),
     ],
 )
-def test_bad_input_is_named_before_a_step_is_taken(
+def test_invalid_options_are_an_error_before_the_first_step(
     tiny: Callable[..., Result], overrides: list[str], named: str
 ) -> None:
     on = ON if "extractor=inception" not in overrides else ON[:-1]
@@ -136,10 +138,10 @@ def test_bad_input_is_named_before_a_step_is_taken(
     assert not Path("run/metrics.csv").exists()
 
 
-def test_a_run_shorter_than_the_interval_is_not_measured_at_its_end(
+def test_run_shorter_than_the_interval_is_not_measured(
     tiny: Callable[..., Result],
 ) -> None:
-    """Two steps of experiment=ddpm_celeba do not draw 5,000 images."""
+    """Thus a run of two steps of experiment=ddpm_celeba does not sample 5,000 images."""
     result = tiny(*ON, "trainer.max_steps=1")
     assert result.code == 0, result.text
     assert measured() == {} and Path("run/finished.json").exists()

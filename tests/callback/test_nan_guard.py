@@ -1,4 +1,4 @@
-"""Steps with non-finite gradients: skipped exactly; several in a row stop the run."""
+"""Steps with non-finite gradients are skipped exactly; several in a row stop the run."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Poison(Callback):
-    """Puts NaN into the images of some batches, on one device only if it is given."""
+    """Sets a pixel to NaN in the given batches, on one device only if `rank` is given."""
 
     def __init__(self, *batches: int, rank: int | None = None) -> None:
         self.batches, self.rank = batches, rank
@@ -34,7 +34,7 @@ class Poison(Callback):
 
 
 class InfiniteLoss(Simple):
-    """A loss that is infinite for batches with one image, with a finite gradient."""
+    """A loss that is infinite for a batch with a marked image, but has a finite gradient."""
 
     def forward(self, output, target, *rest):
         loss = super().forward(output, target, *rest)
@@ -42,7 +42,7 @@ class InfiniteLoss(Simple):
 
 
 class SpoiltGradient(Affine):
-    """A network whose gradient overflows in the third backward pass."""
+    """A network whose gradient is infinite in the third backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class SpoiltGradient(Affine):
 
 
 def trained(*callbacks: Callback, fused: bool = True, **kwargs) -> tuple[DiffusionModule, Trainer]:
-    """Eight steps of Adam on eight batches of four images."""
+    """Trains with eight steps of Adam on eight batches of four images."""
     module = kwargs.pop("module", None) or make_module(**kwargs)
     module.make_optimizer = lambda p: torch.optim.Adam(p, lr=0.05, fused=fused)
     trainer = fit(
@@ -66,7 +66,7 @@ def trained(*callbacks: Callback, fused: bool = True, **kwargs) -> tuple[Diffusi
 
 
 def state(module: DiffusionModule, trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments."""
+    """The weights, their averages and the optimizer state."""
     moments = trainer.optimizers[0].state_dict()["state"]
     parts = {f"{k}.{n}": v for k, each in moments.items() for n, v in each.items()}
     return {**module.network.state_dict(), **prefixed(module), **parts}
@@ -77,7 +77,7 @@ def prefixed(module: DiffusionModule) -> dict[str, torch.Tensor]:
 
 
 def by_hand(left_out: int | None, fused: bool) -> dict[str, torch.Tensor]:
-    """The same training in a plain loop without one of the steps."""
+    """The same training as a plain loop in which one step is skipped."""
     module = fitting()
     parameters = list(module.network.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.05, fused=fused)
@@ -107,31 +107,29 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("left_out", [None, 0, 2, 7])
-def test_a_poisoned_batch_costs_its_own_step_and_nothing_else(
-    left_out: int | None, fused: bool
-) -> None:
-    """To the last bit, with and without one: weights, averages, moments and Adam's own count."""
+def test_batch_with_nan_skips_only_its_own_step(left_out: int | None, fused: bool) -> None:
+    """Weights, averages, moments and Adam's step count are bitwise those of the plain loop."""
     poison = [] if left_out is None else [Poison(left_out)]
     module, trainer = trained(*poison, fused=fused)
     assert_equal(state(module, trainer), by_hand(left_out, fused))
     assert float(trainer.callback_metrics["train/skipped"]) == len(poison)
 
 
-def test_a_step_with_an_overflowing_gradient_is_skipped() -> None:
+def test_step_with_an_infinite_gradient_is_skipped() -> None:
     module, trainer = trained(network=SpoiltGradient())
     assert_equal(state(module, trainer), by_hand(2, True))
 
 
-def test_an_infinite_loss_with_a_finite_gradient_is_skipped() -> None:
+def test_infinite_loss_with_a_finite_gradient_is_skipped() -> None:
     loss = InfiniteLoss()
     loss.mark = draws(make_batch(4, 8))[1][1, 0, 0, 0]
     module, trainer = trained(loss=loss)
     assert_equal(state(module, trainer), by_hand(2, True))
 
 
-def test_a_healthy_run_is_what_it_is_without_the_guard() -> None:
+def test_guard_does_not_change_a_run_with_finite_gradients() -> None:
     class Unguarded(DiffusionModule):
-        """Also with Lightning's clipping, which computes the norm again."""
+        """The module with Lightning's gradient clipping, which computes the norm again."""
 
         on_before_optimizer_step = LightningModule.on_before_optimizer_step
         configure_gradient_clipping = LightningModule.configure_gradient_clipping
@@ -143,8 +141,8 @@ def test_a_healthy_run_is_what_it_is_without_the_guard() -> None:
     assert_equal(state(guarded, trainer), state(plain, other))
 
 
-def test_one_spoilt_micro_batch_costs_the_step_of_all() -> None:
-    """8 batches in steps of 2; the second of the third step is spoilt."""
+def test_one_micro_batch_with_nan_skips_the_whole_step() -> None:
+    """Each step has 2 of 8 batches; the second batch of the third step has a NaN."""
     seen: list[float] = []
 
     class Watch(Callback):
@@ -157,8 +155,8 @@ def test_one_spoilt_micro_batch_costs_the_step_of_all() -> None:
     assert moved == [True, False, True]
 
 
-def test_the_average_moved_by_a_flag_is_the_one_moved_by_the_host() -> None:
-    """As on a GPU, where the host does not know whether the step was skipped."""
+def test_ema_update_with_a_device_flag_equals_the_host_update() -> None:
+    """On a GPU, the host does not know whether the step was skipped."""
     values = [torch.randn(5, 3), torch.randn(7)]
     averages = [torch.randn(5, 3), torch.randn(7)]
     expected = [torch.lerp(a, v, 0.3) for a, v in zip(averages, values, strict=True)]
@@ -169,8 +167,8 @@ def test_the_average_moved_by_a_flag_is_the_one_moved_by_the_host() -> None:
     torch.testing.assert_close(averages, expected)
 
 
-def test_the_other_averages_are_not_moved_either(tmp_path: Path) -> None:
-    """Step 3 of 1 to 4 is skipped: β_3 and its weights are missing in the sum."""
+def test_power_ema_is_not_updated_in_a_skipped_step(tmp_path: Path) -> None:
+    """Step 3 of 4 is skipped, so β_3 and its weights are missing in the sum."""
     weights: list[float] = []
 
     class Watch(Callback):
@@ -188,8 +186,8 @@ def test_the_other_averages_are_not_moved_either(tmp_path: Path) -> None:
     assert float(power.averages[0.1]["w"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_row_ends_the_run_and_single_steps_do_not(tmp_path: Path) -> None:
-    """Steps 2, 3, 5, 6 and 7 of eight: a row of three is complete with the eighth."""
+def test_patience_consecutive_skipped_steps_stop_the_run(tmp_path: Path) -> None:
+    """Batches 2, 3, 5, 6 and 7 (from 0) have NaN, so the third skipped step in a row is step 8."""
     last = LastCheckpoint(str(tmp_path), every_n_steps=1)
     guard, module = NaNGuard(3), make_module()
     with pytest.raises(RunError) as error:
@@ -199,13 +197,13 @@ def test_a_row_ends_the_run_and_single_steps_do_not(tmp_path: Path) -> None:
         assert part in text
     assert f"{tmp_path / 'last.ckpt'}, after step 5, is intact" in text
     assert guard.state_dict() == {"total": 5}
-    # The state before these steps: a skipped step is not saved.
+    # The checkpoint holds the state before these steps: a skipped step is not saved.
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 5
     assert torch.equal(checkpoint["state_dict"]["network.w"], module.network.w)
 
 
-def test_the_count_goes_on_with_a_resumed_run() -> None:
+def test_count_of_skipped_steps_continues_after_a_resume() -> None:
     guard = NaNGuard(2)
     guard.load_state_dict({"total": 4})
     fit(make_module(), Poison(1, 3), guard, max_steps=5)
@@ -227,7 +225,7 @@ def two_devices(folder: Path, *callbacks: Callback) -> None:
     )  # fmt: skip
 
 
-def test_all_devices_leave_out_what_one_of_them_cannot_take(tmp_path: Path) -> None:
+def test_all_devices_skip_a_step_that_is_invalid_on_one(tmp_path: Path) -> None:
     two_devices(tmp_path, Poison(2, rank=1))
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert_equal(one, two)
@@ -236,7 +234,7 @@ def test_all_devices_leave_out_what_one_of_them_cannot_take(tmp_path: Path) -> N
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_run_that_diverges_ends_with_one_message(tiny: Command) -> None:
+def test_diverging_run_ends_with_one_error_message(tiny: Command) -> None:
     result = tiny(
         "optimizer.lr=1e30", "nan_guard.patience=3", "trainer.max_steps=40", "hydra.run.dir=a",
         "checkpoint.every_n_steps=1",

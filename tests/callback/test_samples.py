@@ -1,4 +1,4 @@
-"""Pictures of the training callbacks: shown images, noise levels and neighbours."""
+"""Images of the training callbacks: samples, noise levels and nearest training images."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Noise(Images):
 
 @pytest.fixture
 def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Records the arguments of labelled grids."""
+    """Records the arguments of `labelled_grid`."""
     made: list[tuple] = []
 
     def labelled_grid(*parts) -> Image.Image:
@@ -52,12 +52,12 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 @pytest.mark.parametrize("chunk", [7, 256])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_the_nearest_images_are_found_among_the_first_so_many(
+def test_nearest_images_are_searched_among_the_first_images(
     grids: list, monkeypatch: pytest.MonkeyPatch, mirrored: bool, chunk: int
 ) -> None:
-    """A sample is image 11, one is image 3 mirrored, one is image 19, which is not looked at."""
+    """The samples are image 11, image 3 mirrored, and image 19, which is not searched."""
     monkeypatch.setattr(pictures, "CHUNK", chunk)
-    split = Split(Noise(24), np.arange(1, 24))  # its place k is image k + 1
+    split = Split(Noise(24), np.arange(1, 24))  # position k in the split is image k + 1
     x = to_model(torch.from_numpy(split.images.array))
     samples = torch.stack([x[11], x[3].flip(-1), x[19]]) * 0.98
     nearest(samples, split, 16, mirrored)
@@ -75,7 +75,7 @@ def test_the_nearest_images_are_found_among_the_first_so_many(
     assert not any(torch.equal(image, x[19]) for image in rows[2][1:])
 
 
-def test_fewer_training_images_make_fewer_neighbours(grids: list) -> None:
+def test_fewer_training_images_give_fewer_neighbors(grids: list) -> None:
     split = Split(Noise(2), np.arange(2))
     nearest(to_model(torch.from_numpy(split.images.array)), split, 2048, mirrored=False)
     rows, columns, _ = grids[0]
@@ -84,8 +84,8 @@ def test_fewer_training_images_make_fewer_neighbours(grids: list) -> None:
 
 
 @pytest.mark.parametrize("schedule", [Linear(), VE()], ids=["linear", "ve"])
-def test_the_reverse_process_is_shown_from_noise_to_the_sample(grids: list, schedule) -> None:
-    """Every second of 16 steps and the end; noise that is too large for a picture is scaled."""
+def test_progressive_grid_shows_the_reverse_process(grids: list, schedule) -> None:
+    """The grid has every second of 16 steps and the end; x_t is scaled to unit variance."""
     shape = (4, 3, 4, 4)
     prior = GaussianMixture(torch.ones(1), torch.zeros(1, 48), 0.1 * torch.eye(48)[None])
     flat, seen = prior.denoiser(schedule), []
@@ -116,12 +116,16 @@ def test_the_reverse_process_is_shown_from_noise_to_the_sample(grids: list, sche
             assert int(difference.abs().max()) <= 1
             assert torch.equal(rows[2 * k + 1][j], to_uint8(state.denoised[k]))
         assert torch.equal(rows[2 * k][-1], to_uint8(images[k]))
-        saturated = (rows[2 * k][0] == 0) | (rows[2 * k][0] == 255)  # |x| > 1, of a unit normal
+        # |x| > 1 for a standard normal x.
+        saturated = (rows[2 * k][0] == 0) | (rows[2 * k][0] == 255)
         assert 0.1 < float(saturated.float().mean()) < 0.6
 
 
-def test_an_image_is_denoised_in_the_middle_of_each_bin(grids: list) -> None:
-    """Under Linear with uniform times that is index 49, 149, ..., 949; by the averaged weights."""
+def test_levels_grid_denoises_an_image_in_the_middle_of_each_bin(grids: list) -> None:
+    """Under Linear with uniform times, the indices are 50, 150, ..., 950.
+
+    The EMA weights are used.
+    """
     module = make_module(Affine())
     with torch.no_grad():
         module.network_ema.w.fill_(0.3)
@@ -135,7 +139,7 @@ def test_an_image_is_denoised_in_the_middle_of_each_bin(grids: list) -> None:
     for k in range(10):
         index = (
             100 * k + 50
-        )  # u = k / 10 + 0.05: floor(1000 u) + 1 is the time, less one the index
+        )  # u = k / 10 + 0.05; the time is floor(1000 u) + 1, and the index is one less
         alpha, sigma = alpha_bar[index].sqrt(), (1 - alpha_bar[index]).sqrt()
         x_t = alpha * x_0[0] + sigma * epsilon[0]
         output = 0.3 * x_t - 0.4 * index / 1000
@@ -146,7 +150,7 @@ def test_an_image_is_denoised_in_the_middle_of_each_bin(grids: list) -> None:
     assert labels == ["x_t", "E[x_0 | x_t]"]
 
 
-def test_the_schedule_is_drawn_with_the_ends_of_the_loss_bins() -> None:
+def test_schedule_charts_show_the_schedule_and_the_loss_bins() -> None:
     charts = schedule_charts(make_module(schedule=VP()))
     t, alpha = map(torch.tensor, charts[0].series["α_t"])
     exponent = 0.1 * t + 19.9 * t**2 / 2
@@ -158,16 +162,17 @@ def test_the_schedule_is_drawn_with_the_ends_of_the_loss_bins() -> None:
     torch.testing.assert_close(
         log_snr.double(), -torch.log(torch.expm1(exponent)), rtol=1e-4, atol=1e-4
     )
-    for density in charts[2].series.values():  # uniform, and all errors weigh the same
+    for density in charts[2].series.values():  # the density is uniform and the weight is constant
         assert density[1] == pytest.approx([density[1][5]] * 50, rel=0.06)
         assert sum(density[1]) / 50 == pytest.approx(1)
 
 
-def test_the_weight_that_is_drawn_is_that_in_the_loss() -> None:
-    """Likelihood with importance times has weight g² / σ² for any density."""
+def test_schedule_chart_shows_the_weight_of_the_loss() -> None:
+    """Likelihood with importance times has the weight g² / σ² for any density."""
     module = make_module(schedule=VP(), loss=Likelihood(), time=Importance())
     series = schedule_charts(module)[2].series
-    t = torch.tensor(series["density of t"][0][5:], dtype=torch.float64)  # steep before that
+    # The density is steep before that.
+    t = torch.tensor(series["density of t"][0][5:], dtype=torch.float64)
     exponent = 0.1 * t + 19.9 * t**2 / 2
     rate = (0.1 + 19.9 * t) / -torch.expm1(-exponent)
     weight = torch.tensor(series["weight of the output's error"][1][5:])
@@ -177,8 +182,8 @@ def test_the_weight_that_is_drawn_is_that_in_the_loss() -> None:
     torch.testing.assert_close(ratio, ratio[0].expand(45), rtol=0.02, atol=0)
 
 
-def test_edm_looks_at_what_its_log_normal_says() -> None:
-    """Half of the times are below r = e^-1.2; the weight of its output's error is one."""
+def test_schedule_charts_of_edm_match_its_log_normal_density() -> None:
+    """Half of the times are below r = e^-1.2; the weight of the output's error is one."""
     module = make_module(
         schedule=EDMSchedule(), parameterization=EDMOutput(), loss=EDM(), time=LogNormal()
     )
@@ -189,7 +194,7 @@ def test_edm_looks_at_what_its_log_normal_says() -> None:
     assert weight == pytest.approx(density, rel=1e-6)
 
 
-def test_a_run_shows_all_pictures_and_its_samples_beside_its_own_images(tiny: Command) -> None:
+def test_run_writes_all_images_and_its_nearest_training_images(tiny: Command) -> None:
     result = tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a", "sampler=heun")
     assert result.code == 0, result.text
     names = {"denoise", "grid", "levels", "nearest", "progressive"}
@@ -200,7 +205,8 @@ def test_a_run_shows_all_pictures_and_its_samples_beside_its_own_images(tiny: Co
     assert shown == {f"samples/{name}" for name in names} | {"schedule/plot"}
     assert "train/loss_bin/0.1 to 1.0 end at log SNR" in result.text
     grid = np.asarray(Image.open("a/samples/grid-0000002.png"))
-    first = grid[2:18, 2:18]  # of the grid, enlarged eight times beside its neighbours
+    # The first sample of the grid, which is enlarged by 8 beside its neighbors.
+    first = grid[2:18, 2:18]
     beside = np.asarray(Image.open("a/samples/nearest-0000002.png"))
     large = np.kron(first, np.ones((8, 8, 1), dtype=np.uint8))
     assert any(
@@ -209,7 +215,7 @@ def test_a_run_shows_all_pictures_and_its_samples_beside_its_own_images(tiny: Co
     )  # fmt: skip
 
 
-def test_a_network_that_samples_no_images_is_trained_on(
+def test_diverging_sample_grid_does_not_stop_the_training(
     tiny: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverged(*_: object, **__: object) -> None:
@@ -223,7 +229,7 @@ def test_a_network_that_samples_no_images_is_trained_on(
     assert Path("a/finished.json").exists()
 
 
-def test_heun_is_recorded_once_a_step() -> None:
+def test_heun_trajectory_is_recorded_once_per_step() -> None:
     schedule = Linear()
     recorder = TrajectoryRecorder(schedule)
     prior = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
