@@ -1,4 +1,4 @@
-"""Posterior methods on a Gaussian prior: exact moments against the posterior in closed form."""
+"""Posterior methods on a Gaussian prior: exact moments against the closed-form posterior."""
 
 import logging
 from itertools import pairwise
@@ -50,7 +50,7 @@ SIGMA_Y = 0.5
 
 
 def posterior(y: Tensor, sigma_y: float) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of x_0 given y = x_0 + σ_y n, by adding precisions."""
+    """Mean and covariance of x_0 given y = x_0 + σ_y n, computed from precision matrices."""
     precision = torch.linalg.inv(COVARIANCE)
     identity = torch.eye(len(y), dtype=torch.float64)
     covariance = torch.linalg.inv(precision + identity / sigma_y**2)
@@ -66,11 +66,11 @@ def batch(count: int) -> Tensor:
     return torch.randn(count, 4, dtype=torch.float64, generator=generator)
 
 
-# --- the truncated reverse SDE ------------------------------------------------------------------
+# --- truncated reverse SDE ----------------------------------------------------------------------
 
 
 def errors(steps: int, schedule: Schedule, sigma_y: float = SIGMA_Y) -> tuple[float, float]:
-    """Error of the mean in posterior deviations, and relative error of the covariance."""
+    """Error of the mean in posterior standard deviations, and relative error of the covariance."""
     mean, covariance = guidance_moments(
         TruncatedReverseSDE(), EulerMaruyama(steps), GaussianDenoiser(schedule), Y, sigma_y
     )
@@ -81,26 +81,27 @@ def errors(steps: int, schedule: Schedule, sigma_y: float = SIGMA_Y) -> tuple[fl
 
 @every_schedule
 @pytest.mark.parametrize("sigma_y", [0.2, 0.5, 2.0])
-def test_truncated_draws_from_the_posterior(schedule: Schedule, sigma_y: float) -> None:
-    """At 64 steps within 10% of the covariance; first order in the step."""
+def test_truncated_samples_the_posterior(schedule: Schedule, sigma_y: float) -> None:
+    """With 64 steps the covariance is within 10%; the error is of first order in the step size."""
     coarse, middle, fine = (errors(steps, schedule, sigma_y) for steps in (16, 64, 256))
     assert middle[0] < 0.05 and middle[1] < 0.1
-    if type(schedule) in (VE, EDM):  # without drift the mean is exact
+    if type(schedule) in (VE, EDM):  # without drift, the mean is exact
         assert coarse[0] < 1e-9 and middle[0] < 1e-9 and fine[0] < 1e-9
     for k in (1,) if type(schedule) in (VE, EDM) else (0, 1):
         assert fine[k] < middle[k] / 3 and middle[k] < coarse[k] / 2.5
 
 
-def test_truncated_spreads_like_the_posterior_and_not_like_the_prior() -> None:
+def test_truncated_covariance_is_that_of_the_posterior_not_the_prior() -> None:
     _, covariance = guidance_moments(
         TruncatedReverseSDE(), EulerMaruyama(64), GaussianDenoiser(Linear()), Y, SIGMA_Y
     )
     assert float(covariance.trace()) < 0.6 * float(COVARIANCE.trace())
-    assert float(covariance.trace()) > float(posterior(Y, SIGMA_Y)[1].trace())  # its own side
+    # The discretization error is positive.
+    assert float(covariance.trace()) > float(posterior(Y, SIGMA_Y)[1].trace())
 
 
 @every_schedule
-def test_truncated_starts_from_the_observation_at_its_own_noise_level(schedule: Schedule) -> None:
+def test_truncated_starts_from_the_observation_at_its_noise_level(schedule: Schedule) -> None:
     y, states = batch(3), []
     result = TruncatedReverseSDE()(
         GaussianDenoiser(schedule),
@@ -121,7 +122,7 @@ def test_truncated_starts_from_the_observation_at_its_own_noise_level(schedule: 
     assert torch.equal(states[-1].x_t, result)
 
 
-def test_truncated_without_noise_gives_one_point_and_warns(caplog) -> None:
+def test_truncated_with_deterministic_sampler_gives_one_point_and_warns(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         denoiser = GaussianDenoiser(Linear())
         mean, covariance = guidance_moments(TruncatedReverseSDE(), DDIM(64), denoiser, Y, SIGMA_Y)
@@ -129,26 +130,26 @@ def test_truncated_without_noise_gives_one_point_and_warns(caplog) -> None:
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "DDIM" in warnings[0] and "not a posterior" in warnings[0]
-    # The reverse ODE maps quantiles to quantiles: y's place in p(y) is the point's in p(x_0).
+    # The reverse ODE maps quantiles of p(y) to the same quantiles of p(x_0).
     values, axes = torch.linalg.eigh(COVARIANCE)
     expected = MEAN + axes @ ((values / (values + SIGMA_Y**2)).sqrt() * (axes.T @ (Y - MEAN)))
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.01)
-    assert float((mean - posterior(Y, SIGMA_Y)[0]).norm()) > 0.1  # and not the posterior mean
+    assert float((mean - posterior(Y, SIGMA_Y)[0]).norm()) > 0.1  # not the posterior mean
 
 
 @pytest.mark.parametrize("sampler", [EulerMaruyama(4), Ancestral(4), DDIM(4, eta=0.5)])
-def test_truncated_does_not_warn_of_samplers_with_noise(sampler, caplog) -> None:
+def test_truncated_does_not_warn_with_stochastic_samplers(sampler, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         TruncatedReverseSDE()(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
     assert not caplog.records
 
 
-# --- the posterior mean -------------------------------------------------------------------------
+# --- posterior mean -----------------------------------------------------------------------------
 
 
 @every_schedule
 @pytest.mark.parametrize("sigma_y", [0.05, 0.5, 3.0])
-def test_mmse_is_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
+def test_mmse_equals_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
     y, states = batch(5), []
     estimate = MMSE()(
         GaussianDenoiser(schedule), DDIM(1), Observation(y, sigma_y), callback=states.append
@@ -158,11 +159,11 @@ def test_mmse_is_the_posterior_mean(schedule: Schedule, sigma_y: float) -> None:
     assert [s.t == 0 for s in states] == [False, True] and torch.equal(states[1].x_t, estimate)
 
 
-def test_which_methods_are_stochastic() -> None:
+def test_stochastic_attribute_of_methods() -> None:
     assert not MMSE.stochastic and TruncatedReverseSDE.stochastic and Residual.stochastic
 
 
-# --- the residual rule --------------------------------------------------------------------------
+# --- residual method ----------------------------------------------------------------------------
 
 T = 20
 BETA = np.linspace(1e-4, 0.3, T)
@@ -182,7 +183,7 @@ def written_rule(
     """x_{t-1} = 1/√a_t (x_t - β_t/√(1 - ᾱ_t) ε̂) + s_t z + λ (y - x_t), from index len(z) - 1."""
     alpha_bar = np.cumprod(1 - BETA)
     for i in reversed(range(len(z))):
-        s_t = 0.0  # z = 0 at the last step
+        s_t = 0.0  # no noise in the last step
         if i > 0:
             tilde = BETA[i] * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i])
             s_t = (tilde if variance == "small" else BETA[i]) ** 0.5
@@ -193,7 +194,7 @@ def written_rule(
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("strength", [0.0, 0.05, 0.4])
-def test_residual_from_noise_is_the_written_rule(variance: str, strength: float) -> None:
+def test_residual_from_noise_matches_its_formula(variance: str, strength: float) -> None:
     y, draws = batch(3), keyed(3)
     x_t, *z = (draws.normal(4, dtype=torch.float64).numpy() for _ in range(T + 1))
     expected = torch.from_numpy(written_rule(x_t, y.numpy(), z, strength, variance))
@@ -208,8 +209,8 @@ def test_residual_from_noise_is_the_written_rule(variance: str, strength: float)
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("strength", [0.0, 0.05, 0.4])
-def test_residual_from_y_is_the_written_rule(variance: str, strength: float) -> None:
-    """With y's noise level at index 11, so that 12 steps are the last 12 of the rule."""
+def test_residual_from_y_matches_its_formula(variance: str, strength: float) -> None:
+    """The noise level of y is at index 11, so that its 12 steps are the last 12 of the formula."""
     y, draws, alpha_bar = batch(3), keyed(3), np.cumprod(1 - BETA)[11]
     z = [draws.normal(4, dtype=torch.float64).numpy() for _ in range(12)]
     x_t = alpha_bar**0.5 * y.numpy()
@@ -224,7 +225,7 @@ def test_residual_from_y_is_the_written_rule(variance: str, strength: float) -> 
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
-def test_residual_without_pull_is_plain_sampling(variance: str) -> None:
+def test_residual_with_zero_gain_equals_unconditional_sampling(variance: str) -> None:
     sampler, denoiser, generator = Ancestral(T, variance), GaussianDenoiser(SHORT), keyed(4)
     start = generator.normal(4, dtype=torch.float64)
     expected = sampler(denoiser, start, generator=generator)
@@ -236,8 +237,11 @@ def test_residual_without_pull_is_plain_sampling(variance: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", [DDIM(5), DDIM(5, eta=0.5), EulerMaruyama(5)])
-def test_residual_pulls_on_every_sampler_and_schedule(sampler) -> None:
-    """From s n, s the schedule's own deviation at t = 1: a sampler's steps, and λ (y - x_t)."""
+def test_residual_adds_its_term_to_every_sampler_and_schedule(sampler) -> None:
+    """It starts from s n, with s the standard deviation at t = 1.
+
+    Each step is the step of the sampler plus λ (y - x_t).
+    """
     y = batch(3)
     for schedule, std in ((Linear(), 1.0), (VE(), 348.0), (EDM(), 80.0), (Flow(), 1.0)):
         denoiser, draws = GaussianDenoiser(schedule), keyed(3)
@@ -260,7 +264,7 @@ def test_residual_pulls_on_every_sampler_and_schedule(sampler) -> None:
         assert torch.equal(states[-1].x_t, actual)
 
 
-def test_residual_is_refused_with_a_solver_that_would_undo_it() -> None:
+def test_residual_with_an_incompatible_solver_is_an_error() -> None:
     denoiser, observation = GaussianDenoiser(Linear()), Observation(batch(2), SIGMA_Y)
     for sampler in (ProbabilityFlow(), UniPC()):
         with pytest.raises(
@@ -275,15 +279,15 @@ def test_residual_is_refused_with_a_solver_that_would_undo_it() -> None:
     assert float((pulled - free).abs().min()) > 1e-3
 
 
-def test_residual_keeps_no_graph() -> None:
+def test_residual_output_requires_no_grad() -> None:
     observation = Observation(batch(2).requires_grad_(), SIGMA_Y)
     for start in ("noise", "y"):
         result = Residual(start=start)(GaussianDenoiser(Linear()), Ancestral(2), observation)
         assert not result.requires_grad
 
 
-def test_residual_clips_if_the_sampler_does() -> None:
-    """With λ = 0 it is the sampler itself; the last step returns x̂, which clipping bounds."""
+def test_residual_clips_the_estimate_if_the_sampler_does() -> None:
+    """With λ = 0 it equals the sampler; the last step returns x̂, which is clipped."""
     denoiser = GaussianDenoiser(SHORT, 3 * MEAN, COVARIANCE)
     observation = Observation(batch(6), SIGMA_Y)
     plain = Residual(0.0)(denoiser, Ancestral(T), observation, generator=keyed(6))
@@ -296,8 +300,8 @@ def test_residual_clips_if_the_sampler_does() -> None:
     assert float(clipped.abs().max()) <= 1 + 1e-6
 
 
-def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
-    """As documented: far too wide with a small λ, far too narrow with a large one."""
+def test_residual_variance_decreases_with_the_gain_and_is_not_exact() -> None:
+    """As documented, the variance is too large for a small λ and too small for a large one."""
     widths = [
         float(
             guidance_moments(
@@ -318,13 +322,13 @@ def test_residual_is_no_posterior_but_a_stronger_pull_spreads_less() -> None:
         ({"start": "x"}, "start=x .*one of noise, y"),
     ],
 )
-def test_bad_settings_are_named(arguments: dict, text: str) -> None:
+def test_invalid_settings_are_an_error(arguments: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Residual(**arguments)
 
 
 @pytest.mark.parametrize("guidance", [TruncatedReverseSDE(), MMSE(), Residual(start="y")])
-def test_noise_beyond_the_schedule_is_refused(guidance) -> None:
+def test_sigma_y_outside_the_schedule_is_an_error(guidance) -> None:
     with pytest.raises(ValueError, match="outside the schedule Linear"):
         guidance(GaussianDenoiser(SHORT), Ancestral(1), Observation(batch(2), 1000.0))
 
@@ -332,7 +336,7 @@ def test_noise_beyond_the_schedule_is_refused(guidance) -> None:
 @pytest.mark.parametrize(
     "guidance", [TruncatedReverseSDE(), MMSE(), Residual(), Residual(start="y")]
 )
-def test_an_image_does_not_depend_on_its_batch(guidance) -> None:
+def test_samples_do_not_depend_on_the_batch(guidance) -> None:
     y = batch(5)
 
     def run(chosen: list[int]) -> Tensor:
@@ -345,7 +349,7 @@ def test_an_image_does_not_depend_on_its_batch(guidance) -> None:
     torch.testing.assert_close(run([3, 1]), whole[[3, 1]], rtol=1e-12, atol=1e-12)
 
 
-# --- arguments of the sampler -------------------------------------------------------------------
+# --- sampler arguments --------------------------------------------------------------------------
 
 OWN_STEPS = [DAPS(), DDNM(), DDRM(), DiffPIR(), REDDiff(), TDS()]
 
@@ -360,24 +364,24 @@ OWN_STEPS = [DAPS(), DDNM(), DDRM(), DiffPIR(), REDDiff(), TDS()]
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_arguments_of_a_sampler_that_are_not_used_are_refused(guidance, sampler, named) -> None:
+def test_unused_sampler_arguments_are_an_error(guidance, sampler, named) -> None:
     name = type(guidance).__name__
     with pytest.raises(ValueError, match=f"{named} is not used by {name}, .* remove it"):
         guidance(GaussianDenoiser(Linear()), sampler, Observation(batch(2), SIGMA_Y))
     guidance.check_sampler(type(sampler)(3, grid=LogSNR(), clip=True))
 
 
-def test_an_argument_that_the_method_has_itself_is_named() -> None:
+def test_error_names_the_guidance_argument_of_the_same_name() -> None:
     with pytest.raises(ValueError, match=r"remove it; DDRM has its own guidance.eta"):
         DDRM().check_sampler(DDIM(3, eta=0.5))
 
 
-def test_methods_that_use_the_step_take_any_sampler() -> None:
+def test_methods_that_use_the_sampler_step_accept_any_sampler() -> None:
     for guidance in (TruncatedReverseSDE(), Residual()):
         guidance.check_sampler(DDIM(3, eta=0.5))
 
 
-def test_mmse_is_one_step() -> None:
+def test_mmse_accepts_only_one_step() -> None:
     observation = Observation(3 * batch(2), SIGMA_Y)
     with pytest.raises(ValueError, match=r"sampler.steps=2 is not used by MMSE.*sampler.steps=1"):
         MMSE()(GaussianDenoiser(Linear()), DDIM(2), observation)

@@ -1,4 +1,4 @@
-"""Guided methods against closed forms, their stated densities, and the published rules."""
+"""Guided methods against closed forms, their likelihood densities and published algorithms."""
 
 from itertools import pairwise
 
@@ -67,7 +67,7 @@ Y_IMAGE = MIXTURE.sample(B, GENERATOR) + SIGMA_Y * normal(B, D)
 
 
 class Saturated(Operator):
-    """tanh of the matrix product, a nonlinear operator."""
+    """A nonlinear operator: tanh of the matrix product."""
 
     def __init__(self) -> None:
         super().__init__((D,))
@@ -97,7 +97,7 @@ every_method = pytest.mark.parametrize(
 
 
 def noisy(prior: GaussianMixture, schedule: Schedule, ratio: float) -> tuple[Tensor, Tensor]:
-    """x_t and t where the schedule has a ratio; the same x_t / α_t under all schedules."""
+    """x_t and t at a given ratio σ_t / α_t, with the same x_t / α_t under all schedules."""
     generator = torch.Generator().manual_seed(5)
     x_0 = prior.sample(B, generator)
     noise = torch.randn(B, D, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def estimate(
     guidance: Guided, prior: GaussianMixture, schedule: Schedule, ratio: float,
     operator: Operator = OPERATOR, y: Tensor = Y, sigma_y: float = SIGMA_Y,
 ) -> Tensor:  # fmt: skip
-    """The method's E[x_0 | x_t, y] at the points of `noisy`."""
+    """The method's estimate of E[x_0 | x_t, y] at the points of `noisy`."""
     observation = Observation(y, sigma_y, operator)
     guidance.check(observation)
     posterior = guidance.denoiser(prior.denoiser(schedule), observation)
@@ -120,7 +120,7 @@ def exact(
     prior: GaussianMixture, schedule: Schedule, ratio: float, matrix: Tensor = A, y: Tensor = Y,
     sigma_y: float = SIGMA_Y,
 ) -> Tensor:  # fmt: skip
-    """E[x_0 | x_t, y] in closed form, at the same points."""
+    """E[x_0 | x_t, y] in closed form at the same points."""
     x_t, t = noisy(prior, schedule, ratio)
     rows = [
         prior.conditional_denoiser(schedule, y[k], matrix, sigma_y)(x_t[k : k + 1], t)
@@ -130,12 +130,12 @@ def exact(
 
 
 def log_normal(e: Tensor, covariance: Tensor) -> Tensor:
-    """log N(e; 0, covariance) of each row, up to a constant that does not depend on e."""
+    """log N(e; 0, covariance) of each row, up to a constant that is independent of e."""
     return -(e * torch.linalg.solve(covariance, e[..., None])[..., 0]).sum(1) / 2
 
 
 def by_autograd(prior: GaussianMixture, schedule: Schedule, ratio: float, log_density) -> Tensor:
-    """x̂ + σ_t² / α_t ∇ log p(y | x_t) for a density that is a function of x_t, α_t and x̂."""
+    """x̂ + σ_t² / α_t ∇ log p(y | x_t) for a density given as a function of x_t, α_t and x̂."""
     x_t, t = noisy(prior, schedule, ratio)
     x_t.requires_grad_()
     alpha_t, sigma_t = schedule(t)
@@ -153,14 +153,14 @@ def posterior_covariance(prior: GaussianMixture, schedule: Schedule, ratio: floa
 IDENTITY = torch.eye(SEEN, dtype=torch.float64)
 
 
-# --- exact where they should be ------------------------------------------------------------------
+# --- exact cases ---------------------------------------------------------------------------------
 
 
 @every_schedule
 @every_ratio
 def test_fused_is_exact_for_a_mixture(schedule: Schedule, ratio: float) -> None:
     matrix = torch.eye(D, dtype=torch.float64)
-    for sigma_y in (0.3, 2.0, 1e-3):  # the last makes levels below the schedule's smallest
+    for sigma_y in (0.3, 2.0, 1e-3):  # the last sigma_y needs levels below the schedule's t_min
         actual = estimate(
             PrecisionWeighted(), MIXTURE, schedule, ratio, Identity(), Y_IMAGE, sigma_y
         )
@@ -168,7 +168,7 @@ def test_fused_is_exact_for_a_mixture(schedule: Schedule, ratio: float) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_fused_asks_below_the_smallest_level_at_the_level_that_the_mean_has() -> None:
+def test_fused_uses_the_combined_level_below_the_smallest_level() -> None:
     asked = []
 
     class Asked(Denoiser):
@@ -208,7 +208,7 @@ def exact_observation() -> Tensor:
 @every_ratio
 @pytest.mark.parametrize("sigma_y", [SIGMA_Y, 0.0])
 @pytest.mark.parametrize("s", [0.5, 1.0])
-def test_one_variance_is_exact_for_data_of_one_variance(
+def test_pigdm_and_jfps_are_exact_for_an_isotropic_gaussian(
     s: float, sigma_y: float, schedule: Schedule, ratio: float
 ) -> None:
     prior = Gaussian(MEAN, s**2 * torch.eye(D, dtype=torch.float64))
@@ -220,7 +220,7 @@ def test_one_variance_is_exact_for_data_of_one_variance(
 
 
 @every_ratio
-def test_jfps_takes_the_variance_of_each_number(ratio: float) -> None:
+def test_jfps_accepts_one_variance_per_component(ratio: float) -> None:
     variances = torch.logspace(-1, 0.5, D, dtype=torch.float64)
     prior = Gaussian(MEAN, variances.diag())
     for given in (variances, variances.diag()):
@@ -229,16 +229,16 @@ def test_jfps_takes_the_variance_of_each_number(ratio: float) -> None:
 
 
 @every_ratio
-def test_tmpd_is_exact_for_independent_numbers_behind_a_mask(ratio: float) -> None:
-    """Then A V Aᵀ is diagonal, and its rows' sums are its diagonal."""
+def test_tmpd_is_exact_for_independent_components_and_a_mask(ratio: float) -> None:
+    """Then A V Aᵀ is diagonal, and its row sums equal its diagonal."""
     prior = Gaussian(MEAN, torch.linspace(0.5, 2, D, dtype=torch.float64).diag())
     mask = torch.eye(D, dtype=torch.float64)[[0, 2, 3]]
     actual = estimate(TMPD(), prior, VP(), ratio, Matrix(mask))
     torch.testing.assert_close(actual, exact(prior, VP(), ratio, mask), rtol=1e-9, atol=1e-9)
 
 
-def test_methods_without_a_prior_are_exact_at_little_noise() -> None:
-    """Where r_t is small against the prior's spread, and σ_y too: V is r_t² I."""
+def test_methods_with_a_flat_prior_are_exact_at_low_noise() -> None:
+    """If r_t and σ_y are small relative to the standard deviation of the prior, V is r_t² I."""
     ratio = sigma_y = 1e-3
     y = exact_observation()
     expected = exact(GAUSSIAN, VP(), ratio, y=y, sigma_y=sigma_y)
@@ -247,13 +247,13 @@ def test_methods_without_a_prior_are_exact_at_little_noise() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-# --- the densities that they state ---------------------------------------------------------------
+# --- likelihood densities ------------------------------------------------------------------------
 
 
 @every_schedule
 @every_ratio
 @pytest.mark.parametrize("strength", [1.0, 1.75])
-def test_dmps_is_the_score_of_its_density(
+def test_dmps_matches_the_score_of_its_density(
     strength: float, schedule: Schedule, ratio: float
 ) -> None:
     def log_density(x_t: Tensor, alpha_t: Tensor, denoised: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def test_dmps_is_the_score_of_its_density(
 
 @every_schedule
 @every_ratio
-def test_pigdm_is_the_score_of_its_density(schedule: Schedule, ratio: float) -> None:
+def test_pigdm_matches_the_score_of_its_density(schedule: Schedule, ratio: float) -> None:
     s = 0.7
     variance = ratio**2 * s**2 / (ratio**2 + s**2)
 
@@ -285,10 +285,13 @@ def test_pigdm_is_the_score_of_its_density(schedule: Schedule, ratio: float) -> 
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("operator", [OPERATOR, Saturated()], ids=["linear", "nonlinear"])
 @pytest.mark.parametrize("uneven", [False, True])
-def test_sda_is_the_score_of_its_density(
+def test_sda_matches_the_score_of_its_density(
     uneven: bool, operator: Operator, detach: bool, schedule: Schedule, ratio: float
 ) -> None:
-    """Detached, x̂ = (x_t - σ_t ε̂) / α_t with ε̂ held fixed; also with σ_y of each number of y."""
+    """With detach, x̂ = (x_t - σ_t ε̂) / α_t with ε̂ constant.
+
+    σ_y may differ between elements of y.
+    """
     sigma_y = torch.linspace(0.1, 0.5, SEEN).double() if uneven else SIGMA_Y
     sigma_t = schedule(schedule.t_from_ratio(ratio))[1]
 
@@ -306,8 +309,11 @@ def test_sda_is_the_score_of_its_density(
 
 
 @every_ratio
-def test_mmps_solved_is_the_score_of_its_density(ratio: float) -> None:
-    """On a mixture, with the exact covariance, held fixed; σ_y of each number of y, too."""
+def test_mmps_matches_the_score_of_its_density(ratio: float) -> None:
+    """The exact covariance of the mixture is held constant.
+
+    σ_y may differ between elements of y.
+    """
     inner = A @ posterior_covariance(MIXTURE, VP(), ratio) @ A.T
     for sigma_y in (torch.tensor(SIGMA_Y), torch.linspace(0.1, 0.5, SEEN)):
         sigma_y = sigma_y.double()
@@ -322,10 +328,10 @@ def test_mmps_solved_is_the_score_of_its_density(ratio: float) -> None:
 
 @every_ratio
 @pytest.mark.parametrize("floor", [0.0, 0.3])
-def test_tmpd_is_the_score_of_its_density(floor: float, ratio: float) -> None:
-    """The variances are the sums of the rows of the dense A V Aᵀ, or the floor where they are not.
+def test_tmpd_matches_the_score_of_its_density(floor: float, ratio: float) -> None:
+    """The variances are the row sums of the dense A V Aᵀ, or the floor if they are smaller.
 
-    The rows of the second matrix vary against each other, so that sums are negative.
+    The second matrix has rows of opposite sign, so that some row sums are negative.
     """
     v = posterior_covariance(MIXTURE, VP(), ratio)
     reached = 0
@@ -348,7 +354,7 @@ def test_tmpd_is_the_score_of_its_density(floor: float, ratio: float) -> None:
 
 
 @every_ratio
-def test_jfps_is_its_formula(ratio: float) -> None:
+def test_jfps_matches_its_formula(ratio: float) -> None:
     v = torch.linalg.inv(
         torch.linalg.inv(COVARIANCE) + torch.eye(D, dtype=torch.float64) / ratio**2
     )
@@ -359,12 +365,12 @@ def test_jfps_is_its_formula(ratio: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
-# --- what all of them share ----------------------------------------------------------------------
+# --- all methods ---------------------------------------------------------------------------------
 
 
 @every_method
 @every_ratio
-def test_the_estimate_is_a_function_of_the_ratio(
+def test_estimate_depends_on_the_schedule_only_through_the_ratio(
     guidance: Guided, operator: Operator, y: Tensor, ratio: float
 ) -> None:
     estimates = [estimate(guidance, MIXTURE, s, ratio, operator, y) for s in SCHEDULES.values()]
@@ -373,7 +379,9 @@ def test_the_estimate_is_a_function_of_the_ratio(
 
 
 @every_method
-def test_rows_may_have_times_of_their_own(guidance: Guided, operator: Operator, y: Tensor) -> None:
+def test_guided_denoiser_accepts_one_time_per_row(
+    guidance: Guided, operator: Operator, y: Tensor
+) -> None:
     schedule, t = VP(), torch.tensor([0.05, 0.3, 0.6, 0.9], dtype=torch.float64)
     x_t = torch.randn(B, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     prior = MIXTURE.denoiser(schedule)
@@ -389,7 +397,7 @@ def test_rows_may_have_times_of_their_own(guidance: Guided, operator: Operator, 
     [*METHODS.values(), (DPS(0.1), OPERATOR, Y), (DPS(0.1, None), Saturated(), Y)],
     ids=[*METHODS.keys(), "dps", "dps nonlinear"],
 )
-def test_a_sample_does_not_depend_on_its_batch(
+def test_samples_do_not_depend_on_the_batch(
     guidance: Guidance, operator: Operator, y: Tensor
 ) -> None:
     prior = MIXTURE.denoiser(VP())
@@ -405,7 +413,7 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 class Learned(Denoiser):
-    """Fake network: parameters with gradients, float32."""
+    """A fake float32 network whose parameters require gradients."""
 
     def __init__(self, schedule: Schedule, size: int) -> None:
         super().__init__(schedule)
@@ -426,8 +434,8 @@ IMAGES = [
 
 
 @pytest.mark.parametrize("guidance", IMAGES, ids=lambda g: type(g).__name__)
-def test_images_in_float32_leave_no_graph(guidance: Guidance) -> None:
-    """With parameters and y that want gradients; through a mask that drops pixels."""
+def test_float32_images_require_no_grad(guidance: Guidance) -> None:
+    """The parameters and y require gradients; the operator is a mask that drops pixels."""
     operator = Identity() if isinstance(guidance, PrecisionWeighted) else BoxInpainting((3, 6, 6))
     x_0 = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) - 0.5
     y = operator(x_0).detach().requires_grad_()
@@ -444,8 +452,8 @@ def test_images_in_float32_leave_no_graph(guidance: Guidance) -> None:
 
 
 @pytest.mark.parametrize("guidance", [DMPS(), PiGDM(), MMPS(2), JFPS(), DPS()])
-def test_noise_free_observations_are_met(guidance: Guidance) -> None:
-    """On images through a mask: what was seen comes back, to the noise of the last level."""
+def test_noise_free_observations_are_satisfied(guidance: Guidance) -> None:
+    """The operator is a mask; the tolerance is the noise of the last level."""
     operator = BoxInpainting((1, 4, 4))
     prior = Gaussian(
         torch.zeros(16).double(), 0.2 * torch.eye(16, dtype=torch.float64), shape=(1, 4, 4)
@@ -462,7 +470,7 @@ def test_noise_free_observations_are_met(guidance: Guidance) -> None:
 def linear_moments(
     guidance: Guidance, sampler: Sampler, draws: int, sigma_y: float = SIGMA_Y
 ) -> tuple[float, float]:
-    """Errors of the samples' mean (in deviations) and covariance, for the first y, exactly."""
+    """Exact errors of the samples' mean (in deviations) and covariance, for the first y."""
     noise = BasisNoise(draws, D)
     observation = Observation(Y[:1].repeat(noise.rows, 1), sigma_y, OPERATOR)
     output = guidance(GAUSSIAN.denoiser(VP()), sampler, observation, generator=noise)
@@ -474,22 +482,22 @@ def linear_moments(
 
 
 class Control(Guided):
-    """E[x_0 | x_t, y] in closed form."""
+    """The exact E[x_0 | x_t, y] in closed form."""
 
     def denoiser(self, denoiser: Denoiser, observation: Observation) -> Denoiser:
         return GAUSSIAN.conditional_denoiser(denoiser.schedule, Y[0], A, observation.sigma_y)
 
 
 @pytest.mark.parametrize("guidance", [MMPS(SEEN), JFPS(covariance=COVARIANCE)])
-def test_moment_matching_samples_as_the_exact_denoiser_does(guidance: Guided) -> None:
+def test_moment_matching_samples_match_those_of_the_exact_denoiser(guidance: Guided) -> None:
     sampler = EulerMaruyama(64)
     control = linear_moments(Control(), sampler, 65)
     assert control[0] < 0.1 and control[1] < 0.1
     assert linear_moments(guidance, sampler, 65) == pytest.approx(control, rel=1e-6)
 
 
-def test_corrections_bring_sda_to_the_posterior() -> None:
-    """Its score is exact at zero noise, where Langevin steps converge from any state."""
+def test_langevin_corrections_reduce_the_error_of_sda() -> None:
+    """The score of SDA is exact at zero noise, where Langevin steps converge from any state."""
 
     def run(sampler: Sampler, draws: int) -> tuple[float, float]:
         return linear_moments(SDA(0.1), sampler, draws)
@@ -504,14 +512,17 @@ def test_corrections_bring_sda_to_the_posterior() -> None:
 
 
 @pytest.mark.parametrize("sampler", [EulerMaruyama(64), DDIM(64), Heun(32), Ancestral(64)])
-def test_guided_methods_go_with_every_kind_of_sampler(sampler: Sampler) -> None:
-    """Means of many samples against the closed form, which is linear in the draws."""
+def test_guided_methods_work_with_every_kind_of_sampler(sampler: Sampler) -> None:
+    """The output is affine in the noise, so its mean is computed exactly."""
     shift, _ = linear_moments(MMPS(SEEN), sampler, 65)
     assert shift < 0.15
 
 
-def test_dmps_clips_the_prior_alone() -> None:
-    """Its estimate is as wide as x_t / α_t; clipped, it would say nothing of y at much noise."""
+def test_dmps_clips_only_the_estimate_of_the_prior() -> None:
+    """The estimate of DMPS has the scale of x_t / α_t.
+
+    Clipping it would remove y at high noise.
+    """
     states: list[State] = []
     sampler = Ancestral(20, clip=True)
     prior = Gaussian(3 * MEAN, COVARIANCE).denoiser(VP())
@@ -532,7 +543,10 @@ SHORT = Linear(beta_max=0.4, steps=STEPS)
 
 
 def written_rule(size: float | None, operator: Operator, clip: bool, zeta: float = 0.05) -> Tensor:
-    """The rule row by row with Ancestral's step by hand; ζ itself, or ζ N (t - s) to the limit."""
+    """The published rule row by row, with an explicit step of `Ancestral`.
+
+    The step size is ζ if `size` is None, and otherwise ζ N (t - s) up to a limit.
+    """
     draws = KeyedGenerator(make_key(0, torch.arange(B)))
     x, prior, alpha_bar = draws.normal(D, dtype=torch.float64), MIXTURE.denoiser(SHORT), [1.0]
     for beta in torch.linspace(1e-4, 0.4, STEPS, dtype=torch.float64).tolist():
@@ -560,8 +574,10 @@ def written_rule(size: float | None, operator: Operator, clip: bool, zeta: float
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("operator", [OPERATOR, Saturated()], ids=["linear", "nonlinear"])
 @pytest.mark.parametrize("reference", [None, STEPS, 4 * STEPS, 100 * STEPS])
-def test_dps_is_the_written_rule(reference: int | None, operator: Operator, clip: bool) -> None:
-    """Per sample, to the letter or on N steps; the last N is so large that the limit is met."""
+def test_dps_matches_its_published_rule(
+    reference: int | None, operator: Operator, clip: bool
+) -> None:
+    """The step size is per sample, as published or scaled by N; the last N reaches the limit."""
     actual = DPS(0.05, reference)(
         MIXTURE.denoiser(SHORT),
         Ancestral(STEPS, clip=clip),
@@ -574,7 +590,7 @@ def test_dps_is_the_written_rule(reference: int | None, operator: Operator, clip
     assert float((expected - unguided).abs().max()) > 1e-3
 
 
-def test_dps_at_its_own_number_of_steps_is_the_paper_s() -> None:
+def test_dps_with_reference_steps_equal_to_steps_matches_the_paper() -> None:
     observation = Observation(Y, SIGMA_Y, OPERATOR)
     results = [
         DPS(0.01, reference)(
@@ -586,8 +602,8 @@ def test_dps_at_its_own_number_of_steps_is_the_paper_s() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
-def test_dps_meets_the_observation_as_well_at_few_steps() -> None:
-    """The distance |y - A x_0| of 40 samples over that of noise; without guidance it is 8."""
+def test_dps_residual_is_similar_for_any_number_of_steps() -> None:
+    """|y - A x_0| of 40 samples is divided by its value for noise; without guidance it is 8."""
     prior, y, count = MIXTURE.denoiser(VP()), Y.repeat(10, 1), 10 * B
 
     def distance(steps: int, reference: int | None) -> float:
@@ -607,22 +623,24 @@ def test_dps_meets_the_observation_as_well_at_few_steps() -> None:
      (ProbabilityFlow(5, adaptive=False), None)],
     ids=["ancestral", "predictor_corrector", "heun", "probability_flow"],
 )  # fmt: skip
-def test_dps_costs_no_call_and_one_graph_a_step(sampler: Sampler, calls: int | None) -> None:
+def test_dps_adds_no_network_calls_and_one_graph_per_step(
+    sampler: Sampler, calls: int | None
+) -> None:
     denoiser = Learned(VP(), D)
     DPS(0.1)(denoiser, sampler, Observation(Y.float(), SIGMA_Y, OPERATOR))
     assert denoiser.with_graph == 5
     assert calls is None or denoiser.calls == calls
 
 
-def test_dps_is_refused_with_a_solver_that_would_undo_it() -> None:
+def test_dps_with_an_incompatible_solver_is_an_error() -> None:
     observation = Observation(Y, SIGMA_Y, OPERATOR)
     for sampler in (UniPC(5), ProbabilityFlow()):
         with pytest.raises(ValueError, match=r"overwrites .* choose another sampler: ancestral"):
             DPS()(MIXTURE.denoiser(VP()), sampler, observation)
 
 
-def test_dps_where_y_is_met_and_where_nothing_depends_on_x() -> None:
-    """A distance of zero, and a slope of zero: the step is that of the sampler, no NaN."""
+def test_dps_handles_zero_distance_and_zero_gradient() -> None:
+    """If the distance or the gradient is zero, the step is that of the sampler, without NaN."""
 
     class Nothing(Saturated):
         def forward(self, x: Tensor) -> Tensor:
@@ -639,7 +657,7 @@ def test_dps_where_y_is_met_and_where_nothing_depends_on_x() -> None:
             assert torch.equal(run(DPS(1.0, reference), y), plain)
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -656,12 +674,12 @@ def test_dps_where_y_is_met_and_where_nothing_depends_on_x() -> None:
         (lambda: JFPS(iterations=0), "iterations=0"),
     ],
 )
-def test_bad_settings_are_named(make, text: str) -> None:
+def test_invalid_settings_are_an_error(make, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
 
 
-def test_methods_are_refused_where_they_are_not_defined() -> None:
+def test_unsupported_operators_and_noise_are_an_error() -> None:
     nonlinear = Observation(Y, SIGMA_Y, Saturated())
     for guidance in (DMPS(), PiGDM(), TMPD(), MMPS(), JFPS()):
         with pytest.raises(ValueError, match=r"not linear; choose another guidance"):
@@ -692,13 +710,13 @@ def test_methods_are_refused_where_they_are_not_defined() -> None:
         (torch.tensor([1.0, 1.0, -0.5, 1.0, 1.0]), "its smallest eigenvalue is -0.5"),
     ],
 )
-def test_jfps_refuses_what_is_no_covariance_of_the_data(wrong: Tensor, text: str) -> None:
+def test_jfps_with_an_invalid_covariance_is_an_error(wrong: Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         JFPS(covariance=wrong).check(Observation(Y, SIGMA_Y, OPERATOR))
 
 
-def test_the_times_of_a_grid_are_those_that_dps_steps_over() -> None:
-    """ζ N (t - s) on an uneven grid adds up to ζ N."""
+def test_dps_steps_add_up_to_the_whole_time_on_an_uneven_grid() -> None:
+    """The factors ζ N (t - s) add up to ζ N."""
     sampler, states = Ancestral(7, grid=LogSNR()), []
     denoiser = MIXTURE.denoiser(VP())
     observation = Observation(Y, SIGMA_Y, OPERATOR)

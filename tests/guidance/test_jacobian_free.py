@@ -1,8 +1,8 @@
-"""Methods without the network's Jacobian: each against its paper's formulas, and exact statements.
+"""Methods without the network's Jacobian, against the formulas of their papers and exact results.
 
-The formulas are written in numpy, on a matrix whose singular values are one above and one below
-y's noise over the state's, with one direction that y says nothing of. The draws are the method's
-own, in its order.
+The formulas are written in NumPy for a matrix with singular values above and below the ratio of
+y's noise to the state's noise, and one direction that y does not depend on. The noise is drawn as
+in the method, in the same order.
 """
 
 import logging
@@ -69,7 +69,7 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCH
 with_and_without_noise = pytest.mark.parametrize("sigma_y", [0.0, 0.3])
 N = 8
 
-# Every method once; few calls each.
+# Every method once, with few network calls each.
 METHODS = {
     "replacement": Replacement(),
     "repaint": Replacement(repeats=3, jump=2),
@@ -86,7 +86,7 @@ every_method = pytest.mark.parametrize("guidance", METHODS.values(), ids=METHODS
 
 
 class Disguised(Operator):
-    """A matrix that is not marked as linear."""
+    """A linear operator that is not marked as linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return MATRIX(x)
@@ -96,7 +96,7 @@ class Disguised(Operator):
 
 
 class Ratios(TimeGrid):
-    """Given noise levels after the first: the same for all schedules."""
+    """A time grid with given noise levels after the first, equal for all schedules."""
 
     def __init__(self, *ratios: float) -> None:
         self.ratios = torch.tensor([*ratios, 0.0], dtype=torch.float64)
@@ -111,7 +111,7 @@ def keyed(count: int, seed: int = 0) -> KeyedGenerator:
 
 
 def draws(count: int) -> Callable[[], np.ndarray]:
-    """The noise that a method gets from `keyed`, one image after the other."""
+    """The noise that a method gets from `keyed`, one draw per call."""
     generator = keyed(count)
     return lambda: generator.normal(D, dtype=torch.float64).numpy()
 
@@ -147,14 +147,17 @@ def close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-9) -> None
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# --- each step as its paper has it --------------------------------------------------------------
+# --- single steps and algorithms of the papers --------------------------------------------------
 
 
 @every_schedule
 @with_and_without_noise
 @pytest.mark.parametrize("eta, eta_b", [(0.85, 1.0), (0.0, 0.4), (1.0, 0.0)])
-def test_ddrm_is_the_papers_rule(schedule, sigma_y: float, eta: float, eta_b: float) -> None:
-    """In the paper's coordinates, x̄ = Vᵀ x_t / α_t with noise r; the fourth has s = 0."""
+def test_ddrm_matches_the_paper(schedule, sigma_y: float, eta: float, eta_b: float) -> None:
+    """In the paper's coordinates, x̄ = Vᵀ x_t / α_t has noise r.
+
+    The fourth component has s = 0.
+    """
     y, draw = numbers(3, 3), draws(3)
     levels = ladder(DDIM(N), schedule)
     r_1, (alpha_1, _) = levels[0][1] / levels[0][0], levels[0]
@@ -184,7 +187,7 @@ def test_ddrm_is_the_papers_rule(schedule, sigma_y: float, eta: float, eta_b: fl
 
 @every_schedule
 @pytest.mark.parametrize("eta", [0.85, 0.0])
-def test_ddnm_without_noise_is_the_papers_rule(schedule: Schedule, eta: float) -> None:
+def test_ddnm_without_noise_matches_the_paper(schedule: Schedule, eta: float) -> None:
     y, draw = numbers(3, 3), draws(3)
     x = schedule.prior_std * draw()
     for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
@@ -197,8 +200,8 @@ def test_ddnm_without_noise_is_the_papers_rule(schedule: Schedule, eta: float) -
 
 @every_schedule
 @pytest.mark.parametrize("eta", [0.85, 0.0])
-def test_ddnm_with_noise_is_the_papers_rule(schedule: Schedule, eta: float) -> None:
-    """x̂' = x̂ - Σ A⁺ (A x̂ - y), x_s = α_s x̂' + noise of covariance Φ, all as matrices."""
+def test_ddnm_with_noise_matches_the_paper(schedule: Schedule, eta: float) -> None:
+    """x̂' = x̂ - Σ A⁺ (A x̂ - y), and x_s = α_s x̂' + noise of covariance Φ."""
     sigma_y, y, draw = 0.3, numbers(3, 3), draws(3)
     x = schedule.prior_std * draw()
     for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
@@ -220,25 +223,25 @@ def test_ddnm_with_noise_is_the_papers_rule(schedule: Schedule, eta: float) -> N
 @every_schedule
 @pytest.mark.parametrize("sigma_y", [0.0, 0.3, 5.0])
 @pytest.mark.parametrize("strength, zeta", [(7.0, 0.3), (0.5, 1.0), (1.0, 0.0)])
-def test_diffpir_is_the_papers_rule(schedule, sigma_y: float, strength: float, zeta) -> None:
+def test_diffpir_matches_the_paper(schedule, sigma_y: float, strength: float, zeta) -> None:
     y, draw = numbers(3, 3), draws(3)
     x = schedule.prior_std * draw()
     for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(ladder(DDIM(N), schedule)):
         rho = strength * sigma_y**2 / (sigma_t / alpha_t) ** 2
         hat = denoised(x, alpha_t, sigma_t)
-        if sigma_y > 0:  # the minimum, by the normal equations
+        if sigma_y > 0:  # the minimizer, by the normal equations
             right = y.numpy() @ A + rho * hat
             hat = np.linalg.solve(A.T @ A + rho * np.eye(D), right.T).T
         else:
             hat = hat - (hat @ A.T - y.numpy()) @ PINV.T
         epsilon = (x - alpha_t * hat) / sigma_t
         x = alpha_s * hat + sigma_s * ((1 - zeta) ** 0.5 * epsilon + zeta**0.5 * draw())
-    # Where ρ is 1e-6 of A's smallest value the normal equations lose six digits, not the method.
+    # If ρ is 1e-6 of A's smallest squared singular value, the reference loses six digits.
     close(run(DiffPIR(strength, zeta), DDIM(N), schedule, y, sigma_y), x, 1e-6)
 
 
 def ancestral(x: np.ndarray, t: tuple, s: tuple, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """The step of DDPM with the small variance, q(x_s | x_t, x̂)."""
+    """A step of DDPM with the small variance, q(x_s | x_t, x̂)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s), hat = t, s, denoised(x, *t)
     v = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
     mean = (alpha_t / alpha_s * sigma_s**2 * x + alpha_s * v * hat) / sigma_t**2
@@ -258,7 +261,7 @@ def replaced(x: np.ndarray, y: np.ndarray, s: tuple, sigma_y: float, z: np.ndarr
 @every_schedule
 @with_and_without_noise
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_repaint_is_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int) -> None:
+def test_repaint_matches_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int) -> None:
     y, draw = numbers(3, 3), draws(3)
     x = schedule.prior_std * draw()
     for t, s in pairwise(ladder(Ancestral(N), schedule)):
@@ -275,7 +278,7 @@ def test_repaint_is_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int
 
 @every_schedule
 @pytest.mark.parametrize("t_stop", [0.0, 0.4])
-def test_ilvr_is_algorithm_1(schedule: Schedule, t_stop: float) -> None:
+def test_ilvr_matches_algorithm_1(schedule: Schedule, t_stop: float) -> None:
     y, draw = numbers(3, 3), draws(3)
     x, low = schedule.prior_std * draw(), PINV @ A
     times = Ancestral(N).times(schedule).tolist()
@@ -292,8 +295,8 @@ def test_ilvr_is_algorithm_1(schedule: Schedule, t_stop: float) -> None:
 
 @every_schedule
 @with_and_without_noise
-def test_daps_is_algorithm_1(schedule: Schedule, sigma_y: float) -> None:
-    """Euler's method in r for the ODE on a grid even in r^{1/7}, then the draw, by matrices."""
+def test_daps_matches_algorithm_1(schedule: Schedule, sigma_y: float) -> None:
+    """The ODE is solved by Euler's method in r on a grid uniform in r^{1/7}."""
     y, draw, steps = numbers(3, 3), draws(3), 3
     x = schedule.prior_std * draw()
     times = DDIM(N).times(schedule)
@@ -318,8 +321,8 @@ def test_daps_is_algorithm_1(schedule: Schedule, sigma_y: float) -> None:
 
 
 @every_schedule
-def test_pnpdm_is_the_split_gibbs_sampler(schedule: Schedule) -> None:
-    """ρ_k = max(ρ_max a^k, ρ_min); z by the exact conditional, x by the reverse SDE from there."""
+def test_pnpdm_matches_the_split_gibbs_sampler(schedule: Schedule) -> None:
+    """ρ_k = max(ρ_max a^k, ρ_min). z comes from the exact conditional, x from the reverse SDE."""
     y, sigma_y, inner, draw = numbers(3, 3), 0.3, EulerMaruyama(3), keyed(3)
     x = torch.zeros_like(draw.normal(D, dtype=torch.float64))
     for rho in (2.0, 1.0, 0.5, 0.4):
@@ -337,7 +340,7 @@ def test_pnpdm_is_the_split_gibbs_sampler(schedule: Schedule) -> None:
 
 @every_schedule
 @with_and_without_noise
-def test_reddiff_is_adam_on_the_papers_loss(schedule: Schedule, sigma_y: float) -> None:
+def test_reddiff_matches_adam_on_the_loss_of_the_paper(schedule: Schedule, sigma_y: float) -> None:
     y, draw, strength, lr = numbers(3, 3), draws(3), 0.25, 0.1
     if sigma_y == 0:
         mu = y.numpy() @ PINV.T
@@ -356,12 +359,12 @@ def test_reddiff_is_adam_on_the_papers_loss(schedule: Schedule, sigma_y: float) 
     close(run(REDDiff(strength, lr), DDIM(N), schedule, y, sigma_y), mu, 1e-5)
 
 
-# --- what follows from the formulas -------------------------------------------------------------
+# --- relations between methods ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eta", [0.85, 0.3])
-def test_ddnm_with_noise_is_ddrm_that_trusts_y(eta: float) -> None:
-    """From the same state: their starts differ."""
+def test_step_of_ddnm_with_noise_equals_ddrm_with_eta_b_of_one(eta: float) -> None:
+    """Single steps from the same state are compared, because the initial states differ."""
     observation = Observation(numbers(5, 3), 0.3, MATRIX)
     denoiser, x, z = GaussianDenoiser(Linear()), numbers(5, D), numbers(2, 5, D)[1]
     for t, s in pairwise(DDIM(12).times(Linear())):
@@ -378,17 +381,17 @@ CONSISTENT = {k: METHODS[k] for k in METHODS if k not in ("pnpdm", "reddiff")}
 
 @pytest.mark.parametrize("guidance", CONSISTENT.values(), ids=CONSISTENT.keys())
 @every_schedule
-def test_without_noise_the_image_fits_the_observation(guidance, schedule: Schedule) -> None:
+def test_without_noise_samples_satisfy_the_observation(guidance, schedule: Schedule) -> None:
     y = numbers(3, 3)
     result = run(guidance, Ancestral(5), schedule, y, 0.0)
     torch.testing.assert_close(MATRIX(result), y, rtol=1e-9, atol=1e-9)
     noisy = run(guidance, Ancestral(5), schedule, y, 0.3)
-    if not isinstance(guidance, ILVR):  # which takes y for clean
+    if not isinstance(guidance, ILVR):  # ILVR treats y as noise-free
         assert float((MATRIX(noisy) - y).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("guidance", CONSISTENT.values(), ids=CONSISTENT.keys())
-def test_images_fit_the_observation_by_any_operator(guidance: Guidance) -> None:
+def test_images_satisfy_the_observation_for_several_operators(guidance: Guidance) -> None:
     shape = (3, 8, 8)
     x_0 = numbers(2, *shape).clamp(-1, 1)
     operators = (
@@ -406,16 +409,19 @@ def test_images_fit_the_observation_by_any_operator(guidance: Guidance) -> None:
 
 
 class Shrink(Denoiser):
-    """E[x_0 | x_t] for x_0 ~ N(0, I), on images."""
+    """E[x_0 | x_t] for x_0 ~ N(0, I), for images."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_t, sigma_t = self.schedule(t.double())
         return (alpha_t / (alpha_t**2 + sigma_t**2)).to(x_t) * x_t
 
 
-def test_replacement_of_the_whole_image() -> None:
-    """A = I: without noise y itself; with noise the truncated reverse SDE from the last level
-    that is noisier than y, whose steps these are, and so the same law if y lies on a level."""
+def test_replacement_with_the_identity_operator() -> None:
+    """Without noise the result is y. With noise, the method equals the truncated reverse SDE.
+
+    The SDE starts at the last level with more noise than y, so the laws are equal if y is on a
+    level.
+    """
     y = numbers(3, D)
     result = run(Replacement(2), Ancestral(5), Linear(), y, 0.0, Identity())
     torch.testing.assert_close(result, y, rtol=0, atol=0)
@@ -431,13 +437,13 @@ def exact_moments(
     guidance: Guidance, sampler: Sampler, y: Tensor, sigma_y: float, operator: Operator,
     count: int, schedule: Schedule = SCHEDULES["linear"],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean and covariance of a method's output that draws at most `count` times."""
+    """Mean and covariance of the output of a method that makes at most `count` draws."""
     noise = BasisNoise(count, D)
     observation = Observation(y.expand(noise.rows, -1), sigma_y, operator)
     return moments(guidance(GaussianDenoiser(schedule), sampler, observation, generator=noise))
 
 
-def test_one_repeat_is_plain_replacement_for_any_jump() -> None:
+def test_replacement_with_one_repeat_does_not_depend_on_jump() -> None:
     y = numbers(3, 3)
     plain = run(Replacement(), Ancestral(N), Linear(), y, 0.3)
     assert torch.equal(run(Replacement(1, jump=3), Ancestral(N), Linear(), y, 0.3), plain)
@@ -445,8 +451,8 @@ def test_one_repeat_is_plain_replacement_for_any_jump() -> None:
 
 
 @pytest.mark.parametrize("steps, repeats, jump", [(250, 10, 10), (20, 3, 4), (7, 2, 1), (5, 2, 9)])
-def test_repaint_walks_the_papers_path(steps: int, repeats: int, jump: int) -> None:
-    """The paper's appendix: indices down from T - 1, with r - 1 jumps up from every j-th."""
+def test_repaint_visits_the_times_of_the_paper(steps: int, repeats: int, jump: int) -> None:
+    """The appendix: indices descend from T - 1, with r - 1 jumps up from every j-th index."""
     jumps = Counter({i: repeats - 1 for i in range(0, steps - jump, jump)})
     i, visited = steps, []
     while i > 0:
@@ -454,9 +460,10 @@ def test_repaint_walks_the_papers_path(steps: int, repeats: int, jump: int) -> N
         visited.append(i)
         if jumps[i] > 0:
             jumps[i] -= 1
-            visited[-1] = i + jump  # the next step is from where the jump ended
+            visited[-1] = i + jump  # the next step starts where the jump ended
             i += jump
-    # Each entry is where a step starts, as an index; the grid of N = T has them as times.
+    # Each entry is the index at which a step starts; a grid with N = T has the corresponding
+    # times.
     path = TimeTravelSampler(Ancestral(steps), Linear(), repeats, jump).times(Linear())
     assert path[-1] == 0 and len(path) == len(visited) + 1
     assert [round(steps * t) - 1 for t in path[:-1].tolist()] == visited
@@ -466,7 +473,7 @@ def test_repaint_walks_the_papers_path(steps: int, repeats: int, jump: int) -> N
 
 
 @every_method
-def test_how_often_the_network_is_called(guidance: Guidance) -> None:
+def test_number_of_network_calls(guidance: Guidance) -> None:
     calls = {
         "Replacement": 6 + 2 * 2 * 2 if getattr(guidance, "repeats", 1) > 1 else 6,
         "DDNM": 6 + 3 if getattr(guidance, "repeats", 1) > 1 else 6,
@@ -479,7 +486,7 @@ def test_how_often_the_network_is_called(guidance: Guidance) -> None:
 
 
 class Counting(Denoiser):
-    """Counts its calls, and returns NaN after the first few."""
+    """Counts the calls of a denoiser, and returns NaN after `good` calls."""
 
     def __init__(self, denoiser: Denoiser, good: int = 10**9) -> None:
         super().__init__(denoiser.schedule)
@@ -490,11 +497,11 @@ class Counting(Denoiser):
         return self.denoiser(x_t, t) if self.calls <= self.good else torch.full_like(x_t, np.nan)
 
 
-# --- draws that are exact -----------------------------------------------------------------------
+# --- exact conditional samples ------------------------------------------------------------------
 
 
 def conditional(centre: Tensor, rho: float, y: Tensor, sigma_y: float) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of N(x; centre, ρ²) N(y; A x, σ_y²), by adding precisions."""
+    """Mean and covariance of N(x; centre, ρ²) N(y; A x, σ_y²), from precision matrices."""
     a = torch.from_numpy(A)
     identity = torch.eye(D, dtype=torch.float64)
     covariance = torch.linalg.inv(a.T @ a / sigma_y**2 + identity / rho**2)
@@ -514,7 +521,7 @@ def step_moments(
 
 @pytest.mark.parametrize("rho", [0.05, 1.0, 30.0])
 @pytest.mark.parametrize("sigma_y", [0.01, 0.5])
-def test_the_draw_of_daps_and_pnpdm_is_the_conditional(rho: float, sigma_y: float) -> None:
+def test_likelihood_step_samples_the_exact_conditional(rho: float, sigma_y: float) -> None:
     centre, y = numbers(D), numbers(3)
     mean, covariance = step_moments(MATRIX, centre, rho, y, sigma_y)
     expected = conditional(centre, rho, y, sigma_y)
@@ -522,7 +529,7 @@ def test_the_draw_of_daps_and_pnpdm_is_the_conditional(rho: float, sigma_y: floa
     torch.testing.assert_close(covariance, expected[1], rtol=1e-8, atol=1e-8)
 
 
-def test_without_noise_the_draw_is_that_on_the_plane() -> None:
+def test_likelihood_step_without_noise_samples_on_the_constraint_plane() -> None:
     centre, y = numbers(D), numbers(3)
     mean, covariance = step_moments(MATRIX, centre, 0.7, y, 0.0)
     close(mean, centre.numpy() + PINV @ (y.numpy() - A @ centre.numpy()))
@@ -530,10 +537,11 @@ def test_without_noise_the_draw_is_that_on_the_plane() -> None:
 
 
 @pytest.mark.parametrize("size, tolerance", [(0.1, 0.12), (0.02, 0.025)])
-def test_langevin_draws_the_same_for_operators_that_are_not_linear(size, tolerance) -> None:
-    """Its likelihood has the scale of σ_y: to first order in the step the same law.
+def test_langevin_steps_for_nonlinear_operators_sample_the_conditional(size, tolerance) -> None:
+    """The steps are scaled with σ_y, and the law is correct to first order in the step size.
 
-    The singular values are at most 1.5, so that size 0.1 is up to 0.1 1.5² / 2 = 11% off.
+    The singular values are at most 1.5, so that size 0.1 has an error of 0.1 1.5² / 2 = 11% or
+    less.
     """
     centre, y, rho, sigma_y = numbers(D), numbers(3), 0.4, 0.3
     steps = round(40 / size)
@@ -541,7 +549,8 @@ def test_langevin_draws_the_same_for_operators_that_are_not_linear(size, toleran
     expected = conditional(centre, rho, y, sigma_y)
     torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
     values = torch.linalg.eigvals(torch.linalg.solve(expected[1], covariance)).real
-    # Of an eigenvalue p of the precision: 1 / (1 - h p / 2) too much, and never too little.
+    # For an eigenvalue p of the precision, the variance is too large by the factor 1 / (1 - h p /
+    # 2).
     precision = torch.cat([torch.from_numpy(S) ** 2 / sigma_y**2, torch.zeros(1)]) + 1 / rho**2
     h = size / (1 / sigma_y**2 + 1 / rho**2)
     excess = (1 / (1 - h * precision / 2)).double()
@@ -549,7 +558,7 @@ def test_langevin_draws_the_same_for_operators_that_are_not_linear(size, toleran
     assert 1 < float(excess.max()) < 1 + tolerance
 
 
-def test_a_gradient_has_nothing_of_other_rows() -> None:
+def test_red_gradient_of_a_row_is_independent_of_other_rows() -> None:
     observation = Observation(numbers(5, 3), 0.3, Disguised((D,)))
     mu, target = numbers(5, D), numbers(2, 5, D)[1]
     whole = red_gradient(observation, mu, target, 0.25)
@@ -560,11 +569,11 @@ def test_a_gradient_has_nothing_of_other_rows() -> None:
     torch.testing.assert_close(one, whole[3:4], rtol=1e-14, atol=1e-14)
 
 
-# --- PnP-DM's invariant distribution ------------------------------------------------------------
+# --- invariant distribution of PnP-DM -----------------------------------------------------------
 
 
 def split_posterior(y: Tensor, sigma_y: float, rho: float) -> tuple[Tensor, Tensor]:
-    """π_ρ(x) ∝ p(x) N(y; A x, σ_y² I + ρ² A Aᵀ); the posterior for ρ = 0."""
+    """π_ρ(x) ∝ p(x) N(y; A x, σ_y² I + ρ² A Aᵀ), which is the posterior for ρ = 0."""
     a, precision = torch.from_numpy(A), torch.linalg.inv(COVARIANCE)
     noise = sigma_y**2 * torch.eye(3, dtype=torch.float64) + rho**2 * a @ a.T
     covariance = torch.linalg.inv(precision + a.T @ torch.linalg.solve(noise, a))
@@ -573,14 +582,17 @@ def split_posterior(y: Tensor, sigma_y: float, rho: float) -> tuple[Tensor, Tens
 
 
 def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """Of the means in the other's deviations, and of the covariances relative to the other's."""
+    """Distance of the means in standard deviations plus relative distance of the covariances."""
     shift = torch.linalg.solve(torch.linalg.cholesky(other[1]), one[0] - other[0]).norm()
     return float(shift + (one[1] - other[1]).norm() / other[1].norm())
 
 
 @pytest.mark.parametrize("rho, iterations, tolerance", [(0.6, 24, 0.035), (0.3, 60, 0.015)])
-def test_pnpdm_draws_from_the_split_posterior(rho, iterations: int, tolerance: float) -> None:
-    """At a fixed ρ; what is left is the sampler's discretisation, of first order."""
+def test_pnpdm_samples_the_split_posterior(rho, iterations: int, tolerance: float) -> None:
+    """ρ is constant.
+
+    The remaining error is the first-order discretization error of the sampler.
+    """
     y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
     guidance, errors = PnPDM(iterations, rho_max=rho, rho_min=rho), []
     for steps in (8, 16):
@@ -591,8 +603,8 @@ def test_pnpdm_draws_from_the_split_posterior(rho, iterations: int, tolerance: f
     assert distance(actual, split_posterior(y, sigma_y, 0.0)) > 0.4  # ρ is still large
 
 
-def test_a_chain_needs_a_sampler_with_all_of_the_noise() -> None:
-    """DDIM with η < 1 has the right law of x but not that of x given z: the chain shrinks."""
+def test_pnpdm_variance_is_too_small_with_ddim_of_low_eta() -> None:
+    """DDIM with η < 1 has the correct law of x, but not that of x given z."""
     y, sigma_y, spreads = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3, []
     for eta in (0.5, 1.0):
         sampler, guidance = DDIM(16, eta=eta), PnPDM(24, rho_max=0.6, rho_min=0.6)
@@ -601,13 +613,14 @@ def test_a_chain_needs_a_sampler_with_all_of_the_noise() -> None:
     assert spreads[0] < 0.65 and spreads[1] > 0.75
 
 
-def test_the_split_posterior_tends_to_the_posterior() -> None:
-    """As ρ², with the conditionals that the two draws above were found to be."""
+def test_split_posterior_converges_to_the_posterior() -> None:
+    """The error is O(ρ²); the chain uses the conditionals that the tests above verify."""
     y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
     exact, identity = split_posterior(y, sigma_y, 0.0), torch.eye(D, dtype=torch.float64)
     errors = []
     for rho in (0.1, 0.05):
-        # x -> z -> x: z | x as in the test of the draw, x | z by the denoiser.
+        # One iteration is x -> z -> x: z | x as in the test of the likelihood step, x | z by the
+        # denoiser.
         zero, gain = torch.zeros(D, dtype=torch.float64), torch.linalg.inv(
             torch.linalg.inv(COVARIANCE) + identity / rho**2
         )  # fmt: skip
@@ -625,8 +638,8 @@ def test_the_split_posterior_tends_to_the_posterior() -> None:
     assert errors[1] < 0.02 and 3.5 < errors[0] / errors[1] < 4.5
 
 
-def test_daps_spreads_too_far_and_more_levels_do_not_help() -> None:
-    """As documented: N(x̂, r²) is wider than p(x_0 | x_t)."""
+def test_daps_variance_is_too_large_for_any_number_of_levels() -> None:
+    """As documented, N(x̂, r²) is wider than p(x_0 | x_t)."""
     y, sigma_y = torch.tensor([0.4, -0.5, 0.2], dtype=torch.float64), 0.3
     exact = split_posterior(y, sigma_y, 0.0)[1].trace()
     for levels in (20, 80):
@@ -638,8 +651,8 @@ def test_daps_spreads_too_far_and_more_levels_do_not_help() -> None:
 # --- RED-diff -----------------------------------------------------------------------------------
 
 
-def test_reddiffs_gradient_is_that_of_the_loss() -> None:
-    """L = d/m ½ |y - A μ|² + λ r sg[ε̂ - ε]ᵀ μ, by automatic differentiation."""
+def test_red_gradient_matches_the_gradient_of_the_loss() -> None:
+    """L = d/m ½ |y - A μ|² + λ r sg[ε̂ - ε]ᵀ μ, differentiated by autograd."""
     schedule, t = Linear(), torch.tensor(0.37, dtype=torch.float64)
     alpha, sigma = schedule(t)
     y, mu, epsilon = numbers(6, 3), numbers(6, D), numbers(2, 6, D)[1]
@@ -655,15 +668,15 @@ def test_reddiffs_gradient_is_that_of_the_loss() -> None:
 
 
 def fixed_point(y: Tensor, strength: float, ratio: float) -> Tensor:
-    """d/m Aᵀ (A μ - y) + λ r² (C + r²)⁻¹ (μ - m) = 0."""
+    """The solution μ of d/m Aᵀ (A μ - y) + λ r² (C + r²)⁻¹ (μ - m) = 0."""
     a, identity = torch.from_numpy(A), torch.eye(D, dtype=torch.float64)
     prior = strength * ratio**2 * torch.linalg.inv(COVARIANCE + ratio**2 * identity)
     return torch.linalg.solve(D / 3 * a.T @ a + prior, D / 3 * a.T @ y + prior @ MEAN)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_reddiffs_fixed_point_on_a_gaussian_prior(t: float) -> None:
-    """There the gradient vanishes in the mean over ε: ±ε have it exactly, x̂ being linear."""
+def test_red_gradient_has_zero_mean_at_the_fixed_point(t: float) -> None:
+    """The mean is over ε. Pairs ±ε give it exactly, because x̂ is linear in x_t."""
     schedule, t = Linear(), torch.tensor(t, dtype=torch.float64)
     alpha, sigma = schedule(t)
     y, epsilon, denoiser = numbers(3), numbers(7, D), GaussianDenoiser(schedule)
@@ -674,7 +687,7 @@ def test_reddiffs_fixed_point_on_a_gaussian_prior(t: float) -> None:
     assert float(slope.mean(0).abs().max()) < 1e-10
 
 
-def test_reddiff_arrives_at_its_fixed_point_and_does_not_spread_like_a_posterior(caplog) -> None:
+def test_reddiff_converges_to_its_fixed_point_with_small_variance(caplog) -> None:
     steps, ratio, y, sigma_y = 800, 0.5, torch.tensor([0.4, -0.5, 0.02]).double(), 0.3
     grid = Ratios(*np.linspace(ratio + 1e-3, ratio, steps - 1))
     with caplog.at_level(logging.WARNING):
@@ -686,7 +699,7 @@ def test_reddiff_arrives_at_its_fixed_point_and_does_not_spread_like_a_posterior
     assert "not a posterior" in caplog.text and not REDDiff.stochastic
 
 
-# --- any schedule, any batch, any sampler -------------------------------------------------------
+# --- any schedule, batch and sampler ------------------------------------------------------------
 
 
 STEPS = {
@@ -697,8 +710,8 @@ STEPS["daps"].ode = DDIM(3, grid=Ratios(0.5, 0.2))
 
 @pytest.mark.parametrize("method", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("r_t, r_s", [(20.0, 5.0), (0.8, 0.6), (0.7, 0.0)])
-def test_a_step_is_the_same_under_any_schedule(method: CustomStep, r_t: float, r_s: float) -> None:
-    """In u = x_t / α_t, between the same two ratios."""
+def test_step_is_the_same_under_any_schedule(method: CustomStep, r_t: float, r_s: float) -> None:
+    """The steps are compared in u = x_t / α_t, between the same two ratios."""
     u, z, results = numbers(5, D), numbers(3, 5, D)[1], []
     observation = Observation(numbers(5, 3), 0.3, MATRIX)
     for schedule in (Linear(), VP(), VE(), EDM()):
@@ -710,7 +723,7 @@ def test_a_step_is_the_same_under_any_schedule(method: CustomStep, r_t: float, r
         torch.testing.assert_close(result, results[0], rtol=1e-7, atol=1e-7)
 
 
-def test_a_chain_is_the_same_under_any_schedule() -> None:
+def test_pnpdm_is_the_same_under_any_schedule() -> None:
     sampler, y = DDIM(4, eta=0.7, grid=Ratios(0.2, 0.1, 0.05)), numbers(3, 3)
     guidance = PnPDM(5, rho_max=1.0, rho_min=0.3, decay=0.7)
     first, *others = (run(guidance, sampler, s, y, 0.3) for s in (Linear(), VP(), VE(), EDM()))
@@ -720,7 +733,7 @@ def test_a_chain_is_the_same_under_any_schedule() -> None:
 
 @every_method
 @pytest.mark.parametrize("operator", [MATRIX, Disguised((D,))], ids=["linear", "not"])
-def test_an_image_does_not_depend_on_its_batch(guidance: Guidance, operator: Operator) -> None:
+def test_samples_do_not_depend_on_the_batch(guidance: Guidance, operator: Operator) -> None:
     if guidance.requires == "svd" and operator is not MATRIX:
         return
     y = numbers(5, 3)
@@ -735,7 +748,7 @@ def test_an_image_does_not_depend_on_its_batch(guidance: Guidance, operator: Ope
 
 
 @every_method
-def test_every_step_is_reported(guidance: Guidance) -> None:
+def test_callback_gets_every_state(guidance: Guidance) -> None:
     states: list[State] = []
     result = run(guidance, Ancestral(6), Linear(), numbers(2, 3), 0.3, callback=states.append)
     assert torch.equal(states[-1].x_t, result) and torch.equal(states[-1].denoised, result)
@@ -755,7 +768,7 @@ def test_every_step_is_reported(guidance: Guidance) -> None:
 
 
 @every_method
-def test_the_estimate_is_clipped_if_the_sampler_says_so(guidance: Guidance) -> None:
+def test_estimate_is_clipped_if_the_sampler_clips(guidance: Guidance) -> None:
     denoiser = GaussianDenoiser(Linear(), 3 * MEAN, COVARIANCE)
     for clip in (False, True):
         states: list[State] = []
@@ -768,7 +781,7 @@ def test_the_estimate_is_clipped_if_the_sampler_says_so(guidance: Guidance) -> N
 
 
 @every_method
-def test_a_state_that_is_not_finite_is_named(guidance: Guidance) -> None:
+def test_error_for_a_non_finite_state_names_the_step(guidance: Guidance) -> None:
     per_level = getattr(guidance, "ode_steps", 1)
     denoiser = Counting(GaussianDenoiser(Linear()), good=2 * per_level)
     pattern = r"not finite after step 3 of \d+ \(from t="
@@ -780,15 +793,15 @@ def test_a_state_that_is_not_finite_is_named(guidance: Guidance) -> None:
 
 @every_method
 @pytest.mark.parametrize("schedule", [VE(), Linear(zero_terminal_snr=True)], ids=["ve", "no_snr"])
-def test_float32_stays_float32_and_finite(guidance: Guidance, schedule: Schedule) -> None:
-    """Also from pure noise, where σ / α is 1e13."""
+def test_float32_samples_stay_float32_and_finite(guidance: Guidance, schedule: Schedule) -> None:
+    """This includes a start from pure noise, where σ / α is 1e13."""
     observation = Observation(numbers(2, 3).float(), 0.3, MATRIX)
     for sampler in (Ancestral(6), Ancestral(6, grid=LogSNR())):
         result = guidance(Shrink(schedule), sampler, observation, generator=keyed(2))
         assert result.dtype == torch.float32 and float(result.abs().max()) < 100
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -814,13 +827,13 @@ def test_float32_stays_float32_and_finite(guidance: Guidance, schedule: Schedule
         (lambda: REDDiff(lr=0.0), "lr=0.0 .*> 0"),
     ],
 )
-def test_bad_settings_are_named(make: Callable, text: str) -> None:
+def test_invalid_settings_are_an_error(make: Callable, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
 
 
 @every_method
-def test_operators_and_noise_that_a_method_is_not_for(guidance: Guidance) -> None:
+def test_unsupported_operators_and_noise_are_an_error(guidance: Guidance) -> None:
     denoiser, y = GaussianDenoiser(Linear()), numbers(2, 3)
 
     def draw(sigma_y, operator=MATRIX) -> Tensor:
@@ -839,7 +852,7 @@ def test_operators_and_noise_that_a_method_is_not_for(guidance: Guidance) -> Non
 
 
 @pytest.mark.parametrize("guidance", [Replacement(), ILVR()])
-def test_a_solver_that_would_undo_the_change_is_refused(guidance: Guidance) -> None:
+def test_incompatible_solver_is_an_error(guidance: Guidance) -> None:
     for sampler in (ProbabilityFlow(), UniPC()):
         with pytest.raises(
             ValueError, match=r"(would undo|overwrites) what .* choose another sampler"
@@ -848,12 +861,12 @@ def test_a_solver_that_would_undo_the_change_is_refused(guidance: Guidance) -> N
     run(guidance, DPMSolver(4), Linear(), numbers(2, 3), 0.3)
 
 
-def test_a_solver_that_looks_back_is_not_repeated() -> None:
+def test_repeats_with_a_multistep_solver_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"guidance.repeats=1 or choose another sampler"):
         run(Replacement(2), DPMSolver(4), Linear(), numbers(2, 3), 0.3)
 
 
-def test_pnpdm_knows_the_range_of_the_schedule_and_of_samplers(caplog) -> None:
+def test_pnpdm_checks_rho_max_and_warns_of_deterministic_samplers(caplog) -> None:
     with pytest.raises(ValueError, match=r"rho_max=500.0 is outside .* set guidance.rho_max"):
         run(PnPDM(rho_max=500.0), Ancestral(2), VE(), numbers(2, 3), 0.3)
     with caplog.at_level(logging.WARNING):
@@ -863,7 +876,7 @@ def test_pnpdm_knows_the_range_of_the_schedule_and_of_samplers(caplog) -> None:
     assert "DDIM without noise does not draw x given z" in caplog.text
 
 
-def test_ilvr_refuses_operators_whose_inverse_multiplies_noise() -> None:
+def test_ilvr_with_a_noise_amplifying_pseudo_inverse_is_an_error() -> None:
     blur = GaussianBlur((3, 16, 16), std=1.0)
     y = blur(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"multiplies noise by up to .* guidance=replacement"):

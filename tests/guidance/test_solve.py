@@ -30,22 +30,25 @@ def solve(matrix: Tensor, b: Tensor) -> Tensor:
 
 
 @both
-def test_the_system_is_solved_in_as_many_iterations_as_it_has_numbers(solver) -> None:
+def test_system_of_size_m_is_solved_in_m_iterations(solver) -> None:
     exact = solve(POSITIVE, RIGHT)
-    for iterations in (M, M + 1, 3 * M):  # more do no harm
+    for iterations in (M, M + 1, 3 * M):  # further iterations do not change the solution
         actual = solver(product(POSITIVE), RIGHT, iterations + (solver is conjugate_gradients))
         torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)
 
 
-def test_gmres_solves_what_is_not_symmetric() -> None:
+def test_gmres_solves_a_nonsymmetric_system() -> None:
     for iterations in (M, 2 * M):
         actual = gmres(product(OBLIQUE), RIGHT, iterations)
         torch.testing.assert_close(actual, solve(OBLIQUE, RIGHT), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("matrix", [POSITIVE, OBLIQUE, OBLIQUE - 4], ids=["spd", "oblique", "odd"])
-def test_gmres_leaves_the_least_residual_of_its_subspace(matrix: Tensor) -> None:
-    """Against least squares on b, M b, ..., M^{k-1} b; so it is never above |b|, nor grows."""
+def test_gmres_minimizes_the_residual_in_the_krylov_subspace(matrix: Tensor) -> None:
+    """The reference is a least-squares fit on b, M b, ..., M^{k-1} b.
+
+    The residual does not increase.
+    """
     powers, last = [RIGHT], RIGHT.norm(dim=1)
     for k in range(1, M):
         basis = torch.stack(powers, 2)
@@ -57,7 +60,7 @@ def test_gmres_leaves_the_least_residual_of_its_subspace(matrix: Tensor) -> None
         powers, last = [*powers, product(matrix)(powers[-1])], residual
 
 
-def test_conjugate_gradients_are_least_in_the_norm_of_the_matrix() -> None:
+def test_conjugate_gradients_minimize_the_error_in_the_matrix_norm() -> None:
     powers = [RIGHT]
     for k in range(1, M):
         basis = torch.stack(powers, 2)
@@ -70,8 +73,8 @@ def test_conjugate_gradients_are_least_in_the_norm_of_the_matrix() -> None:
 
 @both
 @pytest.mark.parametrize("matrix", [POSITIVE, 0 * POSITIVE], ids=["positive", "zero"])
-def test_zero_gives_zero(solver, matrix: Tensor) -> None:
-    """A right-hand side of zero, next to rows that have work to do; and a matrix of zero."""
+def test_zero_right_hand_side_or_zero_matrix_gives_zero(solver, matrix: Tensor) -> None:
+    """Rows with a zero right-hand side do not affect the other rows."""
     right = RIGHT.clone()
     right[1] = 0
     actual = solver(product(matrix), right, 10)
@@ -86,8 +89,10 @@ def test_zero_gives_zero(solver, matrix: Tensor) -> None:
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_solved_at_once_stays_solved(solver, dtype: torch.dtype) -> None:
-    """b along an axis of M: the first iteration ends it, and the others divide zero by zero."""
+def test_solution_after_one_iteration_stays_finite_and_constant(
+    solver, dtype: torch.dtype
+) -> None:
+    """b is an eigenvector of M. Later iterations would divide zero by zero."""
     values, axes = torch.linalg.eigh(POSITIVE)
     b = axes[..., 2].to(dtype)
     expected = (axes[..., 2] / values[:, 2, None]).to(dtype)
@@ -98,7 +103,7 @@ def test_what_is_solved_at_once_stays_solved(solver, dtype: torch.dtype) -> None
 
 
 @both
-def test_a_singular_system_gets_its_solution_of_least_norm(solver) -> None:
+def test_singular_system_gives_the_minimum_norm_solution(solver) -> None:
     flat = ROOT[:, :, :3] @ ROOT[:, :, :3].mT
     b = product(flat)(RIGHT)
     actual = solver(product(flat), b, 4)
@@ -106,7 +111,7 @@ def test_a_singular_system_gets_its_solution_of_least_norm(solver) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_conjugate_gradients_stop_where_the_matrix_is_not_positive() -> None:
+def test_conjugate_gradients_return_zero_for_negative_definite_rows() -> None:
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     actual = conjugate_gradients(product(signs[:, None, None] * POSITIVE), RIGHT, M + 1)
     exact = solve(POSITIVE, RIGHT)
@@ -114,8 +119,8 @@ def test_conjugate_gradients_stop_where_the_matrix_is_not_positive() -> None:
     assert float(actual[1::2].abs().max()) == 0
 
 
-def test_gmres_is_not_led_astray_where_conjugate_gradients_are() -> None:
-    """Of both signs, the curvature nearly cancels: their residual is far above |b|."""
+def test_gmres_is_stable_for_an_indefinite_matrix() -> None:
+    """The curvature nearly cancels, so the residual of conjugate gradients is far above |b|."""
     matrix = torch.diag_embed(torch.tensor([[1.0, -0.999]], dtype=torch.float64))
     b = torch.ones(1, 2, dtype=torch.float64)
 
@@ -128,7 +133,7 @@ def test_gmres_is_not_led_astray_where_conjugate_gradients_are() -> None:
 
 
 @both
-def test_a_row_does_not_depend_on_the_others(solver) -> None:
+def test_rows_are_solved_independently(solver) -> None:
     matrix = OBLIQUE if solver is gmres else POSITIVE
     whole = solver(product(matrix), RIGHT, 3)
     for k in range(B):
@@ -137,7 +142,7 @@ def test_a_row_does_not_depend_on_the_others(solver) -> None:
 
 
 @both
-def test_images_are_solved_as_their_numbers(solver) -> None:
+def test_images_give_the_same_solution_as_flat_vectors(solver) -> None:
     def image_product(v: Tensor) -> Tensor:
         return product(POSITIVE)(v.flatten(1)).reshape(v.shape)
 
@@ -147,10 +152,10 @@ def test_images_are_solved_as_their_numbers(solver) -> None:
 
 
 @pytest.mark.parametrize("sigma_y", [0.3, 0.0])
-def test_pull_back_is_the_dense_formula(sigma_y: float) -> None:
-    """(σ_y² I + v A Aᵀ)⁻¹, or its pseudo-inverse, for one v and for one of each row."""
+def test_pull_back_matches_the_dense_formula(sigma_y: float) -> None:
+    """Aᵀ (σ_y² I + v A Aᵀ)⁻¹ e, or with the pseudo-inverse, for one v and for one v per row."""
     a = normal(3, 5)
-    a[2] = a[0] - a[1]  # so that A Aᵀ has no inverse
+    a[2] = a[0] - a[1]  # so that A Aᵀ is singular
     e = normal(B, 3)
     for v in (torch.tensor(0.7), torch.tensor([0.1, 1.0, 20.0, 1e-3])):
         inner = sigma_y**2 * torch.eye(3) + v.double().expand(B)[:, None, None] * (a @ a.T)

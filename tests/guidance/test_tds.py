@@ -26,8 +26,11 @@ def steps(count: int) -> EulerMaruyama:
     return EulerMaruyama(count, grid=LogSNR())
 
 
-def test_systematic_draws_are_right_in_number() -> None:
-    """Whole numbers of copies are exact; else the mean over u is, and each is floor or ceil."""
+def test_systematic_resampling_has_the_right_counts() -> None:
+    """Integer expected counts are exact.
+
+    Others are rounded up or down, with the right mean over u.
+    """
     weights = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.1, 0.37, 0.33, 0.2]], dtype=torch.float64)
     log_weights = weights.log()
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
@@ -46,8 +49,8 @@ def test_systematic_draws_are_right_in_number() -> None:
     assert everything.tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_a_step_has_the_stated_densities() -> None:
-    """log p(z'|z) - log proposal, and the twist, by numpy's dense Gaussians."""
+def test_step_weights_match_dense_gaussian_densities() -> None:
+    """log p(z'|z) - log proposal and the twist are compared with dense Gaussians in NumPy."""
     sigma_y, std, r, s = 0.3, 0.8, 1.7, 1.1
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(2, 3, generator=generator, dtype=torch.float64).repeat_interleave(2, 0)
@@ -66,7 +69,8 @@ def test_a_step_has_the_stated_densities() -> None:
     def log_normal(x: np.ndarray, covariance: np.ndarray) -> float:
         return -0.5 * (x @ np.linalg.solve(covariance, x) + np.linalg.slogdet(covariance)[1])
 
-    # The proposal's covariance: prior N(., τ²) and y given z' as if x̂' had the slope j.
+    # The proposal combines N(., τ²) with the likelihood of y given z' for an estimate x̂' of slope
+    # j.
     precision = np.eye(5) / tau2 + j**2 * a.T @ np.linalg.solve(
         sigma_y**2 * np.eye(3) + v_s * a @ a.T, a
     )
@@ -83,13 +87,13 @@ def test_a_step_has_the_stated_densities() -> None:
             )
             assert float(ratio[g, n]) == pytest.approx(expected, abs=1e-9)
             twists.append(float(twist[g, n]) - log_normal(e, cov_y))
-    offset = twists[0]  # of the directions that y has no part of: the same for all
+    offset = twists[0]  # a constant from the directions that y does not depend on
     np.testing.assert_allclose(twists, offset, atol=1e-9)
 
 
 @pytest.mark.parametrize(("r", "s"), [(30.0, 8.0), (1.7, 1.1), (0.5, 0.01)])
-def test_no_weight_changes_where_the_twist_is_exact(r: float, s: float) -> None:
-    """p(x_0) = N(0, s² I): the proposal is p(z' | z, y) for any step."""
+def test_weights_are_constant_if_the_twist_is_exact(r: float, s: float) -> None:
+    """For p(x_0) = N(0, s² I), the proposal is p(z' | z, y) for any step size."""
     std, generator = 0.8, torch.Generator().manual_seed(1)
     y = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     particles = ParticleSet(Observation(y, 0.3, Matrix(MATRIX)), 5, std, generator)
@@ -105,8 +109,8 @@ def test_no_weight_changes_where_the_twist_is_exact(r: float, s: float) -> None:
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, Linear(), Cosine(), VP()])
-def test_it_samples_the_posterior_of_a_gaussian_that_its_twist_is_exact_for(schedule) -> None:
-    """p(x_0) = N(0, s² I): exact with one particle a sample and any number of steps."""
+def test_tds_samples_the_exact_posterior_of_an_isotropic_gaussian(schedule) -> None:
+    """For p(x_0) = N(0, s² I) it is exact with one particle per sample and any number of steps."""
     std, sigma_y = 0.6, 0.2
     prior = Gaussian(torch.zeros(5), std**2 * torch.eye(5))
     y = torch.tensor([0.7, -0.4, 0.9], dtype=torch.float64)
@@ -119,12 +123,12 @@ def test_it_samples_the_posterior_of_a_gaussian_that_its_twist_is_exact_for(sche
     )  # fmt: skip
     factor = torch.linalg.cholesky(exact.covariances[0])
     whitened = torch.linalg.solve_triangular(factor, (x_0 - exact.means[0]).T, upper=False)
-    # 4,000 independent draws: standard errors of 0.016, and 0.022 of a variance.
+    # 4,000 independent samples: the standard errors are 0.016 for a mean and 0.022 for a variance.
     assert float(whitened.mean(1).abs().max()) < 0.06
     assert float((whitened.cov() - torch.eye(5)).abs().max()) < 0.09
 
 
-def test_the_error_falls_with_the_number_of_particles() -> None:
+def test_error_decreases_with_the_number_of_particles() -> None:
     problem = PROBLEMS["mixture_mask"]()
     found = []
     for particles in (1.0, 8.0):
@@ -135,8 +139,8 @@ def test_the_error_falls_with_the_number_of_particles() -> None:
     assert found[1] < 0.85 * found[0] and found[1] < 1.35
 
 
-def test_groups_have_nothing_to_do_with_each_other() -> None:
-    """The number of particles per call of the network does not matter either."""
+def test_groups_are_independent_of_each_other() -> None:
+    """The result does not depend on the number of particles per network call either."""
     prior = GaussianMixture(
         torch.tensor([0.4, 0.6]), torch.tensor([[1.0] * 5, [-1.0] * 5]),
         torch.stack([0.1 * torch.eye(5), 0.2 * torch.eye(5)]),
@@ -155,11 +159,11 @@ def test_groups_have_nothing_to_do_with_each_other() -> None:
     whole = run([0, 1, 2])
     torch.testing.assert_close(run([2, 0]), torch.cat([whole[8:], whole[:4]]))
     torch.testing.assert_close(run([0, 1, 2], batch_size=5), whole)
-    assert len(whole.unique(dim=0)) == 12  # no duplicate is left
+    assert len(whole.unique(dim=0)) == 12  # no duplicates remain
 
 
-def test_samples_with_particles_of_their_own_do_not_know_each_other() -> None:
-    """Four in a group are those drawn one by one; with shared particles they are not."""
+def test_samples_with_separate_particles_are_independent() -> None:
+    """A group of four samples equals four single samples, unless the particles are shared."""
     denoiser = PROBLEMS["mixture_mask"]().prior.denoiser(SCHEDULE)
     problem = PROBLEMS["mixture_mask"]()
     y = problem.observe(1, torch.Generator().manual_seed(0))[1].expand(4, -1)
@@ -176,7 +180,7 @@ def test_samples_with_particles_of_their_own_do_not_know_each_other() -> None:
         assert torch.allclose(together, torch.cat(alone), atol=1e-10) is not shares
 
 
-def test_it_runs_on_images_and_reports_its_steps() -> None:
+def test_tds_on_images_has_the_right_variance_and_reports_its_steps() -> None:
     shape = (3, 16, 16)
     prior = Gaussian(torch.zeros(768), 0.25 * torch.eye(768), shape=shape)
     operator = BoxInpainting(shape)
@@ -190,7 +194,7 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
     assert x_0.shape == (2, *shape) and [s.t == 0 for s in states] == [False] * 10 + [True]
     assert all(s.x_t.shape == s.denoised.shape == (2, *shape) for s in states)
     seen = operator(x_0) - y
-    assert float(seen.std()) == pytest.approx(0.01, rel=0.1)  # the noise, and nothing else
+    assert float(seen.std()) == pytest.approx(0.01, rel=0.1)  # only the noise of the observation
     hidden = (x_0 - operator.adjoint(operator(x_0))).flatten()
     assert float(hidden[hidden != 0].std()) == pytest.approx(0.5, rel=0.1)
 
@@ -201,15 +205,15 @@ def test_it_runs_on_images_and_reports_its_steps() -> None:
      ({"data_std": 0}, "data_std=0"), ({"threshold": 0}, "threshold=0"),
      ({"batch_size": 0}, "batch_size=0"), ({"sigma_max": math.nan}, "sigma_max=nan")],
 )  # fmt: skip
-def test_bad_settings_are_named(options: dict, named: str) -> None:
+def test_invalid_settings_are_an_error(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         TDS(**options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_masked_mixture_within_a_quarter_of_exact_draws(seed: int) -> None:
-    """At a third of the cost of what was best before; and the weights of several modes."""
+def test_sw2_of_the_masked_mixture_is_within_25_percent_of_the_floor(seed: int) -> None:
+    """The weights of the modes of mixture_ambiguous are accurate too."""
     method = Method("tds", lambda _: TDS(5.0, 1.0), steps(128), SCHEDULE)
     sizes = {"n_y": 8, "n": 1024, "n_coverage": 512, "n_ranks": 19, "seed": seed}
     row = grade(PROBLEMS["mixture_mask"](), method, **sizes)
@@ -219,7 +223,7 @@ def test_the_masked_mixture_within_a_quarter_of_exact_draws(seed: int) -> None:
     assert grade(PROBLEMS["mixture_ambiguous"](), method, **sizes)["mode_tv"] <= 0.05
 
 
-def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:
+def test_tds_uses_only_the_grid_of_the_sampler() -> None:
     prior = Gaussian(torch.zeros(5), torch.eye(5))
     observation = Observation(torch.zeros(2, 3, dtype=torch.float64), 0.3, Matrix(MATRIX))
     keys = make_key(torch.arange(2))
@@ -233,13 +237,13 @@ def test_ddim_is_no_problem_as_its_step_is_not_used() -> None:
 
 
 class _Broken(Denoiser):
-    """Returns NaN below a level."""
+    """Returns NaN below a noise level of 1."""
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.full_like(x_t, math.nan) if self.schedule.ratio(t) < 1 else 0 * x_t
 
 
-def test_a_state_that_is_no_number_names_the_step() -> None:
+def test_error_for_a_non_finite_state_names_the_step() -> None:
     observation = Observation(torch.zeros(2, 3, dtype=torch.float64), 0.3, Matrix(MATRIX))
     times = steps(8).times(SCHEDULE, float(SCHEDULE.t_from_ratio(30.0)))
     first = int((SCHEDULE.ratio(times) < 1).nonzero()[0]) + 1
@@ -247,7 +251,7 @@ def test_a_state_that_is_no_number_names_the_step() -> None:
         TDS(1.0, 1.0, sigma_max=30)(_Broken(SCHEDULE), steps(8), observation)
 
 
-def test_operators_and_noises_that_it_is_not_for() -> None:
+def test_unsupported_operators_and_noise_are_an_error() -> None:
     prior = Gaussian(torch.zeros(5), torch.eye(5)).denoiser(SCHEDULE)
     y = torch.zeros(2, 5, dtype=torch.float64)
     for sigma_y, operator, text in (
@@ -259,8 +263,8 @@ def test_operators_and_noises_that_it_is_not_for() -> None:
             TDS()(prior, steps(2), Observation(y, sigma_y, operator))
 
 
-def test_it_clips_if_the_sampler_does() -> None:
-    """Far from [-1, 1] the estimate is its edge; what is added to it is known."""
+def test_tds_clips_the_estimate_if_the_sampler_does() -> None:
+    """The prior is far outside [-1, 1], so the clipped estimate is 1 everywhere."""
     prior = Gaussian(torch.full((5,), 9.0), 0.01 * torch.eye(5)).denoiser(SCHEDULE)
     observation = Observation(torch.full((2, 5), 1.0, dtype=torch.float64), 0.1)
     states = []
