@@ -1,7 +1,8 @@
-"""Scores and ranks against brute force, closed forms, and draws that are exact or known not to be.
+"""Scores and ranks against brute force, closed forms, and samples that are exact or known to be
+wrong.
 
-Setup: truths and samples are independent draws of one distribution, or samples are of another
-one. Sets are of fixed seeds; where a test allows for chance, its comment says how much.
+The truths and the samples are independent draws of one distribution, or the samples are draws of
+another one. Seeds are fixed; comments state the tolerance where a test depends on chance.
 """
 
 import math
@@ -36,7 +37,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def ensemble(
     n: int, m: int, *shape: int, spread: float = 1.0, shift: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Samples N(c + shift, spread²) and truths N(c, 1), where c is another one for each."""
+    """Samples N(c + shift, spread²) and truths N(c, 1), with another c for each observation."""
     centre = 2 * normal(n, 1, *shape, seed=seed + 1000)
     noise = normal(n, m + 1, *shape, seed=seed)
     return centre + shift + spread * noise[:, 1:], centre[:, 0] + noise[:, 0]
@@ -47,7 +48,7 @@ def streams(n: int, seed: int = 0) -> KeyedGenerator:
 
 
 def uniform(histogram: Tensor, mass: float = 0.999) -> bool:
-    """Whether χ² of independent ranks is in its central interval of that mass."""
+    """Whether χ² of independent ranks is in its central interval with the given mass."""
     m = len(histogram) - 1
     low, high = (chi2.ppf(q, m) / m for q in ((1 - mass) / 2, (1 + mass) / 2))
     return low < float(rank_chi2(histogram)) < high
@@ -57,7 +58,7 @@ def uniform(histogram: Tensor, mass: float = 0.999) -> bool:
 
 
 @pytest.mark.parametrize("m", [2, 3, 8])
-def test_crps_is_the_double_sum(m: int) -> None:
+def test_crps_matches_a_double_sum(m: int) -> None:
     samples, truth = ensemble(4, m, 2, 3)
     samples[0, 0] = samples[0, 1]  # equal samples
     expected = torch.zeros(4, dtype=torch.float64)
@@ -70,21 +71,21 @@ def test_crps_is_the_double_sum(m: int) -> None:
 
 @pytest.mark.parametrize("m", [2, 5])
 @pytest.mark.parametrize("spread", [0.6, 1.0, 1.5])
-def test_crps_is_that_of_the_distribution_for_any_number_of_samples(m: int, spread: float) -> None:
-    """Gneiting, Raftery 2007, eq. 21: of N(μ, s²) at x, s (z (2Φ(z) - 1) + 2φ(z) - 1/√π)."""
+def test_crps_is_unbiased_for_any_number_of_samples(m: int, spread: float) -> None:
+    """Gneiting and Raftery, 2007, eq. 21: for N(μ, s²) at x, s (z (2Φ(z) - 1) + 2φ(z) - 1/√π)."""
     samples, truth = ensemble(20_000, m, 1, spread=spread)
     centre = truth - normal(20_000, m + 1, 1)[:, 0]
     z = ((truth - centre) / spread)[:, 0].numpy()
     closed = spread * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / math.sqrt(math.pi))
     difference = crps(samples, truth).numpy() - closed
-    # An unfair score is too large by 0.56 s / m, which is more than 10 of these.
+    # A biased score is too large by 0.56 s / m, which is more than 10 standard errors.
     assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(20_000)
     assert 0.56 * spread / m > 10 * difference.std() / math.sqrt(20_000)
 
 
 @pytest.mark.parametrize("score", [crps, energy_score])
-def test_scores_are_least_for_the_right_spread_and_place(score: object) -> None:
-    """Already with three samples; an unfair score would like a smaller spread."""
+def test_scores_are_minimal_for_the_correct_spread_and_mean(score: object) -> None:
+    """This holds with three samples; a biased score would prefer a smaller spread."""
     values = {
         key: score(*ensemble(10_000, 3, 4, spread=key[0], shift=key[1])).mean()
         for key in ((1.0, 0.0), (0.8, 0.0), (1.25, 0.0), (1.0, 0.3))
@@ -92,7 +93,7 @@ def test_scores_are_least_for_the_right_spread_and_place(score: object) -> None:
     assert min(values, key=values.get) == (1.0, 0.0)
 
 
-def test_energy_score_is_the_double_sum() -> None:
+def test_energy_score_matches_a_double_sum() -> None:
     samples, truth = ensemble(3, 5, 2, 4)
     expected = []
     for x, x_0 in zip(samples, truth, strict=True):
@@ -102,16 +103,16 @@ def test_energy_score_is_the_double_sum() -> None:
     assert energy_score(samples, truth).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_energy_score_of_one_number_is_crps_and_of_its_copies_too() -> None:
-    """‖x‖ is a root mean square: as many copies of a pixel as one likes change nothing."""
+def test_energy_score_of_copies_of_one_number_equals_crps() -> None:
+    """‖x‖ is a root mean square, so copies of a pixel do not change it."""
     samples, truth = ensemble(5, 6, 1)
     torch.testing.assert_close(energy_score(samples, truth), crps(samples, truth))
     copies = energy_score(samples.repeat(1, 1, 9), truth.repeat(1, 9))
     torch.testing.assert_close(copies, crps(samples, truth))
 
 
-def test_energy_score_sees_how_pixels_vary_together_and_crps_does_not() -> None:
-    """The same pixels in shuffled samples: the marginals are right, the joint is not."""
+def test_energy_score_depends_on_the_joint_distribution_but_crps_does_not() -> None:
+    """The pixels are shuffled between samples: the marginals are correct, but the joint is not."""
     shared, own = normal(5000, 21, 1), 0.1 * normal(5000, 21, 8, seed=1)
     x = shared + own
     truth, samples = x[:, 0], x[:, 1:]
@@ -121,7 +122,7 @@ def test_energy_score_sees_how_pixels_vary_together_and_crps_does_not() -> None:
     assert float(difference.mean()) > 5 * float(difference.std()) / 5000**0.5
 
 
-def test_scores_in_float32_survive_a_large_offset() -> None:
+def test_scores_in_float32_are_accurate_for_a_large_offset() -> None:
     samples, truth = ensemble(4, 8, 3)
     for score in (crps, energy_score):
         shifted = score((samples + 1024).float(), (truth + 1024).float())
@@ -145,22 +146,22 @@ def test_ranks_of_exact_samples_are_uniform(m: int) -> None:
 
 
 @pytest.mark.parametrize("spread, shift", [(0.8, 0.0), (1.25, 0.0), (1.0, 0.2)])
-def test_ranks_of_other_samples_are_not(spread: float, shift: float) -> None:
+def test_ranks_of_inexact_samples_are_not_uniform(spread: float, shift: float) -> None:
     samples, truth = ensemble(5000, 9, 1, spread=spread, shift=shift)
     histogram = rank_histogram(ranks(samples, truth), 9).double()
     assert not uniform(histogram)
     ends, middle = (histogram[0] + histogram[9]) / 2, (histogram[4] + histogram[5]) / 2
     if spread < 1:
-        assert ends > 1.2 * middle  # a bowl
+        assert ends > 1.2 * middle  # U-shaped
     elif spread > 1:
-        assert middle > 1.2 * ends  # a hill
+        assert middle > 1.2 * ends  # peaked in the middle
     else:
         assert histogram[0] > 1.2 * histogram[9]  # the samples are too large
 
 
 @pytest.mark.parametrize("keyed", [True, False])
-def test_ties_are_broken_evenly(keyed: bool) -> None:
-    """Clipped and rounded images: most truths are equal to some samples."""
+def test_ties_are_broken_at_random(keyed: bool) -> None:
+    """The images are clipped and rounded, so that most truths are equal to some samples."""
     samples, truth = (x.clamp(-1, 1).mul(2).round() / 2 for x in ensemble(5000, 9, 1))
     assert float((samples == truth[:, None]).any(1).double().mean()) > 0.7
     generator = streams(5000) if keyed else torch.Generator().manual_seed(0)
@@ -170,17 +171,17 @@ def test_ties_are_broken_evenly(keyed: bool) -> None:
         assert not uniform(rank_histogram(rule, 9))
 
 
-def test_ties_of_all_samples_take_every_rank() -> None:
+def test_ranks_are_uniform_if_all_samples_are_tied() -> None:
     found = ranks(torch.ones(2000, 4, 3), torch.ones(2000, 3), streams(2000))
     assert uniform(rank_histogram(found[:, 1], 4))
-    assert not torch.equal(found[:, 0], found[:, 1])  # pixels break ties on their own
+    assert not torch.equal(found[:, 0], found[:, 1])  # ties are broken independently per pixel
 
 
-def test_histogram_counts_and_holds_empty_ranks() -> None:
+def test_histogram_includes_empty_ranks() -> None:
     assert rank_histogram(torch.tensor([[0, 2], [2, 2]]), 4).tolist() == [1, 0, 3, 0, 0]
 
 
-def test_chi2_is_that_of_its_formula() -> None:
+def test_chi2_matches_its_formula() -> None:
     histograms = torch.tensor([[10, 10, 10], [30, 0, 0], [12, 9, 9]])
     assert rank_chi2(histograms).tolist() == pytest.approx([0, 30, (4 + 1 + 1) / 10 / 2])
     with pytest.raises(ValueError, match="no ranks"):
@@ -203,19 +204,19 @@ def test_coverage_of_uniform_ranks_is_nominal(m: int, level: float, share: float
     assert float(coverage(outermost, m, level)[0]) == 0
 
 
-def test_coverage_leaves_out_both_ends_for_each_observation() -> None:
+def test_coverage_excludes_the_extreme_ranks_per_observation() -> None:
     found = torch.tensor([[0, 1, 18, 19], [1, 2, 17, 18], [0, 0, 19, 19]])
     assert coverage(found, 19, 0.9).tolist() == [0.5, 1, 0]
 
 
 @pytest.mark.parametrize("spread", [0.7, 1.0, 1.4])
-def test_coverage_of_samples(spread: float) -> None:
-    """Against the probability of the truth between order statistics, by integration over it."""
+def test_coverage_of_samples_matches_numerical_integration(spread: float) -> None:
+    """The reference is the probability that the truth is between the order statistics."""
     m, n = 19, 20_000
     samples, truth = ensemble(n, m, 1, spread=spread)
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64).numpy()
     below = norm.cdf(z / spread)
-    inside = 1 - below**m - (1 - below) ** m  # all of the samples below, or all above
+    inside = 1 - below**m - (1 - below) ** m  # all samples below, or all above
     expected = float((inside * norm.pdf(z)).sum() * (z[1] - z[0]))
     share = float(coverage(ranks(samples, truth), m, 0.9).mean())
     assert share == pytest.approx(expected, abs=4 * 0.5 / n**0.5)
@@ -223,7 +224,7 @@ def test_coverage_of_samples(spread: float) -> None:
 
 
 @pytest.mark.parametrize("m, level", [(1, 0.9), (9, 0.0), (9, 1.0), (9, 90.0)])
-def test_intervals_that_cannot_be_are_refused(m: int, level: float) -> None:
+def test_invalid_coverage_levels_are_an_error(m: int, level: float) -> None:
     with pytest.raises(ValueError, match=f"samples_count={m} and level={level}"):
         nominal_coverage(m, level)
 
@@ -231,7 +232,7 @@ def test_intervals_that_cannot_be_are_refused(m: int, level: float) -> None:
 # Projections
 
 
-def test_pixels_are_distinct_numbers_of_the_image() -> None:
+def test_pixel_projections_are_distinct_pixels() -> None:
     x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
     chosen = projections(x, "pixels", count=48)
     assert torch.equal(chosen.sort(1).values, x.flatten(1))
@@ -239,7 +240,7 @@ def test_pixels_are_distinct_numbers_of_the_image() -> None:
     assert not torch.equal(chosen, x.flatten(1))
 
 
-def test_patches_are_means_over_squares_and_colours() -> None:
+def test_patch_projections_are_means_over_patches_and_channels() -> None:
     x = normal(2, 3, 6, 5)
     found = projections(x, "patches", count=12, patch=3)
     expected = torch.nn.functional.avg_pool2d(x, 3, stride=1).mean(1).flatten(1)
@@ -247,7 +248,7 @@ def test_patches_are_means_over_squares_and_colours() -> None:
     torch.testing.assert_close(found.sort(1).values, expected.sort(1).values)
 
 
-def test_random_projections_are_those_of_unit_vectors() -> None:
+def test_random_projections_use_unit_vectors() -> None:
     x = torch.eye(12, dtype=torch.float64).reshape(12, 3, 2, 2)
     v = projections(x, "random", count=500)
     torch.testing.assert_close(v.square().sum(0), torch.ones(500, dtype=torch.float64))
@@ -257,7 +258,7 @@ def test_random_projections_are_those_of_unit_vectors() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pixels", "patches", "random"])
-def test_projections_are_the_same_of_samples_and_truths(kind: str) -> None:
+def test_projections_are_equal_for_samples_and_truths(kind: str) -> None:
     x = normal(2, 5, 3, 16, 16)
     together = projections(x, kind, 7, seed=3, batch_dims=2)
     for n in range(2):
@@ -266,8 +267,8 @@ def test_projections_are_the_same_of_samples_and_truths(kind: str) -> None:
     assert not torch.allclose(together, projections(x, kind, 7, seed=4, batch_dims=2))
 
 
-def test_projections_see_pixels_that_do_not_vary_together() -> None:
-    """Samples of the right marginals without the common part that the truth's pixels have."""
+def test_patch_projections_detect_wrong_correlations_of_pixels() -> None:
+    """The samples have the correct marginals, but lack the component shared by all pixels."""
     shared = normal(4000, 1, 1, 1) + 0.3 * normal(4000, 3, 8, 8, seed=1)
     samples = 1.09**0.5 * normal(4000, 9, 3, 8, 8, seed=2).float()
     truth = shared.float()
@@ -281,7 +282,7 @@ def test_projections_see_pixels_that_do_not_vary_together() -> None:
     assert float(rank_chi2(found["patches"])) > 100
 
 
-def test_projections_that_cannot_be_are_refused() -> None:
+def test_invalid_projections_are_an_error() -> None:
     x = torch.zeros(2, 3, 8, 8)
     for arguments, message in (
         (("faces",), "kind='faces' is unknown"),
@@ -296,16 +297,16 @@ def test_projections_that_cannot_be_are_refused() -> None:
         projections(x.flatten(1), "patches", 1)
 
 
-# Random points
+# TARP: random reference points
 
 N = 3000
-BAND = 1.95 / math.sqrt(N)  # Kolmogorov-Smirnov, one in a thousand
+BAND = 1.95 / math.sqrt(N)  # Kolmogorov-Smirnov, with probability 1 in 1000
 
 
 def tarp(
     samples: Tensor, truth: Tensor, references: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Levels and expected coverage."""
+    """Credibility levels and expected coverage."""
     found = tarp_ranks(samples, truth, references=references)
     return expected_coverage(found, samples.shape[1])
 
@@ -315,7 +316,7 @@ def departure(levels: Tensor, found: Tensor) -> float:
 
 
 @pytest.mark.parametrize("d", [1, 4, 64])
-def test_tarp_of_exact_samples_is_the_diagonal(d: int) -> None:
+def test_tarp_coverage_of_exact_samples_is_the_diagonal(d: int) -> None:
     levels, found = tarp(*ensemble(N, 19, d))
     assert levels.tolist() == pytest.approx([k / 20 for k in range(21)])
     assert (float(found[0]), float(found[-1])) == (0, 1)
@@ -323,8 +324,8 @@ def test_tarp_of_exact_samples_is_the_diagonal(d: int) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 4, 64])
-def test_tarp_of_samples_with_another_spread(d: int) -> None:
-    """Below the diagonal at high levels if the spread is too small, above if it is too large."""
+def test_tarp_coverage_of_samples_with_a_wrong_spread(d: int) -> None:
+    """At high levels it is below the diagonal for a small spread and above for a large one."""
     levels, small = tarp(*ensemble(N, 19, d, spread=0.7))
     _, large = tarp(*ensemble(N, 19, d, spread=1.4))
     high = 18  # level 0.9
@@ -332,16 +333,16 @@ def test_tarp_of_samples_with_another_spread(d: int) -> None:
     assert float(large[high]) > 0.9 + 2 * BAND / 1.95 and departure(levels, large) > BAND
 
 
-def test_tarp_sees_a_shift_and_what_marginals_hide() -> None:
+def test_tarp_detects_a_shift_and_wrong_correlations() -> None:
     assert departure(*tarp(*ensemble(N, 19, 4, shift=1.0))) > 2 * BAND
     shared = normal(N, 20, 1) + 0.3 * normal(N, 20, 8, seed=1)
-    samples = 1.09**0.5 * normal(N, 19, 8, seed=2)  # the same marginals, independent
+    samples = 1.09**0.5 * normal(N, 19, 8, seed=2)  # equal marginals, but independent
     assert departure(*tarp(shared[:, 1:], shared[:, 0])) < BAND
     assert departure(*tarp(samples, shared[:, 0])) > 2 * BAND
 
 
-def test_tarp_tells_the_prior_from_the_posterior_only_by_references_of_y() -> None:
-    """x_0 ~ N(0, 1), y = x_0 + n: draws of the prior have uniform ranks among each other."""
+def test_tarp_needs_references_from_y_to_reject_the_prior() -> None:
+    """x_0 ~ N(0, 1), y = x_0 + n: without such references, ranks of prior samples are uniform."""
     prior = normal(N, 20, 2)
     truth, samples = prior[:, 0], prior[:, 1:]
     y = truth + normal(N, 2, seed=1)
@@ -351,7 +352,7 @@ def test_tarp_tells_the_prior_from_the_posterior_only_by_references_of_y() -> No
     assert departure(*tarp(posterior, truth, references=y)) < BAND
 
 
-def test_tarp_ranks_count_the_samples_that_are_nearer() -> None:
+def test_tarp_ranks_count_the_samples_nearer_to_the_reference() -> None:
     samples = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, -4.0]]])
     origin = torch.zeros(1, 2)
     for truth, expected in (([0.5, 0.5], 0), ([2.0, 0.0], 1), ([0.0, 3.5], 2), ([9.0, 0.0], 3)):
@@ -359,9 +360,11 @@ def test_tarp_ranks_count_the_samples_that_are_nearer() -> None:
         assert found.tolist() == [expected]
 
 
-def test_reference_points_fill_the_box() -> None:
-    """Of one sample and the truth at the ends of [0, 1], half of the points are nearer to each;
-    with the box beyond one end, all of them."""
+def test_reference_points_are_uniform_in_the_box() -> None:
+    """One sample is at 0 and the truth at 1, so half of the points in [0, 1] are nearer to each.
+
+    If the box is beyond the truth, all points are nearer to the truth.
+    """
     samples, truth = torch.zeros(2000, 1, 1), torch.ones(2000, 1)
     assert float(tarp_ranks(samples, truth).double().mean()) == pytest.approx(0.5, abs=0.05)
     assert float(tarp_ranks(samples, truth, box=(0.2, 0.7)).double().mean()) == pytest.approx(
@@ -370,7 +373,7 @@ def test_reference_points_fill_the_box() -> None:
     assert bool((tarp_ranks(samples, truth, box=(1, torch.full((1,), 3.0))) == 0).all())
 
 
-def test_expected_coverage_is_the_share_of_smaller_ranks() -> None:
+def test_expected_coverage_is_the_fraction_of_smaller_ranks() -> None:
     levels, found = expected_coverage(torch.tensor([0, 0, 1, 3]), 3)
     assert levels.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert found.tolist() == [0, 0.5, 0.75, 0.75, 1]
@@ -382,7 +385,7 @@ def test_expected_coverage_is_the_share_of_smaller_ranks() -> None:
 @pytest.mark.parametrize("m", [2, 8])
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 def test_spread_skill_of_a_known_spread(m: int, spread: float) -> None:
-    """Variance s², error 1 + s²/M: the ratio is √((M + 1) / M · s² / (1 + s² / M))."""
+    """With variance s² and error 1 + s²/M, the ratio is √((M + 1) / M · s² / (1 + s² / M))."""
     variance, error = spread_skill(*ensemble(20_000, m, 3, spread=spread))
     ratio = float(spread_skill_ratio(variance, error, m))
     expected = math.sqrt((m + 1) / m * spread**2 / (1 + spread**2 / m))
@@ -390,7 +393,7 @@ def test_spread_skill_of_a_known_spread(m: int, spread: float) -> None:
     assert (spread == 1) == (abs(expected - 1) < 1e-12)
 
 
-def test_spread_skill_of_each_observation() -> None:
+def test_spread_skill_is_computed_per_observation() -> None:
     samples = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[5.0, 1.0], [5.0, 2.0]]])
     variance, error = spread_skill(samples, torch.tensor([[0.0, 0.0], [5.0, 2.5]]))
     assert variance.tolist() == [1.0, 0.25]
@@ -399,11 +402,11 @@ def test_spread_skill_of_each_observation() -> None:
     assert ratio == pytest.approx(math.sqrt(3 / 2 * 1.25 / 2.5))
 
 
-# All of them
+# All metrics
 
 
 def test_results_do_not_depend_on_the_batch() -> None:
-    """Each observation alone, in the same places of keyed streams, gives the same."""
+    """Each observation alone, with its own keyed stream, gives the same results."""
     samples, truth = (x.clamp(-1, 1) for x in ensemble(6, 5, 3, 4))
     index = torch.arange(6)
 
@@ -423,7 +426,7 @@ def test_results_do_not_depend_on_the_batch() -> None:
     assert len(set(whole[0].tolist())) == 6
 
 
-def test_shapes_that_do_not_belong_together_are_refused() -> None:
+def test_mismatched_shapes_are_an_error() -> None:
     for function in (crps, energy_score, ranks, spread_skill, tarp):
         with pytest.raises(ValueError, match="the shapes must be"):
             function(torch.zeros(3, 5, 2), torch.zeros(3, 4))

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance against closed forms and optimal pairing; total variation."""
+"""Sliced Wasserstein distance against closed forms and optimal assignment; total variation."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def whitened(n: int, d: int) -> Tensor:
-    """A set with mean 0 and covariance I, exactly: the same along every direction."""
+    """A set whose mean is exactly 0 and whose covariance is exactly I, along every direction."""
     x = normal(n, d)
     return torch.linalg.qr(x - x.mean(0)).Q * n**0.5
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
-def test_distance_of_a_scale(scale: float) -> None:
-    """Every projection is scaled alike: SW_2 = |scale - 1| for any directions."""
+def test_distance_between_a_set_and_its_scaled_copy(scale: float) -> None:
+    """Every projection is scaled equally: SW_2 = |scale - 1| for any directions."""
     x = whitened(50, 7)
     shuffled = x[torch.randperm(50, generator=torch.Generator().manual_seed(1))]
     for seed in (0, 1):
@@ -30,17 +30,17 @@ def test_distance_of_a_scale(scale: float) -> None:
         assert float(distance) == pytest.approx(abs(scale - 1), abs=1e-12)
 
 
-def test_distance_of_a_shift_is_its_length_over_the_root_of_d() -> None:
-    """SW_2² = mean (vᵀ a)², which is |a|² / d over an even sphere."""
+def test_distance_of_a_shift_is_its_norm_over_sqrt_d() -> None:
+    """SW_2² = mean (vᵀ a)², which is |a|² / d for v uniform on the sphere."""
     x, shift = normal(20, 5), torch.tensor([3.0, 0.0, -4.0, 0.0, 0.0]).double()
     distance = float(sliced_wasserstein(x, x + shift, directions=20_000))
-    assert distance == pytest.approx(5 / 5**0.5, rel=0.02)  # 1.1 % by sampling v
+    assert distance == pytest.approx(5 / 5**0.5, rel=0.02)  # the sampling error of v is 1.1%
     v = unit_vectors(64, 5, seed=3)
     expected = float((v @ shift).square().mean().sqrt())
     assert float(sliced_wasserstein(x, x + shift, 64, 3)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_distance_is_that_of_the_best_pairing() -> None:
+def test_distance_matches_the_optimal_assignment() -> None:
     x, y = normal(12, 3, seed=1), normal(12, 3, seed=2) ** 3
     total = 0.0
     for v in unit_vectors(16, 3, seed=0):
@@ -50,7 +50,7 @@ def test_distance_is_that_of_the_best_pairing() -> None:
     assert float(sliced_wasserstein(x, y, 16)) == pytest.approx(total**0.5, rel=1e-12)
 
 
-def test_groups_are_pairs_of_their_own_and_images_are_vectors() -> None:
+def test_groups_are_compared_separately_and_images_as_vectors() -> None:
     x, y = normal(3, 10, 2, 4, seed=1), normal(3, 10, 2, 4, seed=2)
     together = sliced_wasserstein(x, y, groups=True)
     alone = [float(sliced_wasserstein(a, b)) for a, b in zip(x, y, strict=True)]
@@ -60,22 +60,23 @@ def test_groups_are_pairs_of_their_own_and_images_are_vectors() -> None:
     assert max(alone) - min(alone) > 1e-3
 
 
-def test_distance_in_float32_does_not_lose_what_it_adds_up() -> None:
+def test_distance_of_float32_sets_is_summed_in_float64() -> None:
     x = (1e4 + whitened(50, 4)).float()
     assert float(sliced_wasserstein(x, x + 1)) == pytest.approx(
         float(sliced_wasserstein(x.double(), x.double() + 1)), rel=1e-12
     )
 
 
-def test_sets_of_different_sizes_are_refused() -> None:
+def test_sets_of_different_sizes_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"\(5, 2\) and \(6, 2\)"):
         sliced_wasserstein(normal(5, 2), normal(6, 2))
 
 
-def test_directions_are_even_and_named_by_the_seed() -> None:
+def test_directions_are_uniform_and_depend_only_on_the_seed() -> None:
     v = unit_vectors(4000, 3, seed=0)
     torch.testing.assert_close(v.norm(dim=1), torch.ones(4000, dtype=torch.float64))
-    torch.testing.assert_close(v.mean(0), torch.zeros(3).double(), rtol=0, atol=0.035)  # 4 std
+    # 4 standard errors.
+    torch.testing.assert_close(v.mean(0), torch.zeros(3).double(), rtol=0, atol=0.035)
     torch.testing.assert_close(v.T @ v / 4000, torch.eye(3).double() / 3, rtol=0, atol=0.02)
     assert torch.equal(unit_vectors(10, 3, seed=0), v[:10])
     assert not torch.allclose(unit_vectors(10, 3, seed=1), v[:10])

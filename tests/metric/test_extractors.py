@@ -49,13 +49,13 @@ def efficientnet() -> EfficientNetLite0:
 
 @pytest.fixture(scope="module")
 def halves(faces: torch.Tensor, efficientnet: EfficientNetLite0) -> tuple[torch.Tensor, ...]:
-    """The features of the faces."""
+    """The features of both halves of the faces."""
     return extract(efficientnet, faces).split(FACES)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inception with random weights."""
+    """An Inception network with random weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
@@ -66,11 +66,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- against torch-fidelity and torchmetrics ----------------------------------------------------
+# --- torch-fidelity and torchmetrics ------------------------------------------------------------
 
 
 class Ours(torch_fidelity.FeatureExtractorBase):
-    """EfficientNet's features for torch-fidelity, which takes images (B, 3, H, W)."""
+    """A wrapper of EfficientNet for torch-fidelity, whose images have the shape (B, 3, H, W)."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
         super().__init__(name, features_list)
@@ -103,10 +103,13 @@ class Listed(torch.utils.data.Dataset):
         return self.images[k]
 
 
-def test_all_figures_are_those_of_torch_fidelity_and_torchmetrics(
+def test_all_metrics_match_torch_fidelity_and_torchmetrics(
     faces: torch.Tensor, halves: tuple[torch.Tensor, ...], efficientnet: EfficientNetLite0
 ) -> None:
-    """Faces, a little blurred, against others; by features of more dimensions than images."""
+    """Slightly blurred faces are compared with other faces.
+
+    There are more feature dimensions than images.
+    """
     drawn, real = faces.split(FACES)
     blurred = F.avg_pool2d(drawn.permute(0, 3, 1, 2).float(), 3, 1, 1).permute(0, 2, 3, 1)
     drawn = torch.lerp(drawn.float(), blurred, 0.3).round().byte()
@@ -128,7 +131,7 @@ def test_all_figures_are_those_of_torch_fidelity_and_torchmetrics(
     assert 0 < precision < 1 and 0 < recall < 1
 
     class Given(torch.nn.Module):
-        """Features instead of images."""
+        """An extractor that returns given features."""
 
         num_features = 320
 
@@ -141,10 +144,10 @@ def test_all_figures_are_those_of_torch_fidelity_and_torchmetrics(
     assert ours == pytest.approx(float(metric.compute()), rel=1e-3)
 
 
-def test_half_against_half_is_small_and_what_is_wrong_is_large(
+def test_metrics_are_small_between_halves_and_large_for_noisy_images(
     faces: torch.Tensor, halves: tuple[torch.Tensor, ...], efficientnet: EfficientNetLite0
 ) -> None:
-    """Both halves are drawn alike: KID is 0 within its error, and noise is far beyond it."""
+    """Both halves have the same distribution, so KID is 0 within its error."""
     a, b = halves
     kernel, error = kernel_distance(a, b)
     assert abs(kernel) < 3 * error
@@ -159,13 +162,13 @@ def test_half_against_half_is_small_and_what_is_wrong_is_large(
     assert precision_recall(worse, b)[0] < 0.5 * precision_recall(a, b)[0]
 
 
-def test_truncated_grey_levels_are_seen(
+def test_frechet_distance_detects_truncated_gray_levels(
     faces: torch.Tensor, halves: tuple[torch.Tensor, ...], efficientnet: EfficientNetLite0
 ) -> None:
-    """Images with errors of a fifth of a level are recovered by rounding.
+    """Rounding restores images with errors of a fifth of a level; truncation does not.
 
-    Truncation takes half a level away from every pixel, and so (0.5 / 127.5)² from each of the
-    192 averages over a coarse grid and the 3 over all.
+    Truncation lowers every pixel by half a level on average, which adds (0.5 / 127.5)² for each of
+    the 192 averages over a coarse grid and the 3 overall averages.
     """
     x = to_model(faces[:FACES])
     x = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 127.5
@@ -188,7 +191,7 @@ def test_truncated_grey_levels_are_seen(
 # --- Inception ----------------------------------------------------------------------------------
 
 
-def test_inception_is_that_of_torch_fidelity(weights: Path, faces: torch.Tensor) -> None:
+def test_inception_matches_torch_fidelity(weights: Path, faces: torch.Tensor) -> None:
     extractor = Inception(str(weights)).train()
     assert not any(module.training for module in extractor.modules())
     reference = fidelity.FeatureExtractorInceptionV3(
@@ -200,19 +203,19 @@ def test_inception_is_that_of_torch_fidelity(weights: Path, faces: torch.Tensor)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     one = torch.cat([extract(extractor, face[None]) for face in faces[:3]])
     torch.testing.assert_close(one, actual, rtol=1e-4, atol=1e-6)
-    # Upside-down and mirrored images have others: no axis was taken for another.
+    # Flipped and transposed images have other features, so that no axes are exchanged.
     for image in (faces[:1].flip(1), faces[:1].flip(2), faces[:1].transpose(1, 2)):
         assert (extract(extractor, image) - actual[:1]).abs().max() > 1e-3 * actual.abs().max()
 
 
-def test_custom_weights_are_not_called_fid(weights: Path) -> None:
+def test_metric_with_custom_weights_is_not_named_fid(weights: Path) -> None:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     name = Inception(str(weights)).name
     assert name == f"inception-{digest[:8]}"
     assert metric_name("frechet", name, 5000) == "frechet_inception_5k"
 
 
-def test_names_carry_the_features_and_the_number() -> None:
+def test_metric_names_contain_the_features_and_the_number_of_images() -> None:
     assert metric_name("frechet", features.INCEPTION, 50_000) == "fid_50k"
     assert metric_name("kernel", features.INCEPTION, 1234) == "kid_1234"
     assert metric_name("precision", features.INCEPTION, 1000) == "precision_inception_1k"
@@ -225,7 +228,7 @@ class Code:
         return (Path.touch, (Path("broken-in"),))
 
 
-def test_weights_that_cannot_be_used_are_named(
+def test_unusable_weights_are_an_error_that_names_the_file(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -254,10 +257,10 @@ def test_weights_that_cannot_be_used_are_named(
         ("dinov2", "dinov2_vitl14_pretrain.pth"),
     ],
 )
-def test_without_weights_and_network_it_says_where_they_come_from(
+def test_failed_download_of_weights_names_their_url(
     option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the callback is created from the configuration."""
+    """The error is raised when the callback is created from the configuration."""
     asked = []
 
     def download(url: str, path: str, **kwargs: object) -> None:
@@ -275,7 +278,7 @@ def test_without_weights_and_network_it_says_where_they_come_from(
         assert text in str(caught.value)
 
 
-def test_weights_in_the_cache_or_downloaded_are_found(
+def test_downloaded_weights_are_cached_and_found(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(url: str, path: str, **kwargs: object) -> None:
@@ -293,17 +296,17 @@ def test_weights_in_the_cache_or_downloaded_are_found(
 
 @pytest.fixture(scope="module")
 def vit() -> dict[str, torch.Tensor]:
-    """Random weights in the authors' format, which timm's are made of."""
+    """Random weights in the format of the authors, from which timm's are converted."""
     torch.manual_seed(0)
     network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518)
     state = {k: v + 0.1 * torch.randn_like(v) for k, v in network.state_dict().items()}
     return {"mask_token": torch.zeros(1, 384)} | state
 
 
-def test_dinov2_is_timms_network_of_the_scaled_image(
+def test_dinov2_matches_timm_on_the_resized_image(
     vit: dict[str, torch.Tensor], faces: torch.Tensor, tmp_path: Path
 ) -> None:
-    """With positions that are the same everywhere interpolation leaves them alone."""
+    """The position embedding is constant, so that interpolation does not change it."""
     vit = {**vit, "pos_embed": vit["pos_embed"][:, :1].expand(-1, 1370, -1).clone()}
     torch.save(vit, tmp_path / "vit.pth")
     extractor = DINOv2("small", str(tmp_path / "vit.pth")).train()
@@ -325,8 +328,8 @@ def test_dinov2_is_timms_network_of_the_scaled_image(
     assert extractor.name == f"dinov2-small-{digest[:8]}"
 
 
-def test_positions_are_read_off_at_the_authors_places() -> None:
-    """Of an embedding that is linear in the place: output i is read at (i + ½) 37 / 16.1 - ½."""
+def test_position_embedding_is_interpolated_as_by_the_authors() -> None:
+    """For a linear embedding, output i is the value at the position (i + ½) 37 / 16.1 - ½."""
     grid = torch.arange(37.0)
     embedding = torch.stack([grid[:, None].expand(37, 37), grid.expand(37, 37)], -1)
     token = torch.tensor([[[-5.0, -7.0]]])
@@ -334,19 +337,19 @@ def test_positions_are_read_off_at_the_authors_places() -> None:
     assert found.shape == (1, 257, 2) and found[:, :1].equal(token)
     rows, columns = found[0, 1:].reshape(16, 16, 2).unbind(-1)
     places = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    inner = slice(1, 15)  # the kernel of the outer ones reaches over the edge
-    # Cubic convolution is off a straight line by at most a twentieth.
+    inner = slice(1, 15)  # the kernel at the outer positions crosses the edge
+    # The error of cubic convolution on a straight line is at most 0.05.
     torch.testing.assert_close(rows[inner, 7], places[inner], rtol=0, atol=0.05)
     torch.testing.assert_close(columns[7, inner], places[inner], rtol=0, atol=0.05)
     by_size = (torch.arange(16) + 0.5) * 37 / 16 - 0.5
-    assert (by_size - rows[:, 7])[inner].max() > 0.15  # what a plain resizing would read
+    assert (by_size - rows[:, 7])[inner].max() > 0.15  # the positions of a plain resizing
 
 
-# --- arithmetic ---------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------
 
 
-def test_features_are_float32_under_a_trainer_in_half_precision() -> None:
-    """TF32 is disabled meanwhile and restored afterwards."""
+def test_features_are_float32_under_autocast() -> None:
+    """TF32 is disabled during the extraction and restored afterwards."""
     seen = []
 
     class Linear(torch.nn.Linear):

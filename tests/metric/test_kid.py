@@ -1,4 +1,4 @@
-"""Kernel distance against sums by hand and torch-fidelity; its bias and standard error."""
+"""Kernel distance against explicit sums and torch-fidelity; its bias and standard error."""
 
 import math
 
@@ -14,8 +14,8 @@ def normal(seed: int, n: int, d: int, shift: float = 0.0) -> torch.Tensor:
     return torch.randn(n, d, generator=generator, dtype=torch.float64) + shift
 
 
-def test_three_points_by_hand() -> None:
-    """In one dimension k(x, y) = (x y + 1)³."""
+def test_kernel_distance_of_a_few_points_by_hand() -> None:
+    """In one dimension, k(x, y) = (x y + 1)³."""
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [-2.0], [0.0]])
     xx, yy = 1.0, (-1.0 + 1.0 + 1.0) / 3
     xy = (3 * 1.0 + 8.0 - 1.0 + 1.0) / 6
@@ -24,26 +24,27 @@ def test_three_points_by_hand() -> None:
         kernel_distance(x[:1], y)
 
 
-def test_it_is_that_of_torch_fidelity() -> None:
-    """torch-fidelity uses random subsets: a single subset with all images is deterministic."""
+def test_kernel_distance_matches_torch_fidelity() -> None:
+    """torch-fidelity uses random subsets; a single subset with all images is deterministic."""
     x, y = normal(0, 90, 7), 1.2 * normal(1, 90, 7, 0.3)
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=90, verbose=False)
     expected = theirs["kernel_inception_distance_mean"]
     assert kernel_distance(x, y)[0] == pytest.approx(expected, rel=1e-10)
 
 
-def test_parts_of_the_matrix_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_kernel_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = normal(0, 61, 5), normal(1, 47, 5, 0.2)
     whole = kernel_distance(x, y)
     monkeypatch.setattr(kid, "CHUNK", 100)
     assert kernel_distance(x, y) == pytest.approx(whole, rel=1e-11)
 
 
-def test_without_bias_and_with_an_honest_error() -> None:
-    """Over 200 pairs of sets, the same for both: 0 on average; else its exact value.
+def test_kernel_distance_is_unbiased_with_a_correct_standard_error() -> None:
+    """For equal distributions the mean over 200 pairs of sets is 0; otherwise it is the exact
+    value.
 
-    k's mean over two independent normal vectors with means a and b and unit covariance, d = 1, is
-    E (x y + 1)³ = E[x³]E[y³] + 3 E[x²]E[y²] + 3 E[x]E[y] + 1.
+    The mean of k over two independent normal variables with means a and b and unit variance (d =
+    1) is E (x y + 1)³ = E[x³]E[y³] + 3 E[x²]E[y²] + 3 E[x]E[y] + 1.
     """
     found = torch.tensor(
         [kernel_distance(normal(s, 40, 1), normal(10_000 + s, 60, 1)) for s in range(200)]
@@ -51,7 +52,8 @@ def test_without_bias_and_with_an_honest_error() -> None:
     value, error = found.unbind(1)
     std = value.std()
     assert abs(value.mean()) < 3 * std / 200**0.5
-    assert 0.7 < error.square().mean().sqrt() / std < 4  # blocks are worse than the whole
+    # The error of blocks overestimates that of the whole.
+    assert 0.7 < error.square().mean().sqrt() / std < 4
 
     def mean(a: float, b: float) -> float:
         cubes = (a**3 + 3 * a) * (b**3 + 3 * b)

@@ -1,4 +1,4 @@
-"""LPIPS: agreement with torchmetrics; nothing is downloaded."""
+"""LPIPS: agreement with torchmetrics, without a download."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusion_lab.metric import find_lpips
 from diffusion_lab.metric.lpips import MIN_SIZE
 
 
-def test_it_is_there_where_the_weights_are(
+def test_find_lpips_matches_torchmetrics_if_the_weights_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))

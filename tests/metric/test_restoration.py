@@ -15,7 +15,7 @@ def uniform(*shape: int) -> Tensor:
 
 
 def smooth(count: int, size: int = 32) -> Tensor:
-    """Images with structure: waves of a different length in each."""
+    """Images with structure: waves with a different wavelength in each image."""
     grid = torch.linspace(0, 6, size)
     k = torch.arange(1.0, count + 1)[:, None, None, None]
     phase = torch.arange(3.0)[None, :, None, None]
@@ -29,7 +29,7 @@ def test_psnr_of_a_constant_error(offset: float) -> None:
     torch.testing.assert_close(psnr(x_0 + offset, x_0), torch.full((2,), expected))
 
 
-def test_psnr_is_that_of_each_image_and_unclipped() -> None:
+def test_psnr_is_per_image_and_without_clipping() -> None:
     x_0 = uniform(3, 3, 8, 8)
     estimate = x_0.clone()
     estimate[1, 2, 0, 0] += 5  # far outside [-1, 1]
@@ -41,7 +41,7 @@ def test_psnr_is_that_of_each_image_and_unclipped() -> None:
 
 
 @pytest.mark.parametrize("std", [0.05, 0.3, 1.0])
-def test_ssim_is_that_of_the_paper(std: float) -> None:
+def test_ssim_matches_scikit_image(std: float) -> None:
     x_0 = smooth(3)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
     estimate = x_0 + std * noise
@@ -57,11 +57,12 @@ def test_ssim_is_that_of_the_paper(std: float) -> None:
         )
         for a, b in zip(estimate, x_0, strict=True)
     ]
-    assert max(reference) - min(reference) > 0.001  # images differ, so their order is tested
+    # The images differ, so that their order is tested.
+    assert max(reference) - min(reference) > 0.001
     assert ssim(estimate, x_0).tolist() == pytest.approx(reference, abs=2e-5)
 
 
-def test_ssim_of_one_image_alone() -> None:
+def test_ssim_of_a_single_image_matches_the_batch() -> None:
     x_0 = smooth(3)
     estimate = x_0 + 0.2 * uniform(3, 3, 32, 32)
     assert ssim(estimate[1:2], x_0[1:2]).tolist() == pytest.approx(

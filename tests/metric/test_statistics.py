@@ -1,4 +1,4 @@
-"""Merged means and covariances against numpy; stored reference statistics."""
+"""Merged means and covariances against NumPy; stored reference statistics."""
 
 import json
 import multiprocessing
@@ -23,11 +23,11 @@ from diffusion_lab.metric.feature_statistics import (
     reference_features,
 )
 
-LENGTHS = [1, 0, 17, 2, 400, 1, 64, 0, 3, 12]  # 500 in all
+LENGTHS = [1, 0, 17, 2, 400, 1, 64, 0, 3, 12]  # 500 in total
 
 
 def features(count: int = 500, dim: int = 6, offset: float = 0.0) -> np.ndarray:
-    """Correlated ones, float64, of deviations from 0.1 to 10."""
+    """Correlated float64 features with standard deviations from about 0.1 to 10."""
     random = np.random.default_rng(0)
     mixing = random.standard_normal((dim, dim)) * np.logspace(-1, 1, dim)
     return offset + random.standard_normal((count, dim)) @ mixing
@@ -49,14 +49,14 @@ def error(actual: Tensor, expected: np.ndarray) -> float:
 
 
 def by_raw_moments(values: np.ndarray) -> Tensor:
-    """Σ f f^T / n - μ μ^T, all in float32."""
+    """The covariance from Σ f f^T / n - μ μ^T, all in float32."""
     f = torch.from_numpy(values).float()
     n, mean = len(f), f.mean(0)
     return (f.T @ f / n - torch.outer(mean, mean)) * (n / (n - 1))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_parts_of_any_size_are_the_whole(offset: float) -> None:
+def test_moments_of_parts_match_those_of_the_whole(offset: float) -> None:
     values = features(offset=offset)
     expected = np.cov(values, rowvar=False)
     for lengths in ([500], LENGTHS, [1] * 500, [250, 250], [499, 1]):
@@ -64,15 +64,15 @@ def test_parts_of_any_size_are_the_whole(offset: float) -> None:
         assert actual.n == 500 and actual.covariance.dtype == torch.float64
         assert error(actual.mean, values.mean(0)) < 1e-14
         assert error(actual.covariance, expected) < 1e-12
-        # Also where the covariance is smallest, and exactly symmetric.
+        # The smallest variance is accurate too, and the matrix is symmetric.
         assert abs(actual.covariance[0, 0] / expected[0, 0] - 1) < 1e-10
         torch.testing.assert_close(
             actual.covariance, actual.covariance.T, rtol=0, atol=1e-12 * np.abs(expected).max()
         )
 
 
-def test_float32_raw_moments_fail_where_these_do_not() -> None:
-    """With means 10³ times the deviations."""
+def test_moments_are_accurate_where_float32_raw_moments_fail() -> None:
+    """The means are 1e4, far larger than the standard deviations."""
     values = features(offset=1e4)
     expected = np.cov(values, rowvar=False)
     assert error(by_raw_moments(values), expected) > 1e-2
@@ -85,7 +85,7 @@ def test_float32_features_are_summed_in_float64() -> None:
     assert error(moments(*parts(values)).covariance, expected) < 1e-12
 
 
-def test_two_points_by_hand() -> None:
+def test_moments_of_two_points_by_hand() -> None:
     actual = moments(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 6.0]]))
     assert actual.n == 2 and actual.mean.tolist() == [2, 3]
     assert actual.scatter.tolist() == [[2, 6], [6, 18]]
@@ -95,7 +95,7 @@ def test_two_points_by_hand() -> None:
     assert actual.covariance.tolist() == [[1, 3], [3, 9]]
 
 
-def test_empty_parts_change_nothing() -> None:
+def test_empty_parts_do_not_change_the_moments() -> None:
     values = parts(features(), [20, 480])
     one, empty = moments(values[0]), Moments(6)
     mean, scatter = one.mean.clone(), one.scatter.clone()
@@ -108,7 +108,7 @@ def test_empty_parts_change_nothing() -> None:
     assert empty.n == 20 and torch.equal(empty.mean, mean) and torch.equal(empty.scatter, scatter)
 
 
-def test_the_order_and_the_tree_of_merging_do_not_matter() -> None:
+def test_order_of_merging_does_not_matter() -> None:
     values = features(offset=50.0)
     expected = np.cov(values, rowvar=False)
 
@@ -129,7 +129,7 @@ def test_the_order_and_the_tree_of_merging_do_not_matter() -> None:
         assert error(result.covariance, expected) < 1e-12
 
 
-def test_merging_leaves_the_other_as_it_was() -> None:
+def test_merge_does_not_change_its_argument() -> None:
     one, two = (moments(part) for part in parts(features(), [300, 200]))
     mean, scatter = two.mean.clone(), two.scatter.clone()
     one.merge(two)
@@ -141,11 +141,11 @@ def test_merging_leaves_the_other_as_it_was() -> None:
 
 
 def test_pooled_pixels_by_hand() -> None:
-    """A grid of 2 over 4 x 4 pixels: x_0 of grey level v is v / 127.5 - 1."""
-    image = np.zeros((4, 4, 3), dtype=np.uint8)  # red and green 0: x_0 = -1
-    image[:2, :2, 0] = 255  # red: +1 in the upper left
-    image[0, 0, 1] = 255  # green: +1 in one pixel of the 4 there
-    image[..., 2] = [51, 51, 204, 204]  # blue: -0.6 on the left, 0.6 on the right
+    """A grid of 2 x 2 over 4 x 4 pixels; gray level v is v / 127.5 - 1."""
+    image = np.zeros((4, 4, 3), dtype=np.uint8)  # red and green are 0, which is -1
+    image[:2, :2, 0] = 255  # red is +1 in the upper left
+    image[0, 0, 1] = 255  # green is +1 in one of the 4 pixels there
+    image[..., 2] = [51, 51, 204, 204]  # blue is -0.6 on the left and 0.6 on the right
     extractor = PooledPixels(2)
     (actual,) = extractor(torch.from_numpy(image[None]))
     expected = [
@@ -159,7 +159,7 @@ def test_pooled_pixels_by_hand() -> None:
     assert actual.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_pooled_pixels_of_each_image_are_its_own() -> None:
+def test_pooled_pixels_match_numpy_for_each_image() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     extractor = PooledPixels()
     actual = extractor(torch.from_numpy(images)).double().numpy()
@@ -170,13 +170,13 @@ def test_pooled_pixels_of_each_image_are_its_own() -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
-# --- the file -----------------------------------------------------------------------------------
+# --- reference file -----------------------------------------------------------------------------
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
 
 
 class Memory(Images):
-    """Images in memory; records the requested positions."""
+    """Images in memory that record the requested positions."""
 
     def __init__(self, array: np.ndarray = PIXELS) -> None:
         self.array, self.size = array, array.shape[1]
@@ -202,7 +202,7 @@ POSITIONS = np.arange(0, 60, 2)
 def make(
     root: Path, content: str | None = "abc", extractor: PooledPixels | None = None, **kwargs
 ) -> tuple[Moments, Path, list[int]]:
-    """The reference of every second image, its file, and the images it took."""
+    """The reference of every second image, its file, and the positions of the read images."""
     images = kwargs.pop("images", None) or Memory()
     positions = kwargs.pop("positions", POSITIONS)
     split = Split(images, positions)
@@ -211,7 +211,7 @@ def make(
 
 
 def files(root: Path) -> list[Path]:
-    """The files there, except locks."""
+    """The files in a folder, except locks."""
     return [path for path in root.iterdir() if path.suffix != ".lock"]
 
 
@@ -224,7 +224,7 @@ def equal(one: Moments, two: Moments) -> bool:
 
 
 @pytest.mark.parametrize("batch_size", [7, 256])
-def test_the_reference_is_that_of_all_images_of_the_split(tmp_path: Path, batch_size: int) -> None:
+def test_reference_uses_all_images_of_the_split(tmp_path: Path, batch_size: int) -> None:
     seen = []
 
     def progress(each: range) -> Iterator[int]:
@@ -235,25 +235,25 @@ def test_the_reference_is_that_of_all_images_of_the_split(tmp_path: Path, batch_
     values = PooledPixels(2)(torch.from_numpy(PIXELS[POSITIONS])).double().numpy()
     assert actual.n == 30 and asked == POSITIONS.tolist()
     assert seen == list(range(0, 30, batch_size))
-    assert error(actual.mean, values.mean(0)) < 1e-6  # features in float32
+    assert error(actual.mean, values.mean(0)) < 1e-6  # the features are float32
     assert error(actual.covariance, np.cov(values, rowvar=False)) < 1e-6
     assert files(tmp_path) == [path]
     assert path.name.startswith("pixels2-") and path.suffix == ".npz"
 
 
-def test_a_second_time_no_image_is_touched(tmp_path: Path) -> None:
-    root = tmp_path / "a" / "b"  # is made
+def test_stored_reference_is_read_without_reading_images(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "b"  # the folder is created
     one, path, asked = make(root)
     assert len(asked) == 30
     time = path.stat().st_mtime_ns
     two, again, asked = make(root, batch_size=3)
     assert again == path and asked == [] and equal(one, two)
     assert path.stat().st_mtime_ns == time
-    two.update(torch.ones(1, 18))  # what was read can be added to, and the file stays
+    two.update(torch.ones(1, 18))  # the result can be updated without changing the file
     assert equal(make(root)[0], one)
 
 
-def test_other_images_sizes_and_extractors_have_other_files(tmp_path: Path) -> None:
+def test_reference_file_depends_on_images_size_and_extractor(tmp_path: Path) -> None:
     large = np.repeat(np.repeat(PIXELS, 2, axis=1), 2, axis=2)
     changes = [
         {},
@@ -266,7 +266,7 @@ def test_other_images_sizes_and_extractors_have_other_files(tmp_path: Path) -> N
     paths = []
     for change in changes:
         _, path, asked = make(tmp_path, **change)
-        assert asked  # none takes another's
+        assert asked  # no file is reused
         paths.append(path)
     assert len(set(paths)) == len(changes)
     assert set(files(tmp_path)) == set(paths)
@@ -281,7 +281,7 @@ def damage(path: Path, kind: str) -> None:
     elif kind == "text":
         path.write_text("no archive")
     elif kind == "flipped":
-        place = data.index(b"mean.npy") + 200  # within the values
+        place = data.index(b"mean.npy") + 200  # inside the values
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     elif kind == "part":
         np.savez(path, n=np.array(3))
@@ -295,14 +295,14 @@ def damage(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["truncated", "empty", "text", "flipped", "part", "pickle", "directory"]
 )
-def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
+def test_damaged_reference_is_an_error_that_names_the_file(tmp_path: Path, kind: str) -> None:
     _, path, _ = make(tmp_path)
     damage(path, kind)
     with pytest.raises(DataError, match=f"^{path} is damaged .*; delete it to compute it again$"):
         make(tmp_path)
 
 
-def test_a_file_of_other_images_is_not_taken(tmp_path: Path) -> None:
+def test_reference_of_other_images_is_an_error(tmp_path: Path) -> None:
     _, one, _ = make(tmp_path)
     _, two, _ = make(tmp_path, "abd")
     one.write_bytes(two.read_bytes())
@@ -316,9 +316,9 @@ def test_a_file_of_other_images_is_not_taken(tmp_path: Path) -> None:
 
 @contextmanager
 def full() -> Iterator[None]:
-    """Lets no file grow above 1000 bytes; that too is an error of the system.
+    """Limits the file size to 1000 bytes, which causes an OSError like that of a full disk.
 
-    Only for the call in question: pytest's own output may be a file, too.
+    The limit applies only inside the context, because pytest may write its output to a file.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -328,14 +328,14 @@ def full() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     text = rf"cannot write {tmp_path}/pixels2-\w+.npz: File too"
     with pytest.raises(DataError, match=text), full():
         make(tmp_path)
     assert files(tmp_path) == []
 
 
-def test_an_earlier_file_survives_a_full_disk(tmp_path: Path) -> None:
+def test_full_disk_does_not_damage_an_earlier_file(tmp_path: Path) -> None:
     one, _, _ = make(tmp_path)
     with pytest.raises(DataError), full():
         make(tmp_path, "abd")
@@ -345,28 +345,28 @@ def test_an_earlier_file_survives_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file/cache", "/proc/cache"])
-def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path, place: str) -> None:
-    """Also for root, whom permissions do not stop."""
+def test_unwritable_folder_is_an_error(tmp_path: Path, place: str) -> None:
+    """Both folders also fail for root, to whom permissions do not apply."""
     (tmp_path / "file").write_text("in the way")
     root = tmp_path / place
     with pytest.raises(DataError, match=f"^cannot write {root}/.*; free space there, or set"):
         make(root)
 
 
-# --- the features themselves --------------------------------------------------------------------
+# --- stored features ----------------------------------------------------------------------------
 
 
 def keep(
     root: Path, content: str | None = "abc", **kwargs
 ) -> tuple[Moments, torch.Tensor, list[int]]:
-    """As `make`, with the features."""
+    """Like `make`, but with the features."""
     images = Memory()
     split = Split(images, POSITIONS)
     result, kept = reference_features(split, content, PooledPixels(2), root, **kwargs)
     return result, kept, images.asked
 
 
-def test_the_features_are_kept_and_spare_the_moments_a_pass(tmp_path: Path) -> None:
+def test_features_are_stored_with_the_moments_in_one_pass(tmp_path: Path) -> None:
     result, kept, asked = keep(tmp_path, batch_size=7)
     expected = PooledPixels(2)(torch.from_numpy(PIXELS[POSITIONS]))
     assert torch.equal(kept, expected) and kept.dtype == torch.float32
@@ -380,7 +380,7 @@ def test_the_features_are_kept_and_spare_the_moments_a_pass(tmp_path: Path) -> N
         keep(tmp_path)
 
 
-def test_of_many_images_some_are_kept_from_all_over(
+def test_at_most_kept_features_are_stored_at_regular_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "KEPT", 12)
@@ -391,7 +391,7 @@ def test_of_many_images_some_are_kept_from_all_over(
     assert result.n == 30 and equal(result, make(tmp_path)[0])
 
 
-def test_without_a_hash_of_the_pixels_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_content_hash_no_file_is_written(tmp_path: Path) -> None:
     for _ in range(2):
         result, kept, asked = keep(tmp_path, content=None)
         assert len(asked) == 30 and len(kept) == 30 and files(tmp_path) == []
@@ -399,7 +399,7 @@ def test_without_a_hash_of_the_pixels_nothing_is_kept(tmp_path: Path) -> None:
         assert path is None and files(tmp_path) == [] and equal(result, other)
 
 
-def test_one_of_several_processes_computes_it(tmp_path: Path) -> None:
+def test_only_one_of_several_processes_computes_the_reference(tmp_path: Path) -> None:
     """The second process finds the file when it gets the lock."""
     context = multiprocessing.get_context("fork")
     entered, go = context.Event(), context.Event()
@@ -416,7 +416,7 @@ def test_one_of_several_processes_computes_it(tmp_path: Path) -> None:
     second = threading.Thread(target=lambda: results.append(make(tmp_path)))
     second.start()
     second.join(0.3)
-    assert second.is_alive()  # it waits, and has not asked for an image
+    assert second.is_alive()  # it waits and has not read an image
     go.set()
     second.join(30)
     first.join(30)

@@ -1,4 +1,4 @@
-"""The kernel Stein discrepancy against its definition, and on posteriors in closed form."""
+"""Kernel Stein discrepancy against its definition, and for posteriors in closed form."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def mixture(apart: float = 0.8) -> GaussianMixture:
-    """Three components with spectra over a decade."""
+    """Three components whose variances span a decade."""
     axes = torch.linalg.qr(normal(3, D, D, seed=1)).Q
     eigenvalues = 0.3 * 10 ** -torch.linspace(0, 1, 3 * D, dtype=torch.float64).reshape(D, 3).T
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -38,7 +38,7 @@ def mixture(apart: float = 0.8) -> GaussianMixture:
 
 
 class Case:
-    """A prior, one observation of one draw of it, and the posterior."""
+    """A prior, one observation of one of its samples, and the posterior."""
 
     def __init__(self, whole: bool, prior: GaussianMixture | None = None) -> None:
         self.prior = mixture() if prior is None else prior
@@ -48,14 +48,14 @@ class Case:
         self.y = self.matrix @ x_0 + SIGMA_Y * normal(len(self.matrix), seed=5)
 
     def posterior(self, factor: float = 1.0) -> GaussianMixture:
-        """The posterior if σ_y were larger by a factor."""
+        """The posterior for σ_y multiplied by a factor."""
         return self.prior.posterior(self.y, self.matrix, factor * SIGMA_Y)
 
     def observation(self, rows: int, group: int = 1) -> Observation:
         return Observation(self.y.expand(rows, -1), SIGMA_Y, self.operator, group)
 
     def discrepancy(self, x: Tensor, ratio: float = 0.3, group: int = 0, seed: int = 0) -> Tensor:
-        """That of samples with noise of r_t = `ratio` σ_y."""
+        """The discrepancy of samples with noise r_t = `ratio` σ_y."""
         schedule = VP()
         return stein_discrepancy(
             self.prior.denoiser(schedule), x, schedule.t_from_ratio(ratio * SIGMA_Y),
@@ -64,11 +64,11 @@ class Case:
         )  # fmt: skip
 
 
-# The estimator
+# Estimator
 
 
 def by_definition(x: Tensor, score: Tensor, h: float) -> Tensor:
-    """u of all pairs, (M, M), with derivatives of the kernel by autograd."""
+    """u of all pairs, of shape (M, M), with derivatives of the kernel by autograd."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (1 + (a - b).square().sum() / h**2) ** -0.5
@@ -83,17 +83,17 @@ def by_definition(x: Tensor, score: Tensor, h: float) -> Tensor:
 
 
 @pytest.mark.parametrize("h", [None, 0.7, 2.0])
-def test_estimator_is_the_double_loop(h: float | None) -> None:
+def test_estimator_matches_a_double_loop(h: float | None) -> None:
     x, score = normal(2, 5, 3, seed=1), 2 * normal(2, 5, 3, seed=2)
     found = kernel_stein_discrepancy(x, score, scale=h)
     for n in range(2):
-        median = torch.pdist(x[n]).sort().values[4]  # of 10, the lower one
+        median = torch.pdist(x[n]).sort().values[4]  # of 10 distances, the lower median
         u = by_definition(x[n], score[n], float(median) if h is None else h)
         expected = (u.sum() - u.trace()) / (5 * 4) / 3
         assert float(found[n]) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_estimator_takes_images_lengths_of_each_set_and_any_place() -> None:
+def test_estimator_is_shift_invariant_and_accepts_one_scale_per_set() -> None:
     x, score = normal(3, 6, 2, 2, seed=1), normal(3, 6, 2, 2, seed=2)
     whole = kernel_stein_discrepancy(x, score)
     flat = kernel_stein_discrepancy(x.flatten(2), score.flatten(2))
@@ -107,7 +107,7 @@ def test_estimator_takes_images_lengths_of_each_set_and_any_place() -> None:
 
 
 def test_discrepancy_does_not_grow_with_the_dimension() -> None:
-    """Means of one shift in each of d directions: over d it stays where it is."""
+    """The mean is shifted by 0.5 along every axis. The discrepancy is divided by d."""
     values = []
     for d in (4, 16, 64):
         x = normal(200, 16, d, seed=d) + 0.5
@@ -115,7 +115,7 @@ def test_discrepancy_does_not_grow_with_the_dimension() -> None:
     assert max(values) < 1.25 * min(values)
 
 
-def test_sets_without_a_length_are_refused() -> None:
+def test_sets_without_a_scale_or_with_wrong_shapes_are_an_error() -> None:
     x = normal(2, 4, 3)
     same = x[:, :1].expand(-1, 4, -1)
     with pytest.raises(ValueError, match="are equal"):
@@ -126,7 +126,7 @@ def test_sets_without_a_length_are_refused() -> None:
             kernel_stein_discrepancy(*shapes)
 
 
-# The score
+# Score
 
 
 @pytest.mark.parametrize("schedule", [VP(), VE()])
@@ -155,8 +155,11 @@ def relative(error: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3])
-def test_score_of_any_linear_observation_is_close(ratio: float) -> None:
-    """Its likelihood is known to r_t² / σ_y²; simpler forms are several times further off."""
+def test_score_error_for_a_linear_observation_is_second_order(ratio: float) -> None:
+    """The error of the likelihood score is O(r_t² / σ_y²).
+
+    A simpler form is much less accurate.
+    """
     case = Case(whole=False)
     x_t, t, exact = noisy(case, ratio)
     prior = case.prior.denoiser(VP())
@@ -170,7 +173,7 @@ def test_score_of_any_linear_observation_is_close(ratio: float) -> None:
 
 
 class Nonlinear(Operator):
-    """A(x) = x³, of each number."""
+    """The elementwise operator A(x) = x³."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x**3
@@ -179,8 +182,8 @@ class Nonlinear(Operator):
         return y
 
 
-def test_score_of_other_observations_is_that_of_the_likelihood_at_little_noise() -> None:
-    """A nonlinear function, and a different σ_y for each element of y."""
+def test_score_at_low_noise_matches_the_exact_score() -> None:
+    """The observation is nonlinear, or has a different σ_y for each element of y."""
     prior = Gaussian(torch.zeros(D).double(), 0.5 * EYE)
     t = VP().t_from_ratio(1e-4)
     x_t, y = normal(20, D, seed=1), normal(20, D, seed=2)
@@ -196,11 +199,11 @@ def test_score_of_other_observations_is_that_of_the_likelihood_at_little_noise()
         )
 
 
-def test_score_is_of_each_row_and_leaves_no_graph() -> None:
+def test_score_is_independent_per_row_and_requires_no_grad() -> None:
     for whole in (True, False):
         case = Case(whole)
         denoiser, x_t = case.prior.denoiser(VP()), normal(4, D)
-        denoiser.mixture.means.requires_grad_()  # as the parameters of a network
+        denoiser.mixture.means.requires_grad_()  # like the parameters of a network
         t = torch.tensor([0.01, 0.02, 0.05, 0.1], dtype=torch.float64)
         found = posterior_score(denoiser, x_t, t, case.observation(4))
         assert not found.requires_grad and not x_t.requires_grad
@@ -209,19 +212,19 @@ def test_score_is_of_each_row_and_leaves_no_graph() -> None:
             torch.testing.assert_close(found[k : k + 1], alone)
 
 
-def test_an_observation_without_noise_is_refused() -> None:
+def test_observation_without_noise_is_an_error() -> None:
     case = Case(whole=True)
     observation = Observation(case.y[None], 0.0)
     with pytest.raises(ValueError, match="needs sigma_y above 0"):
         posterior_score(case.prior.denoiser(VP()), normal(1, D), torch.tensor(0.1), observation)
 
 
-# Grades of samples
+# Discrepancies of samples
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_exact_samples_have_discrepancy_zero_in_the_mean(whole: bool) -> None:
-    """Of 300 sets of 16; samples for half or twice σ_y are seen by it."""
+def test_discrepancy_of_exact_samples_has_zero_mean(whole: bool) -> None:
+    """The mean is over 300 sets of 16; samples for σ_y times ½ or 2 have a positive mean."""
     case = Case(whole)
     x = case.posterior().sample(300 * 16, torch.Generator().manual_seed(6))
     found = case.discrepancy(x, group=16)
@@ -233,13 +236,13 @@ def test_exact_samples_have_discrepancy_zero_in_the_mean(whole: bool) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_grades_are_those_of_the_distance(whole: bool) -> None:
-    """Along each kind of error, by the distance to exact samples; exact ones are the best."""
+def test_discrepancy_ranks_samples_like_the_sliced_wasserstein_distance(whole: bool) -> None:
+    """For each kind of error, the ranking is that of the distance to exact samples."""
     case, n = Case(whole), 512
     posterior = case.posterior()
 
     def draw(seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """Samples of which each component is scaled, and shifted by standard deviations."""
+        """Samples in which each component is scaled, and shifted by standard deviations."""
         x = posterior.sample(n, torch.Generator().manual_seed(seed))
         z, k = posterior.whitened(x)
         direction = torch.nn.functional.normalize(normal(D, seed=7), dim=0)
@@ -270,13 +273,13 @@ def test_grades_are_those_of_the_distance(whole: bool) -> None:
         assert correlation > 0.99, (kind, grades, distances)
 
 
-def test_shares_of_separate_modes_are_not_seen_at_little_noise() -> None:
-    """With a whole image observed a larger t makes the modes meet, and then they are."""
+def test_wrong_weights_of_separate_modes_need_a_large_noise_level() -> None:
+    """At a larger t the modes overlap, and the discrepancy detects wrong weights."""
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64)
     means = torch.stack([0.5 * torch.ones(D), -0.5 * torch.ones(D)]).double()
     covariances = (0.05**2 * EYE).expand(2, D, D)
     case = Case(whole=True, prior=GaussianMixture(shares, means, covariances))
-    case.y = torch.zeros(D, dtype=torch.float64)  # it says nothing of the mode
+    case.y = torch.zeros(D, dtype=torch.float64)  # y does not depend on the mode
     torch.testing.assert_close(case.posterior().weights, shares)
     equal = GaussianMixture(shares.new_full((2,), 0.5), case.posterior().means,
                             case.posterior().covariances)  # fmt: skip
@@ -292,8 +295,8 @@ def test_shares_of_separate_modes_are_not_seen_at_little_noise() -> None:
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_samples_may_go_through_the_network_in_parts(each: bool) -> None:
-    """Parts that do not end where sets do, with one noise or one of each row's own."""
+def test_discrepancy_does_not_depend_on_batch_size(each: bool) -> None:
+    """The batches do not align with the sets; σ_y is one value or one per row."""
     case, schedule, t = Case(whole=False), VP(), torch.tensor(0.1)
     sigma_y = SIGMA_Y * (1 + torch.rand(8, 1, dtype=torch.float64)) if each else SIGMA_Y
     observation = Observation(case.y.expand(8, -1), sigma_y, case.operator, group=4)
@@ -306,8 +309,8 @@ def test_samples_may_go_through_the_network_in_parts(each: bool) -> None:
     torch.testing.assert_close(parts, whole)
 
 
-def test_discrepancy_is_of_each_group_and_does_not_depend_on_the_batch() -> None:
-    """Two observations of four samples each: together, and each alone."""
+def test_discrepancy_is_computed_per_group() -> None:
+    """Two observations with four samples each are computed together and separately."""
     prior, schedule = mixture(), VP()
     denoiser, t = prior.denoiser(schedule), schedule.t_from_ratio(0.3 * SIGMA_Y)
     x, y = normal(8, D, seed=1), normal(2, D, seed=2).repeat_interleave(4, 0)
@@ -322,7 +325,7 @@ def test_discrepancy_is_of_each_group_and_does_not_depend_on_the_batch() -> None
     together = of(slice(0, 8))
     torch.testing.assert_close(together, torch.cat([of(slice(0, 4)), of(slice(4, 8))]))
     assert abs(float(together[0] - together[1])) > 1e-3
-    # As a sum of its parts: noise, score, estimator.
+    # The discrepancy is also computed from its parts: noise, score, estimator.
     alpha_t, sigma_t = schedule(t)
     z = KeyedGenerator(make_key(0, index)).normal(D, dtype=torch.float64)
     x_t = alpha_t * x + sigma_t * z

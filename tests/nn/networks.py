@@ -1,4 +1,4 @@
-"""Networks with random weights, random images and comparisons for the tests of this folder."""
+"""Networks with random weights, random images and comparisons for the tests of this directory."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ SMALL = {"channels": 32, "multipliers": (1, 2), "groups": 8, "attention_levels":
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter a random value: the branches of a new network are all zero."""
+    """Sets every parameter to a random value, because the branches of a new network are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
@@ -22,5 +22,5 @@ def images(*shape: int, seed: int = 1) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether the largest error is small against the largest value."""
+    """Returns whether the largest error is small relative to the largest value."""
     return float((actual - expected).abs().max() / expected.abs().max()) < tolerance

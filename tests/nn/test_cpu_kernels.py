@@ -44,8 +44,9 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-# All branches of the code: 1, 2 and 3 vectors of columns; an incomplete block of rows; one tile
-# per image; sums over several parts of an image; several blocks of a weight gradient.
+# These shapes cover all branches of the code: 1, 2 and 3 vectors of columns; an incomplete block
+# of rows; one tile per image; sums over several parts of an image; several blocks of a weight
+# gradient.
 SHAPES = [
     (2, 8, 8, 8, 8),
     (3, 24, 16, 12, 20),
@@ -86,10 +87,10 @@ def test_values_and_gradients_agree_with_float64(
 
 
 @needs_kernels
-def test_a_norm_of_numbers_far_from_zero_is_exact() -> None:
+def test_norm_is_accurate_for_values_with_a_large_mean() -> None:
     norm = layers(24, 8, groups=4)[0]
     x = 1000 * images(2, 24, 1, 1, seed=1) + images(2, 24, 36, 40)
-    x[1] = images(24, 36, 40) + 1000  # but all channels of a group alike
+    x[1] = images(24, 36, 40) + 1000  # all channels of a group have the same mean
     mean, rstd, *_ = kernels.moments(x, norm.weight, norm.bias, 4, norm.eps)
     groups = x.double().reshape(2, 4, -1)
     torch.testing.assert_close(mean.double(), groups.mean(2), rtol=EPS, atol=0)
@@ -137,7 +138,7 @@ def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> 
         for i, gradient in zip(needed, gradients, strict=True):
             torch.testing.assert_close(gradient, wanted[i], rtol=1e-5, atol=1e-5)
 
-    found(0)  # guidance, through a network that is not trained
+    found(0)  # guidance through a frozen network
     assert "weight_gradient" not in calls and "norm_silu_backward" in calls
     found(1, 5)
     assert calls == ["moments", "transform_weight", "convolve"]
@@ -146,7 +147,7 @@ def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_kernels
-def test_an_image_does_not_depend_on_batch_or_threads(threads: None) -> None:
+def test_output_does_not_depend_on_the_batch_or_the_threads(threads: None) -> None:
     norm, conv = layers(48, 40, groups=8)
     x = images(13, 48, 8, 12)
     results = []
@@ -176,13 +177,13 @@ def test_extreme_values_agree_with_torch() -> None:
         exact = F.silu(F.group_norm(x, 8, norm.weight, norm.bias, norm.eps))
         assert is_supported(x, conv.weight)
         torch.testing.assert_close(norm_silu_conv(x, norm, conv), exact, rtol=1e-5, atol=1e-5)
-        x[0, 3, 7, 9] = torch.nan  # its group, and so all of the result that depends on it
+        x[0, 3, 7, 9] = torch.nan  # its group is NaN, and so are all results that depend on it
         assert norm_silu_conv(x, norm, conv).isnan().all()
         assert kernels.convolve(x, conv.weight)[:, :, 5:10, 7:12].isnan().any()
 
 
 @needs_kernels
-def test_a_network_agrees_with_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_with_kernels_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(
         UNet(channels=16, multipliers=[1, 2], blocks=1, groups=8, attention_levels=[1])
     )
@@ -204,13 +205,14 @@ def test_a_network_agrees_with_torchs_operations(monkeypatch: pytest.MonkeyPatch
     # Eight residual blocks with two convolutions each, and one upsampling without a norm.
     assert [calls.count(c) for c in ("convolve", "moments", "weight_gradient")] == [34, 16, 17]
     compiled = copy.deepcopy(network)
-    compiled.compile_blocks()  # no effect: the kernels are used
+    compiled.compile_blocks()  # has no effect, since the kernels are used
     assert all(map(torch.equal, results(compiled), own))
     monkeypatch.setattr(convolution, "load_library", lambda: None)
     calls.clear()
     reference = results(network)
     assert not calls
-    size = max(float(each.norm()) for each in reference[1:])  # some are zero but for rounding
+    # Some gradients are zero up to rounding.
+    size = max(float(each.norm()) for each in reference[1:])
     for a, b in zip(own, reference, strict=True):
         assert float((a - b).norm()) < 1e-5 * float(b.norm()) + 1e-7 * size
 
@@ -224,7 +226,7 @@ def image(*shape: int) -> Tensor:
     ("x", "weight", "supported"),
     [
         (image(1, 16, 16, 16), image(8, 16, 3, 3), True),
-        (image(1, 16, 16, 16), image(8, 16, 1, 1), False),  # another kernel
+        (image(1, 16, 16, 16), image(8, 16, 1, 1), False),  # another kernel size
         (image(1, 12, 16, 16), image(8, 12, 3, 3), False),  # channels
         (image(1, 16, 16, 16), image(3, 16, 3, 3), False),
         (image(1, 16, 18, 16), image(8, 16, 3, 3), False),  # size
@@ -244,7 +246,7 @@ def test_supported_inputs(x: Tensor, weight: Tensor, supported: bool) -> None:
 
 
 @needs_kernels
-def test_torchs_default_dtype_has_no_effect() -> None:
+def test_default_dtype_of_torch_has_no_effect() -> None:
     norm, conv = layers(16, 8, groups=8)
     x, towards = images(2, 16, 8, 8).requires_grad_(), images(2, 8, 8, 8, seed=1)
 
@@ -261,7 +263,7 @@ def test_torchs_default_dtype_has_no_effect() -> None:
 
 
 @needs_kernels
-def test_dropout_is_not_skipped() -> None:
+def test_dropout_is_applied() -> None:
     norm, conv = layers(16, 16, groups=8)
     x, dropout = images(2, 16, 16, 16), nn.Dropout(0.5)
     with torch.no_grad():
@@ -271,7 +273,7 @@ def test_dropout_is_not_skipped() -> None:
 
 
 @needs_kernels
-def test_no_memory_is_an_error() -> None:
+def test_failed_allocation_raises_memory_error() -> None:
     x, weight = image(1, 8, 16, 16), image(8, 8, 3, 3)
     loaded = library.load_library()
 
@@ -285,7 +287,7 @@ def test_no_memory_is_an_error() -> None:
 
 
 @needs_kernels
-def test_the_library_is_compiled_once_and_cached(
+def test_library_is_compiled_once_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = []
@@ -304,14 +306,14 @@ def test_the_library_is_compiled_once_and_cached(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     library._load()
     assert len(commands) == 4 and damaged.read_bytes() == path.read_bytes()
-    # A temporary folder is used where the cache cannot be written.
+    # A temporary directory is used if the cache cannot be written.
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert library._load().lab_convolve and len(commands) == 6
 
 
 @needs_kernels
-def test_without_a_compiler_it_warns_and_writes_nothing(
+def test_missing_compiler_warns_and_writes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -325,7 +327,7 @@ def test_without_a_compiler_it_warns_and_writes_nothing(
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
 
 
-def test_other_processors_use_torchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_use_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     load = library.load_library.__wrapped__
     monkeypatch.setattr(library, "_load", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

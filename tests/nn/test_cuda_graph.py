@@ -1,4 +1,4 @@
-"""capture: a network that replays CUDA graphs gives the values of the plain network."""
+"""`capture`: a network that replays CUDA graphs returns the values of the plain network."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def inputs(device: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x.to(device), index.to(device)
 
 
-def test_nothing_changes_without_a_gpu() -> None:
+def test_capture_has_no_effect_without_a_gpu() -> None:
     plain, network = make(classes=3, learn_variance=True), make(classes=3, learn_variance=True)
     capture(network)
     assert isinstance(network, UNet) and network.state_dict().keys() == plain.state_dict().keys()
@@ -43,7 +43,7 @@ def test_nothing_changes_without_a_gpu() -> None:
 
 
 class Counting(nn.Module):
-    """Counts how often the host runs a network's code."""
+    """Counts the calls of a network's forward function on the host."""
 
     calls = 0
 
@@ -59,7 +59,7 @@ class Counting(nn.Module):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replay_equals_the_plain_call(classes: int, dtype: torch.dtype) -> None:
+def test_graph_replay_equals_the_plain_network(classes: int, dtype: torch.dtype) -> None:
     network = make(classes=classes).cuda()
     if dtype == torch.bfloat16:
         network.cast_blocks(dtype)
@@ -67,17 +67,17 @@ def test_a_replay_equals_the_plain_call(classes: int, dtype: torch.dtype) -> Non
     capture(counting)
     kept = []
     for seed in range(6):
-        for count in (2, 5):  # two shapes in turn
+        for count in (2, 5):  # two alternating shapes
             x, index = inputs("cuda", count, seed)
             label = (torch.arange(count, device="cuda") % 4,) if classes and seed % 2 else ()
             with torch.no_grad():
                 kept.append((counting(x, index, *label), network(x, index, *label)))
-    for actual, expected in kept:  # a later replay has not overwritten an earlier output
+    for actual, expected in kept:  # a later replay does not overwrite an earlier output
         torch.testing.assert_close(actual, expected)
     calls = counting.calls
     with torch.no_grad():
         counting(*inputs("cuda", 2, 9))
-    assert counting.calls == calls  # the host runs no code of the network any more
+    assert counting.calls == calls  # a replay does not run the network's code on the host
     x, index = inputs("cuda", 2, 0)
     variable = x.clone().requires_grad_()
     actual = torch.autograd.grad(counting(variable, index).sum(), variable)[0]

@@ -31,7 +31,7 @@ def parts(dtype: torch.dtype = torch.float64) -> tuple[nn.GroupNorm, nn.Conv2d]:
 
 
 def held(function: Callable[[], Tensor]) -> int:
-    """How many numbers autograd keeps for the backward pass, parameters aside."""
+    """The number of values that autograd saves for the backward pass, without parameters."""
     sizes = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def held(function: Callable[[], Tensor]) -> int:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> None:
+def test_fused_value_and_gradients_equal_the_plain_formula(layout: torch.memory_format) -> None:
     norm, conv = parts()
     x = (2 + 3 * images(2, 8, 5, 7).double()).contiguous(memory_format=layout).requires_grad_()
     inputs = [x, *norm.parameters(), *conv.parameters()]
@@ -59,12 +59,12 @@ def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> 
         torch.autograd.grad(actual, inputs, towards), wanted, strict=True
     ):
         assert close(gradient, reference, 1e-10)
-    # The input alone, as for a posterior method with a frozen network ...
+    # Only the input requires a gradient, as for a posterior method with a frozen network.
     for parameter in inputs[1:]:
         parameter.requires_grad_(False)
     (alone,) = torch.autograd.grad(norm_silu_conv(x, norm, conv), x, towards)
     assert close(alone, wanted[0], 1e-10)
-    # ... and the weights alone, as for the first layers.
+    # Only the weights require gradients, as in the first layer.
     for parameter in conv.parameters():
         parameter.requires_grad_(True)
     output = norm_silu_conv(x.detach(), norm, conv)
@@ -74,13 +74,13 @@ def test_value_and_gradients_are_the_plain_ones(layout: torch.memory_format) -> 
         assert close(gradient, reference, 1e-10)
 
 
-def test_the_gradient_equals_finite_differences() -> None:
+def test_gradient_matches_finite_differences() -> None:
     norm, conv = parts()
     x = images(1, 8, 3, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: norm_silu_conv(x, norm, conv), x)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_second_derivative_is_an_error() -> None:
     norm, conv = parts()
     x = images(1, 8, 3, 3).double().requires_grad_()
     loss = norm_silu_conv(x, norm, conv).square().sum()
@@ -89,10 +89,10 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
-def test_only_the_input_is_kept() -> None:
+def test_only_the_input_is_saved_for_the_backward_pass() -> None:
     norm, conv = parts()
     x = images(2, 8, 16, 16).double().requires_grad_()
-    statistics = 2 * 2 * 4  # mean and deviation, of each image and group
+    statistics = 2 * 2 * 4  # mean and standard deviation of each image and group
     assert held(lambda: norm_silu_conv(x, norm, conv)) == x.numel() + statistics
     assert held(lambda: plain(x, norm, conv)) == 3 * x.numel() + statistics
 
@@ -105,7 +105,7 @@ def test_small_inputs_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert held(lambda: norm_silu_conv(x, norm, conv)) // x.numel() == tensors
 
 
-def test_under_autocast_it_is_no_less_exact_than_torch() -> None:
+def test_error_under_autocast_is_at_most_twice_that_of_torch() -> None:
     norm, conv = parts(torch.float32)
     x = (1 + images(2, 8, 16, 16)).requires_grad_()
     towards = images(2, 6, 16, 16, seed=2)
@@ -132,7 +132,7 @@ def gradients(network: UNet, x: Tensor, index: Tensor) -> tuple[Tensor, list[Ten
     return output.detach(), list(found)
 
 
-def test_checkpointing_changes_no_bit_and_keeps_less() -> None:
+def test_checkpointing_gives_equal_gradients_with_less_memory() -> None:
     network = randomise(UNet(**{**SMALL, "attention_levels": ()}))
     x, index = images(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     output, expected = gradients(network, x, index)
@@ -155,15 +155,15 @@ def test_compiled_blocks_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -
     output, expected = gradients(network, x, index)
     again, actual = gradients(compiled, x, index)
     assert close(again, output, 1e-5)
-    size = max(gradient.abs().max() for gradient in expected)  # some are zero but for rounding
+    size = max(gradient.abs().max() for gradient in expected)  # some are zero up to rounding
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * float(size))
     assert not torch.equal(again, output)  # computed by other code
-    copied = copy.deepcopy(compiled)  # as for the averaged network
+    copied = copy.deepcopy(compiled)  # as for the EMA network
     assert torch.equal(copied(x, index), network(x, index))
 
 
-def test_cast_blocks_round_the_inside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cast_blocks_casts_only_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet, "emulates_bfloat16", lambda: False)
     network = randomise(UNet(**SMALL))
     x, index = images(4, 3, 16, 16), torch.tensor([3.0, 100.0, 500.0, 999.0])
@@ -204,7 +204,7 @@ def test_emulated_autocast_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(reduced()[0], exact[0])
 
 
-def test_blocks_that_were_cast_run_in_float32_where_it_is_emulated(
+def test_cast_blocks_run_in_float32_if_bfloat16_is_emulated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = randomise(UNet(**SMALL))
@@ -219,4 +219,4 @@ def test_blocks_that_were_cast_run_in_float32_where_it_is_emulated(
             once = cast(x, index)
     assert torch.equal(once, network(x, index))
     with warnings.catch_warnings(action="error"):
-        assert torch.equal(cast(x.requires_grad_(), index), once)  # and not only in that mode
+        assert torch.equal(cast(x.requires_grad_(), index), once)  # not only in inference mode

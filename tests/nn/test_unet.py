@@ -14,7 +14,7 @@ DEEP = {"channels": 16, "multipliers": (1, 2, 3), "groups": 8, "attention_levels
 
 
 def diffusers_names(network: UNet) -> dict[str, str]:
-    """Names of our modules and those of the same modules in diffusers' `UNet2DModel`."""
+    """A map from module names here to those of diffusers' `UNet2DModel`."""
     block = {
         "norm_1": "norm1",
         "conv_1": "conv1",
@@ -53,7 +53,7 @@ def diffusers_names(network: UNet) -> dict[str, str]:
 
 
 def in_diffusers(network: UNet, channels: int, multipliers: tuple, groups: int, levels: tuple):
-    """Ho et al.'s settings (those of google/ddpm-celebahq-256) with our weights."""
+    """The diffusers network with the settings of google/ddpm-celebahq-256 and our weights."""
     attention = [level in levels for level in range(len(multipliers))]
     reference = UNet2DModel(
         block_out_channels=[channels * m for m in multipliers],
@@ -72,13 +72,13 @@ def in_diffusers(network: UNet, channels: int, multipliers: tuple, groups: int, 
     for name, value in network.state_dict().items():
         module, _, kind = name.rpartition(".")
         state[f"{names[module]}.{kind}"] = value
-    reference.load_state_dict(state)  # strict: no parameter is left over on either side
+    reference.load_state_dict(state)  # strict: both have the same parameters
     return reference.eval()
 
 
 @pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
 @torch.no_grad()
-def test_the_output_equals_that_of_diffusers(config: dict) -> None:
+def test_output_matches_diffusers(config: dict) -> None:
     network = randomise(UNet(**config))
     reference = in_diffusers(
         network,
@@ -98,7 +98,7 @@ def test_the_output_equals_that_of_diffusers(config: dict) -> None:
     assert not close(network(x, torch.tensor(321)), network(x, torch.tensor(322)), 1e-4)
 
 
-def test_the_default_is_the_network_of_the_paper() -> None:
+def test_default_network_has_the_size_of_ddpm() -> None:
     with torch.device("meta"):
         network = UNet()
     assert sum(p.numel() for p in network.parameters()) == 113_673_219
@@ -107,7 +107,7 @@ def test_the_default_is_the_network_of_the_paper() -> None:
 
 
 @torch.no_grad()
-def test_a_new_network_says_zero_and_each_branch_is_the_identity() -> None:
+def test_new_network_returns_zero_and_its_branches_are_the_identity() -> None:
     torch.manual_seed(0)
     network = UNet(**SMALL)
     x = images(2, 3, 16, 16)
@@ -119,18 +119,19 @@ def test_a_new_network_says_zero_and_each_branch_is_the_identity() -> None:
 
 
 @torch.no_grad()
-def test_initialisation_is_fan_average_uniform() -> None:
+def test_initialization_is_fan_average_uniform() -> None:
     torch.manual_seed(0)
     layer = initialise(nn.Conv2d(40, 60, 3), scale=0.5)
     bound = (6 * 0.5 / (9 * (40 + 60))) ** 0.5
     assert bound * 0.999 < float(layer.weight.abs().max()) <= bound
-    assert float(layer.weight.var()) == pytest.approx(bound**2 / 3, rel=0.02)  # a uniform's
+    # The variance of a uniform distribution.
+    assert float(layer.weight.var()) == pytest.approx(bound**2 / 3, rel=0.02)
     assert not layer.bias.any()
 
 
 @torch.no_grad()
 def test_downsampling_pads_on_the_right_and_bottom() -> None:
-    """With a kernel that picks one corner: pixel (2i + a, 2j + b), and zero beyond the edge."""
+    """Each kernel selects one position: pixel (2i + a, 2j + b), which is zero beyond the edge."""
     x = images(1, 1, 6, 8)
     down = Downsample(1)
     for a in range(3):
@@ -153,8 +154,8 @@ def test_upsampling_repeats_pixels() -> None:
 
 
 @torch.no_grad()
-def test_the_embedding_of_an_index() -> None:
-    """[sin, cos] of i · 10000^(-k / (K - 1)): the lowest frequency is 1e-4 exactly."""
+def test_time_embedding_matches_its_formula() -> None:
+    """[sin, cos] of i · 10000^(-k / (K - 1)): the lowest frequency is exactly 1e-4."""
     embedding = TimeEmbedding(8, 8)
     for layer in (embedding.linear_1, embedding.linear_2):
         layer.weight.copy_(torch.eye(8))
@@ -165,7 +166,7 @@ def test_the_embedding_of_an_index() -> None:
 
 
 @torch.no_grad()
-def test_every_form_of_the_index_agrees() -> None:
+def test_all_types_of_the_index_agree() -> None:
     network = randomise(UNet(**SMALL))
     x = images(3, 3, 8, 8)
     expected = network(x, torch.full((3,), 17.0))
@@ -177,7 +178,7 @@ def test_every_form_of_the_index_agrees() -> None:
 
 
 @torch.no_grad()
-def test_an_image_does_not_depend_on_its_batch_or_memory_layout() -> None:
+def test_output_does_not_depend_on_the_batch_or_the_memory_format() -> None:
     network = randomise(UNet(**SMALL))
     x, index = images(5, 3, 16, 16), torch.tensor([3.0, 900.0, 40.5, 77.0, 500.0])
     whole = network(x, index)
@@ -189,7 +190,7 @@ def test_an_image_does_not_depend_on_its_batch_or_memory_layout() -> None:
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     network = randomise(UNet(**SMALL, dropout=0.5))
     x = images(1, 3, 8, 8)
     plain = randomise(UNet(**SMALL))
@@ -209,20 +210,20 @@ def test_dropout_acts_in_training_only() -> None:
         ({"blocks": 0}, r"blocks=0 is not allowed; it must be an integer >= 1"),
     ],
 )
-def test_bad_settings_are_named(change: dict, text: str) -> None:
+def test_invalid_settings_are_an_error(change: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         UNet(**(SMALL | change))
 
 
 @pytest.mark.parametrize("height, width", [(16, 15), (15, 16)])
-def test_an_image_that_does_not_fit_is_refused(height: int, width: int) -> None:
+def test_unsupported_image_size_is_an_error(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{height}x{width} pixels.*multiples of 2"):
         UNet(**SMALL)(torch.zeros(1, 3, height, width), 0)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_full_network_runs_at_256_pixels() -> None:
+def test_full_network_runs_at_256_pixels() -> None:
     torch.manual_seed(0)
     network = UNet()
     assert float(network(images(1, 3, 256, 256), 999).abs().max()) < 1e-3

@@ -1,4 +1,4 @@
-"""Noise models: exact quantiles and moments, and draws as a function of the keys."""
+"""Noise models: exact quantiles and moments, and reproducible draws for given keys."""
 
 import numpy as np
 import pytest
@@ -15,18 +15,18 @@ def keyed(rows: list[int]) -> KeyedGenerator:
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e-9, 1e-3, 0.3, 1.0, 4.7, 30.0, 255.0, 1e4, 1e6])
-def test_counts_have_the_quantiles_of_poissons_distribution(mean: float) -> None:
+def test_poisson_quantile_matches_scipy(mean: float) -> None:
     z = torch.linspace(-6.6, 6.6, 1999, dtype=torch.float64)
     counts = poisson_quantile(z, torch.full_like(z, mean))
     expected = scipy.stats.poisson.ppf(scipy.stats.norm.cdf(z.numpy()), mean).clip(0)
     differences = np.abs(counts.numpy() - expected)
-    # Of a million photons, rounding in either program may move a count of a thousand by one.
+    # For 1e6 photons, rounding in either program may change a count by one.
     assert differences.max() <= (mean > 1e5) and (differences > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize("noise", [Gaussian(0.3), Poisson(12.0)], ids=["gaussian", "poisson"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_draws_are_a_function_of_the_keys(noise, dtype: torch.dtype) -> None:
+def test_noise_is_a_function_of_the_keys(noise, dtype: torch.dtype) -> None:
     clean = torch.linspace(-1, 1, 3 * 8, dtype=dtype).reshape(3, 2, 4)
     y = noise.draw(clean, keyed([0, 1, 2]))
     assert y.dtype == dtype and y.shape == clean.shape
@@ -39,7 +39,7 @@ def test_draws_are_a_function_of_the_keys(noise, dtype: torch.dtype) -> None:
 def test_gaussian_noise_has_its_standard_deviation() -> None:
     clean = torch.full((4, 10_000), 0.3, dtype=torch.float64)
     n = (Gaussian(0.2).draw(clean, keyed([0, 1, 2, 3])) - clean) / 0.2
-    assert float(n.mean()) == pytest.approx(0, abs=0.02)  # four deviations
+    assert float(n.mean()) == pytest.approx(0, abs=0.02)  # four standard errors
     assert float(n.std()) == pytest.approx(1, abs=0.015)
     assert torch.equal(Gaussian(0.0).draw(clean), clean)
     assert Gaussian(0.2).std(clean) == 0.2
@@ -51,13 +51,13 @@ def test_poisson_noise_counts_photons() -> None:
     y = Poisson(rate).draw(clean, keyed([0, 1, 2, 3]))
     counts = rate * (y + 1) / 2
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-10)
-    assert not bool(counts[:2].any())  # no light, no photons
+    assert not bool(counts[:2].any())  # no photons without light
     for k, mean in ((2, 30.0), (3, 40.0)):
         assert float(counts[k].mean()) == pytest.approx(mean, abs=4 * (mean / 1e4) ** 0.5)
         assert float(counts[k].var()) == pytest.approx(mean, rel=0.06)
 
 
-def test_methods_take_poisson_noise_for_gaussian_noise_of_the_same_variance() -> None:
+def test_std_of_poisson_noise_matches_its_variance() -> None:
     clean = torch.full((1, 20_000), 0.6, dtype=torch.float64)
     noise = Poisson(100.0)
     y = noise.draw(clean, keyed([5]))
@@ -68,7 +68,7 @@ def test_methods_take_poisson_noise_for_gaussian_noise_of_the_same_variance() ->
     assert noise.std(torch.tensor([-1.0, -1.5])).tolist() == pytest.approx([0.02, 0.02])
 
 
-def test_what_is_not_allowed_is_named() -> None:
+def test_invalid_settings_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"sigma_y=-0\.1.*a number >= 0"):
         Gaussian(-0.1)
     with pytest.raises(ValueError, match=r"rate=0\.0.*a number > 0"):

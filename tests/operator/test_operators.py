@@ -1,4 +1,4 @@
-"""Operators: identities of all linear ones, each against a direct computation of A x."""
+"""Linear operators: identities that all satisfy, and direct computations of A x."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,34 +39,34 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator on images of a shape, and A x computed in another way."""
+    """An operator for images of a given shape, and A x computed in another way."""
 
     operator: SVDOperator
     shape: tuple[int, ...]
     direct: Callable[[Tensor], Tensor]
-    atol: float = 1e-12  # of A x: what a cut of singular values costs
+    atol: float = 1e-12  # of A x: the error of truncated singular values
 
     @property
     def dense(self) -> Tensor:
-        """A (m, d), by its columns."""
+        """The matrix A of shape (m, d), computed column by column."""
         d = torch.Size(self.shape).numel()
         columns = self.operator(torch.eye(d, dtype=torch.float64).unflatten(1, self.shape))
         return columns.flatten(1).T
 
     @property
     def coefficients(self) -> Tensor:
-        """Vᵀ (d, d), by its columns."""
+        """Vᵀ of shape (d, d), computed column by column."""
         d = torch.Size(self.shape).numel()
         return self.operator.vt(torch.eye(d, dtype=torch.float64).unflatten(1, self.shape))
 
     @property
     def s(self) -> Tensor:
-        """S (d,), continued to all coefficients."""
+        """The singular values, expanded to shape (d,)."""
         return self.operator.singular_values.expand(self.coefficients.shape[1:]).flatten()
 
 
 def filtered(function: Callable, **options) -> Callable[[Tensor], Tensor]:
-    """One of scipy's filters of one axis, along both."""
+    """A one-dimensional filter of SciPy, applied along both axes."""
 
     def direct(x: Tensor) -> Tensor:
         rows = function(x.numpy(), axis=-2, mode="reflect", **options)
@@ -76,7 +76,7 @@ def filtered(function: Callable, **options) -> Callable[[Tensor], Tensor]:
 
 
 def convolved(kernel: Tensor) -> Callable[[Tensor], Tensor]:
-    """The sum of images rolled around."""
+    """A circular convolution as a sum of rolled images."""
 
     def direct(x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
@@ -151,7 +151,7 @@ CASES = {
         (2, 7, 6),
         filtered(scipy.ndimage.gaussian_filter1d, sigma=0.8, radius=3),
     ),
-    "gaussian_wide": Case(  # its kernel reaches over the image and back
+    "gaussian_wide": Case(  # its kernel is larger than the image
         GaussianBlur((1, 9, 5), std=3.0),
         (1, 9, 5),
         filtered(scipy.ndimage.gaussian_filter1d, sigma=3.0, radius=12),
@@ -174,7 +174,7 @@ CASES = {
         (2, 7, 8),
         convolved(motion_kernel(5.0, 30.0)),
     ),
-    "motion_even": Case(  # the mean of neighbours: the highest frequency is gone
+    "motion_even": Case(  # the mean of neighbors, which removes the highest frequency
         CircularBlur((1, 4, 6), torch.full((1, 2), 0.5)),
         (1, 4, 6),
         lambda x: (x + x.roll(-1, -1)) / 2,
@@ -201,7 +201,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-# --- the contract -------------------------------------------------------------------------------
+# --- properties of all operators ----------------------------------------------------------------
 
 
 def test_every_operator_with_a_decomposition_has_a_case() -> None:
@@ -211,13 +211,13 @@ def test_every_operator_with_a_decomposition_has_a_case() -> None:
 
 
 @every_case
-def test_a_is_what_it_says(case: Case) -> None:
+def test_operator_matches_a_direct_computation(case: Case) -> None:
     x = draw(3, *case.shape, seed=5)
     close(case.operator(x), case.direct(x), case.atol)
 
 
 @every_case
-def test_the_transpose_is_one(case: Case) -> None:
+def test_adjoint_is_the_transpose(case: Case) -> None:
     x = draw(3, *case.shape, seed=5)
     a_x = case.operator(x)
     y = draw(*a_x.shape, seed=6)
@@ -227,13 +227,13 @@ def test_the_transpose_is_one(case: Case) -> None:
 
 
 @every_case
-def test_v_is_orthogonal_and_u_is_so_between_y_and_its_coefficients(case: Case) -> None:
+def test_v_is_orthogonal_and_u_is_orthogonal_onto_y(case: Case) -> None:
     operator, vt = case.operator, case.coefficients
     d = len(vt)
     assert vt.ndim == 1 + len(case.shape), "a number for each image has to broadcast"
     close(vt.flatten(1) @ vt.flatten(1).T, torch.eye(d).double())
     basis = torch.eye(d, dtype=torch.float64).unflatten(1, vt.shape[1:])
-    close(operator.v(basis).flatten(1), vt.flatten(1).T)  # row k: V's column k
+    close(operator.v(basis).flatten(1), vt.flatten(1).T)  # row k is the column k of V
     u = operator.u(basis).flatten(1)
     m = u.shape[1]
     close(u.T @ u, torch.eye(m).double())
@@ -245,13 +245,13 @@ def test_v_is_orthogonal_and_u_is_so_between_y_and_its_coefficients(case: Case) 
 
 
 @every_case
-def test_singular_values_are_those_of_the_matrix(case: Case) -> None:
+def test_singular_values_match_those_of_the_matrix(case: Case) -> None:
     dense = torch.linalg.svdvals(case.dense)
     close(case.s.sort(descending=True).values[: len(dense)], dense)
 
 
 @every_case
-def test_the_pseudo_inverse_is_moores_and_penroses(case: Case) -> None:
+def test_pseudo_inverse_satisfies_the_moore_penrose_conditions(case: Case) -> None:
     a = case.dense
     y = torch.eye(len(a), dtype=torch.float64).unflatten(
         1, case.operator(draw(1, *case.shape)).shape[1:]
@@ -262,15 +262,16 @@ def test_the_pseudo_inverse_is_moores_and_penroses(case: Case) -> None:
     close(inverse @ a @ inverse, inverse, scale * float(inverse.abs().max()) + 1e-12)
     close(a @ inverse, (a @ inverse).T, scale)
     close(inverse @ a, (inverse @ a).T, scale)
-    dense = torch.linalg.pinv(a, rtol=SV_TOLERANCE / 2)  # zeros are zeros, not rounding errors
+    # Exclude rounding errors of zero singular values.
+    dense = torch.linalg.pinv(a, rtol=SV_TOLERANCE / 2)
     close(inverse, dense, 1e-9 * max(1.0, float(dense.abs().max())))
 
 
 @every_case
 @pytest.mark.parametrize("kind", ["numbers", "one an image", "one a coefficient"])
-def test_solve_is_that_of_the_matrix(case: Case, kind: str) -> None:
+def test_solve_matches_the_dense_solution(case: Case, kind: str) -> None:
     y = case.operator(draw(3, *case.shape, seed=5))
-    y = y + draw(*y.shape, seed=6)  # not only what A can reach
+    y = y + draw(*y.shape, seed=6)  # y is not in the range of A
     a: Tensor | float = 0.7
     b: Tensor | float = 0.2
     if kind == "one an image":
@@ -294,7 +295,7 @@ def test_solve_is_that_of_the_matrix(case: Case, kind: str) -> None:
 
 
 @every_case
-def test_images_of_a_batch_do_not_meet(case: Case) -> None:
+def test_images_of_a_batch_are_independent(case: Case) -> None:
     x = draw(3, *case.shape, seed=5)
     y = case.operator(x)
     for function, z in (
@@ -308,7 +309,7 @@ def test_images_of_a_batch_do_not_meet(case: Case) -> None:
 
 
 @every_case
-def test_single_precision_agrees(case: Case) -> None:
+def test_float32_agrees_with_float64(case: Case) -> None:
     x = draw(3, *case.shape, seed=5).clamp(-1, 1)
     y = case.operator(x)
     for function, z in ((case.operator, x), (case.operator.adjoint, y)):
@@ -321,7 +322,7 @@ def test_single_precision_agrees(case: Case) -> None:
 
 
 @every_case
-def test_the_gradient_is_the_transpose(case: Case) -> None:
+def test_gradient_is_the_adjoint(case: Case) -> None:
     x = draw(2, *case.shape, seed=5)
     y, vjp = torch.func.vjp(case.operator, x)
     v = draw(*y.shape, seed=6)
@@ -329,13 +330,13 @@ def test_the_gradient_is_the_transpose(case: Case) -> None:
 
 
 @every_case
-def test_operators_move_with_a_model_and_leave_no_trace_in_its_weights(case: Case) -> None:
+def test_operators_move_to_a_device_and_have_an_empty_state_dict(case: Case) -> None:
     parts = {name: buffer.clone() for name, buffer in case.operator.named_buffers()}
     assert case.operator.state_dict() == {}
     moved = type(case.operator).__new__(type(case.operator))
     moved.__dict__.update(case.operator.__dict__)
     moved._buffers = dict(case.operator._buffers)
-    moved = moved.to("meta")  # a device without numbers: a tensor left behind would be refused
+    moved = moved.to("meta")  # a tensor on another device would raise an error
     x = torch.empty(2, *case.shape, dtype=torch.float64, device="meta")
     y = moved(x)
     assert y.device.type == "meta"
@@ -345,10 +346,10 @@ def test_operators_move_with_a_model_and_leave_no_trace_in_its_weights(case: Cas
         assert torch.equal(buffer, parts[name])
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images of measurements ---------------------------------------------------------------------
 
 
-def test_pictures_show_what_was_seen() -> None:
+def test_to_image_shows_the_measurement() -> None:
     x = draw(2, 3, 8, 8).clamp(-1, 1)
 
     def picture(operator: SVDOperator) -> Tensor:
@@ -372,11 +373,11 @@ def test_pictures_show_what_was_seen() -> None:
     assert torch.equal(picture(Identity()), x)
 
 
-# --- what is special about one ------------------------------------------------------------------
+# --- single operators ---------------------------------------------------------------------------
 
 
-def test_a_blur_in_single_precision_is_the_real_one_and_its_inverse_does_not_explode() -> None:
-    """3 pixels of 256: four of five singular values are below float32's rounding, or nearly."""
+def test_wide_gaussian_blur_and_its_inverse_are_stable_in_float32() -> None:
+    """With a deviation of 3 of 256 pixels, most singular values are near float32 rounding."""
     x = draw(1, 1, 256, 256).clamp(-1, 1)
     blur = GaussianBlur((1, 256, 256), std=3.0)
     y = blur(x.float())
@@ -390,14 +391,14 @@ def test_a_blur_in_single_precision_is_the_real_one_and_its_inverse_does_not_exp
     close(blur.pseudo_inverse(y).double(), nearest, 0.02)
 
 
-def test_cut_singular_values_are_small_ones_of_the_real_blur() -> None:
+def test_truncating_singular_values_changes_the_blur_below_tolerance() -> None:
     x = draw(1, 1, 12, 12)
     blur = GaussianBlur((1, 12, 12), std=2.0)
     error = blur(x) - filtered(scipy.ndimage.gaussian_filter1d, sigma=2.0, radius=8)(x)
     assert 0 < float(error.norm()) < SV_TOLERANCE * float(x.norm())
 
 
-def test_a_box_is_where_it_was_put() -> None:
+def test_box_inpainting_has_the_given_position_and_size() -> None:
     def hole(*arguments) -> list[int]:
         rows, columns = (~BoxInpainting(*arguments).mask).nonzero().unbind(1)
         assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
@@ -409,7 +410,7 @@ def test_a_box_is_where_it_was_put() -> None:
     assert hole((1, 5, 5), 0.01) == [2, 2, 2, 2]
 
 
-def test_random_masks_are_a_function_of_the_seed_and_keep_the_given_fraction() -> None:
+def test_random_masks_depend_on_the_seed_and_keep_the_given_fraction() -> None:
     shape = (3, 16, 24)
     for keep in (0.02, 0.3, 1.0):
         assert int(RandomInpainting(shape, keep).mask.sum()) == round(keep * 16 * 24)
@@ -417,21 +418,21 @@ def test_random_masks_are_a_function_of_the_seed_and_keep_the_given_fraction() -
     assert int(RandomInpainting((1, 2, 2), keep=0.01).mask.sum()) == 1
     one, same, other = (RandomInpainting(shape, seed=seed).mask for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
-    # Rows and columns are alike: 115 of 384 pixels, in each half 57.5 with a deviation of 4.5.
+    # 115 of 384 pixels are kept: 57.5 in each half, with a standard deviation of 4.5.
     assert abs(int(one[:8].sum()) - 57.5) < 16 and abs(int(one[:, :12].sum()) - 57.5) < 16
     first, second = (CompressedSensing((1, 16, 16), seed=seed) for seed in (0, 1))
     assert not torch.equal(first.signs, second.signs)
-    assert abs(float(first.signs.sum())) < 64  # four deviations
+    assert abs(float(first.signs.sum())) < 64  # four standard deviations
 
 
-def test_the_kernel_of_a_straight_motion() -> None:
+def test_motion_kernel_of_a_straight_line() -> None:
     quarter = torch.tensor([0.25, 0.5, 0.25]).double()
     straight = motion_kernel(2.0)
     middle = len(straight) // 2
     close(straight[middle, middle - 1 : middle + 2], quarter, 1e-4)
     close(motion_kernel(2.0, 90.0), straight.T, 1e-12)
     close(motion_kernel(2.0, 180.0), straight, 1e-12)
-    up = motion_kernel(6.0, 45.0)  # anticlockwise: to the right and upwards
+    up = motion_kernel(6.0, 45.0)  # counterclockwise: to the right and upwards
     middle = len(up) // 2
     assert float(up[middle - 2, middle + 2]) > 0.1 and float(up[middle + 2, middle + 2]) == 0
     for kernel in (straight, up, motion_kernel(7.3, 20.0), motion_kernel(7.3, 20.0, seed=5)):
@@ -440,13 +441,13 @@ def test_the_kernel_of_a_straight_motion() -> None:
         assert float(kernel.min()) >= 0
         assert float(place @ kernel.sum(0)) == pytest.approx(0, abs=1e-10)
         assert float(place @ kernel.sum(1)) == pytest.approx(0, abs=1e-10)
-    # A line of length l has variance l² / 12; sharing out adds u (1 - u), 1/6 on average.
+    # A line of length l has variance l² / 12; linear interpolation adds u (1 - u), 1/6 on average.
     kernel = motion_kernel(12.0)
     place = torch.arange(len(kernel)).double() - len(kernel) // 2
     assert float(place**2 @ kernel.sum(0)) == pytest.approx(12 + 1 / 6, abs=1e-3)
 
 
-def test_the_kernel_of_a_shaken_camera_is_a_function_of_the_seed() -> None:
+def test_motion_kernel_of_camera_shake_depends_on_the_seed() -> None:
     one, same, other = (motion_kernel(9.0, 30.0, seed) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert one.shape != other.shape or float((one - other).abs().max()) > 0.01
@@ -454,7 +455,7 @@ def test_the_kernel_of_a_shaken_camera_is_a_function_of_the_seed() -> None:
     assert one.shape != straight.shape or float((one - straight).abs().max()) > 0.01
 
 
-def test_colours_do_not_matter_to_the_brightness_and_white_is_white() -> None:
+def test_grayscale_ignores_color_and_keeps_white() -> None:
     gray = Grayscale((3, 4, 4), weights=[0.3, 0.6, 0.6])
     close(gray(torch.ones(1, 3, 4, 4).double()), torch.ones(1, 1, 4, 4).double())
     c = gray.vt(draw(2, 3, 4, 4))
@@ -503,6 +504,6 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED, ids=[m for _, m in REFUSED])
-def test_what_is_not_allowed_is_named(make: Callable, message: str) -> None:
+def test_invalid_settings_are_an_error(make: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

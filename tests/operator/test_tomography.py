@@ -48,7 +48,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
 
 
 def dense(operator: LinearOperator, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """A (m, d), by its columns."""
+    """The matrix A of shape (m, d), computed column by column."""
     d = math.prod(shape)
     return operator(torch.eye(d, dtype=torch.float64).unflatten(1, shape)).flatten(1).T
 
@@ -67,7 +67,7 @@ Y = OPERATOR(X_0) + SIGMA_Y * draw(B, 1, 3, OPERATOR.detectors, seed=4)
 
 
 @pytest.mark.parametrize("detectors", [None, 5, 6, 8])
-def test_the_adjoint_is_the_transpose(detectors: int | None) -> None:
+def test_adjoint_is_the_transpose(detectors: int | None) -> None:
     operator = Tomography((2, 6, 6), angles=7, detectors=detectors)
     x = draw(3, 2, 6, 6)
     y = draw(3, 2, 7, operator.detectors, seed=1)
@@ -76,14 +76,14 @@ def test_the_adjoint_is_the_transpose(detectors: int | None) -> None:
     close(left, (x * operator.adjoint(y)).flatten(1).sum(1))
 
 
-def test_the_gradient_is_the_adjoint() -> None:
+def test_gradient_is_the_adjoint() -> None:
     x, y = draw(B, *SHAPE), draw(*Y.shape, seed=1)
     close(torch.func.vjp(OPERATOR, x)[1](y)[0], OPERATOR.adjoint(y))
     close(torch.func.vjp(OPERATOR.adjoint, y)[1](x)[0], OPERATOR(x))
     assert torch.autograd.gradcheck(OPERATOR, x[:1].requires_grad_())
 
 
-def test_angle_zero_gives_column_means_and_a_right_angle_row_means() -> None:
+def test_projections_at_0_and_90_degrees_are_column_and_row_means() -> None:
     x = draw(2, 3, 8, 8)
     operator = Tomography((3, 8, 8), angles=2, detectors=8)
     y = operator(x)
@@ -94,8 +94,8 @@ def test_angle_zero_gives_column_means_and_a_right_angle_row_means() -> None:
     close(wide(x)[:, :, 0], torch.nn.functional.pad(x.mean(2), (2, 2)))
 
 
-def test_all_rays_of_an_angle_see_the_whole_image() -> None:
-    """A pixel has the same weight at all angles, up to the interpolation along a ray."""
+def test_sum_of_a_projection_is_the_same_at_all_angles() -> None:
+    """A pixel has the same total weight at all angles, up to interpolation."""
     x = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
     x[..., 3:12, 5:14] = draw(9, 9) + 3
     y = Tomography((1, 16, 16), angles=9)(x)
@@ -105,7 +105,7 @@ def test_all_rays_of_an_angle_see_the_whole_image() -> None:
 
 
 def grid(side: int) -> tuple[Tensor, Tensor]:
-    """Coordinates x and y of the pixels, in pixels from the centre."""
+    """Coordinates x and y of the pixels, in pixels from the center."""
     line = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
     return line.expand(side, side), -line[:, None].expand(side, side)
 
@@ -122,7 +122,7 @@ def bump(side: int, width: float, centre: tuple[float, float]) -> Tensor:
     return torch.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * width**2))
 
 
-def test_projections_of_a_gaussian_bump() -> None:
+def test_projections_of_a_gaussian_match_the_closed_form() -> None:
     """The integral of exp(-r² / 2 w²) along a line at distance s is w √(2π) exp(-s² / 2 w²)."""
     operator = Tomography((1, 48, 48), angles=20)
     width, centre = 4.0, (5.0, -3.0)
@@ -133,12 +133,12 @@ def test_projections_of_a_gaussian_bump() -> None:
     close(actual, expected, 0.01 * float(expected.max()))
 
 
-def test_projections_of_a_disc() -> None:
-    """The chord of a disc of radius R at the distance s is 2 √(R² - s²)."""
+def test_projections_of_a_disk_match_the_closed_form() -> None:
+    """The chord of a disk of radius R at the distance s is 2 √(R² - s²)."""
     side, radius = 64, 20.0
     operator = Tomography((1, side, side), angles=16)
     x, y = grid(side)
-    disc = (radius + 0.5 - (x**2 + y**2).sqrt()).clamp(0, 1)  # edges of one pixel
+    disc = (radius + 0.5 - (x**2 + y**2).sqrt()).clamp(0, 1)  # the edge is one pixel wide
     _, place = rays(operator)
     chord = 2 * (radius**2 - place**2).clamp(min=0).sqrt() / side
     inside = place.abs() < radius - 2
@@ -147,14 +147,14 @@ def test_projections_of_a_disc() -> None:
     assert float(actual[:, place.abs() > radius + 1.5].abs().max()) == 0
 
 
-def test_the_reconstruction_of_a_smooth_image() -> None:
+def test_to_image_reconstructs_a_smooth_image() -> None:
     image = bump(32, 4.0, (3.0, 2.0)) - 0.5 * bump(32, 3.0, (-6.0, -1.0))
     operator = Tomography((1, 32, 32), angles=60)
     shown = operator.to_image(operator(image[None, None]))
     close(shown[0, 0], image, 0.05)
 
 
-def test_the_norm_of_the_matrix() -> None:
+def test_squared_norm_matches_the_matrix() -> None:
     close(OPERATOR.squared_norm(Y), A.square().sum().expand(B))
     colour = Tomography((3, 4, 4), angles=3)
     y = colour(draw(2, 3, 4, 4))
@@ -163,7 +163,7 @@ def test_the_norm_of_the_matrix() -> None:
     torch.testing.assert_close(estimate, colour.squared_norm(y), rtol=0.2, atol=0)
 
 
-def test_single_precision_and_a_batch() -> None:
+def test_float32_and_batched_projections_agree() -> None:
     x = draw(B, *SHAPE)
     single = OPERATOR(x.float())
     assert single.dtype == torch.float32
@@ -172,7 +172,7 @@ def test_single_precision_and_a_batch() -> None:
     assert OPERATOR.state_dict() == {}
 
 
-def test_images_that_are_not_square_are_refused() -> None:
+def test_invalid_settings_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"shape=\(1, 4, 6\) is not allowed for tomography"):
         Tomography((1, 4, 6))
     with pytest.raises(ValueError, match="angles=0 is not allowed; it must be an integer >= 1"):
@@ -185,7 +185,7 @@ def test_images_that_are_not_square_are_refused() -> None:
 
 
 @pytest.mark.parametrize("a", [0.3, 2.0])
-def test_systems_are_solved_by_conjugate_gradients(a: float) -> None:
+def test_conjugate_gradients_match_the_dense_solution(a: float) -> None:
     y = draw(*Y.shape, seed=6)
     matrix = a * A @ A.T + SIGMA_Y**2 * torch.eye(len(A)).double()
     expected = torch.linalg.solve(matrix, y.flatten(1).T).T
@@ -206,12 +206,12 @@ def _rotated() -> Matrix:
 
 
 def _coefficients(y: Tensor) -> Tensor:
-    """Qᵀ y, for `_rotated`; y itself if A has no more rows than columns."""
+    """Qᵀ y for `_rotated`; y itself if A has no more rows than columns."""
     return y.flatten(1) if len(A) <= D else y.flatten(1) @ torch.linalg.qr(A).Q
 
 
-def test_the_draw_around_an_estimate_is_exact() -> None:
-    """x ~ N(x̂, ρ² I) N(y; A x, σ_y² I): mean and covariance, read off its linear map."""
+def test_likelihood_step_of_daps_is_exact() -> None:
+    """x ~ N(x̂, ρ² I) N(y; A x, σ_y² I); its mean and covariance follow from the linear map."""
     rho, m = 0.7, len(A)
     rows = 1 + D + m
     observation = Observation(Y[:1].expand(rows, *Y.shape[1:]), SIGMA_Y, OPERATOR)
@@ -231,7 +231,7 @@ def test_the_draw_around_an_estimate_is_exact() -> None:
     close(response.T @ response, covariance, 1e-8)
 
 
-def test_the_score_of_the_posterior_is_that_of_the_decomposition() -> None:
+def test_posterior_score_matches_that_of_the_decomposition() -> None:
     denoiser, t = PRIOR.denoiser(VP()), VP().t_from_ratio(0.1)
     x_t = draw(B, *SHAPE, seed=8)
     actual = posterior_score(denoiser, x_t, t, Observation(Y, SIGMA_Y, OPERATOR))
@@ -281,13 +281,13 @@ METHODS: list[Guidance] = [
 
 
 @pytest.mark.parametrize("guidance", METHODS, ids=lambda guidance: type(guidance).__name__)
-def test_methods_that_need_only_the_adjoint(guidance: Guidance) -> None:
+def test_methods_with_only_the_adjoint_reduce_the_residual(guidance: Guidance) -> None:
     y = Y[:1].expand(8, *Y.shape[1:])
     generator = KeyedGenerator(make_key(0, torch.arange(8)))
     observation = Observation(y, SIGMA_Y, OPERATOR)
     x_0 = guidance(PRIOR.denoiser(VP()), Ancestral(32), observation, generator=generator)
     assert x_0.shape == (8, *SHAPE)
-    prior = (A @ PRIOR.means[0] - Y[0].flatten()).norm()  # the distance of a sample without y
+    prior = (A @ PRIOR.means[0] - Y[0].flatten()).norm()  # the residual of the prior mean
     assert float((x_0.flatten(1) @ A.T - y.flatten(1)).norm(dim=1).mean()) < float(prior)
 
 
@@ -295,7 +295,7 @@ def test_methods_that_need_only_the_adjoint(guidance: Guidance) -> None:
     "guidance", [DDRM(), DDNM(), DiffPIR(), ILVR(), Replacement(), TDS()],
     ids=lambda guidance: type(guidance).__name__,
 )  # fmt: skip
-def test_methods_that_need_a_decomposition_say_so(guidance: Guidance) -> None:
+def test_methods_that_need_a_decomposition_raise_an_error(guidance: Guidance) -> None:
     name = type(guidance).__name__
     with pytest.raises(
         ValueError, match=f"{name} needs the singular value .* Tomography has none"

@@ -1,4 +1,4 @@
-"""The mixture that all samplers are graded on, and its exact denoisers."""
+"""The mixture that is the test problem of all samplers, and its exact denoisers."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "vp": VP(), "ve": VE()}
 
 
 def make_mixture() -> GaussianMixture:
-    """Three well separated, narrow and oblique components: axes from 0.1 to 0.45 long."""
+    """Three well-separated components with narrow, oblique covariances.
+
+    The standard deviations are from 0.1 to 0.45.
+    """
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(3, D, D + 1, generator=generator, dtype=torch.float64)
     means = 2 * normal[..., -1] / normal[..., -1].norm(dim=1, keepdim=True)
@@ -26,7 +29,7 @@ MIXTURE = make_mixture()
 
 
 def start(schedule: Schedule, count: int = COUNT, seed: int = 1) -> tuple[Tensor, torch.Generator]:
-    """Noise to start from, float64, and the generator that made it, for the sampler's own."""
+    """The initial noise in float64, and its generator for the noise of the sampler."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, D, generator=generator, dtype=torch.float64)
     return schedule.prior_std * noise, generator

@@ -1,7 +1,7 @@
-"""Whole runs of our samplers against diffusers' schedulers: one network, one start, one noise.
+"""Complete runs of the samplers against the schedulers of diffusers, with equal network and noise.
 
-Both visit the same times: index i of diffusers is our t = (i + 1) / T. Its tables are replaced by
-float64 ones; some of its steps still round the state to float32.
+Both use the same times: index i of diffusers is t = (i + 1) / T. The tables of diffusers are
+replaced by float64 tables; some of its steps still round the state to float32.
 """
 
 import math
@@ -27,7 +27,7 @@ D = 5
 
 
 class Indices(TimeGrid):
-    """The times of given indices, and 0 after them."""
+    """A time grid of given indices, followed by 0."""
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices
@@ -38,7 +38,7 @@ class Indices(TimeGrid):
 
 
 class Net(nn.Module):
-    """A random ε-network that depends on x and the index, float64."""
+    """A random ε-network in float64 that depends on x and the index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 class Recorder(Denoiser):
-    """Records its inputs."""
+    """A denoiser that records its inputs."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.schedule)
@@ -87,7 +87,7 @@ def states(
 
 @torch.no_grad()
 def their_states(scheduler: Any, x: Tensor, **options: Any) -> list[Tensor]:
-    """The same of diffusers' loop, whose step k takes x from timestep k to k + 1."""
+    """x before every step of diffusers' loop, and the result."""
     states = [x]
     for i in scheduler.timesteps:
         epsilon = NET(scheduler.scale_model_input(x, i), i.expand(len(x)))
@@ -97,7 +97,7 @@ def their_states(scheduler: Any, x: Tensor, **options: Any) -> list[Tensor]:
 
 
 def in_float64(scheduler: Any, steps: int) -> Any:
-    """With tables of float64; in float32 1 - ᾱ and β have 3 digits at small t."""
+    """Replaces the tables by float64 ones; in float32, 1 - ᾱ and β have 3 digits at small t."""
     scheduler.betas, scheduler.alphas_cumprod = BETA, ALPHA_BAR
     scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     scheduler.set_timesteps(steps)
@@ -110,7 +110,7 @@ def in_float64(scheduler: Any, steps: int) -> Any:
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
-    """At every step, on the scale of the largest number there."""
+    """Compares the states of every step, relative to the largest value."""
     assert len(ours) == len(theirs)
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         error = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
@@ -124,8 +124,8 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> 
 @pytest.mark.parametrize(
     "spacing, steps", [("leading", 1000), ("leading", 50), ("trailing", 13), ("linspace", 28)]
 )
-def test_ancestral_sampling_is_ddpm(variance: str, spacing: str, steps: int) -> None:
-    """Under `trailing` theirs adds noise in the last step, too: its timestep is not 0."""
+def test_ancestral_matches_the_ddpm_scheduler(variance: str, spacing: str, steps: int) -> None:
+    """Under `trailing`, diffusers adds noise in the last step too, as its timestep is not 0."""
     scheduler = in_float64(
         diffusers.DDPMScheduler(
             variance_type=f"fixed_{variance}", clip_sample=False, timestep_spacing=spacing
@@ -146,7 +146,7 @@ def test_ancestral_sampling_is_ddpm(variance: str, spacing: str, steps: int) -> 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_ddim_is_theirs_where_the_steps_divide_a_thousand(spacing: str, eta: float) -> None:
+def test_ddim_matches_diffusers_if_the_steps_divide_1000(spacing: str, eta: float) -> None:
     scheduler = in_float64(
         diffusers.DDIMScheduler(clip_sample=False, timestep_spacing=spacing), 50
     )
@@ -159,7 +159,7 @@ def test_ddim_is_theirs_where_the_steps_divide_a_thousand(spacing: str, eta: flo
 
 @torch.no_grad()
 def ddim(indices: Tensor, x: Tensor) -> Tensor:
-    """Song, Meng, Ermon, eq. 12 with σ = 0, from each index to the one that follows it."""
+    """Song, Meng and Ermon, eq. 12 with σ = 0, from each index to the next one."""
     for i, j in pairwise([*indices.tolist(), -1]):
         now, following = float(ALPHA_BAR[i]), float(ALPHA_BAR[j]) if j >= 0 else 1.0
         epsilon = NET(x, torch.full((len(x),), i))
@@ -173,12 +173,10 @@ def ddim(indices: Tensor, x: Tensor) -> Tensor:
     [("leading", 50, True), ("trailing", 50, True), ("leading", 13, True),
      ("linspace", 10, False), ("linspace", 50, False), ("trailing", 13, False)],
 )  # fmt: skip
-def test_ddim_steps_to_the_next_time_and_theirs_not_always(
-    spacing: str, steps: int, right: bool
-) -> None:
-    """Theirs goes to i - T // n, wherever its own grid goes on (huggingface/diffusers#11347).
+def test_ddim_steps_to_the_next_time_of_its_grid(spacing: str, steps: int, right: bool) -> None:
+    """diffusers steps to i - T // n, whatever the next index is (huggingface/diffusers#11347).
 
-    With `linspace` and 10 steps the grid is 999, 888, ..., and x is taken to the level of 899.
+    With `linspace` and 10 steps, the grid is 999, 888, ..., but x is taken to the level of 899.
     """
     scheduler = in_float64(
         diffusers.DDIMScheduler(clip_sample=False, timestep_spacing=spacing), steps
@@ -197,13 +195,13 @@ def test_ddim_steps_to_the_next_time_and_theirs_not_always(
         assert float((theirs - exact).abs().max()) > 0.01
 
 
-# --- solvers of the ODE -------------------------------------------------------------------------
+# --- ODE solvers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("spacing, steps", [("linspace", 20), ("trailing", 25), ("leading", 8)])
-def test_dpm_solver_is_theirs(spacing: str, steps: int, order: int) -> None:
-    """2M with the midpoint's slopes; it rounds the state to float32."""
+def test_dpm_solver_matches_diffusers(spacing: str, steps: int, order: int) -> None:
+    """The method is 2M with midpoint slopes; diffusers rounds the state to float32."""
     scheduler = in_float64(
         diffusers.DPMSolverMultistepScheduler(solver_order=order, timestep_spacing=spacing), steps
     )
@@ -213,8 +211,8 @@ def test_dpm_solver_is_theirs(spacing: str, steps: int, order: int) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_stochastic_dpm_solver_is_theirs(order: int) -> None:
-    """Its noise is float32, and so is that of our sampler."""
+def test_stochastic_dpm_solver_matches_diffusers(order: int) -> None:
+    """The noise is float32 in both."""
     scheduler = in_float64(
         diffusers.DPMSolverMultistepScheduler(
             algorithm_type="sde-dpmsolver++", solver_order=order
@@ -238,8 +236,8 @@ def test_the_stochastic_dpm_solver_is_theirs(order: int) -> None:
 
 
 @pytest.mark.parametrize("spacing, steps", [("linspace", 20), ("trailing", 25), ("leading", 8)])
-def test_unipc_is_theirs(spacing: str, steps: int) -> None:
-    """Diffusers returns the predicted states, which are the inputs of our denoiser."""
+def test_unipc_matches_diffusers(spacing: str, steps: int) -> None:
+    """diffusers returns the predicted states, which are the inputs of the denoiser here."""
     scheduler = in_float64(
         diffusers.UniPCMultistepScheduler(
             solver_order=2, solver_type="bh2", timestep_spacing=spacing
@@ -252,11 +250,11 @@ def test_unipc_is_theirs(spacing: str, steps: int) -> None:
 
 
 @torch.no_grad()
-def test_heun_is_theirs() -> None:
-    """Theirs works on x_t / α_t, and every second of its steps is our whole one.
+def test_heun_matches_diffusers() -> None:
+    """diffusers works on x_t / α_t, and two of its steps are one step here.
 
-    999 / 27 is whole: elsewhere its `linspace` has levels between the indices, where it
-    interpolates σ and we log ᾱ.
+    999 / 27 is an integer. Otherwise its `linspace` has levels between the indices, where
+    diffusers interpolates σ and this package interpolates log ᾱ.
     """
     scheduler = diffusers.HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
     scheduler.set_timesteps(28)
@@ -278,14 +276,14 @@ def test_heun_is_theirs() -> None:
 
 
 @torch.no_grad()
-def test_edm_from_the_network_to_the_sample() -> None:
-    """Preconditioning, Karras' grid and Euler's steps, with the network's raw output F."""
+def test_edm_sampling_matches_diffusers() -> None:
+    """Preconditioning, Karras' grid and Euler steps, from the raw network output F."""
     scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
     scheduler.set_timesteps(30)
     x = 80 * start()[0]
     theirs = [x]
     for c_noise in scheduler.timesteps:
-        # Our index has ln σ on another scale: 0 at σ_min, 999 at σ_max.
+        # The index here is ln σ on another scale: 0 at σ_min, 999 at σ_max.
         index = 999 * (4 * c_noise - math.log(0.002)) / math.log(80 / 0.002)
         output = NET(scheduler.scale_model_input(theirs[-1], c_noise), index.expand(6))
         theirs.append(scheduler.step(output, c_noise, theirs[-1]).prev_sample)
@@ -296,7 +294,7 @@ def test_edm_from_the_network_to_the_sample() -> None:
 
 
 class Smooth(Denoiser):
-    """An estimate that depends on x_t / α_t and the level r alone, as every denoiser's does."""
+    """An estimate that depends only on x_t / α_t and the level r, as for every exact denoiser."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return smooth(x_t / self.schedule(t)[0].to(x_t), self.schedule.ratio(t).to(x_t))
@@ -310,7 +308,7 @@ def algorithm_2(
     x: Tensor, levels: Tensor, churn: float, noise: float, low: float, high: float,
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
-    """Karras et al.'s algorithm 2 line by line, for σ(t) = t, s(t) = 1; without churn, 1."""
+    """Algorithm 2 of Karras et al. for σ(t) = t and s(t) = 1; without churn, algorithm 1."""
     n = len(levels) - 1
     for t, t_next in pairwise(levels):
         gamma = min(churn / n, math.sqrt(2) - 1) if low <= t <= high else 0.0
@@ -329,8 +327,8 @@ def algorithm_2(
 
 @pytest.mark.parametrize("churn", [0.0, 5.0, 40.0])
 @pytest.mark.parametrize("schedule", [EDM(), VP()], ids=["edm", "vp"])
-def test_heun_is_algorithm_2_of_edm(schedule: Schedule, churn: float) -> None:
-    """Under VP, too: the levels are r, and x is x_t / α_t."""
+def test_heun_with_churn_matches_algorithm_2_of_edm(schedule: Schedule, churn: float) -> None:
+    """Under VP, the levels are r, and x is x_t / α_t."""
     options = {"churn": churn, "noise": 1.003, "churn_min": 0.05, "churn_max": 50.0}
     sampler = Heun(18, grid=Karras(), **options)
     levels = schedule.ratio(sampler.times(schedule))
@@ -342,7 +340,7 @@ def test_heun_is_algorithm_2_of_edm(schedule: Schedule, churn: float) -> None:
     assert_close([ours], [theirs], 1e-9)
 
 
-def test_the_levels_of_karras_are_equation_5() -> None:
+def test_karras_grid_matches_equation_5() -> None:
     sigma = (80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     levels = EDM().ratio(Karras()(EDM(), 18, 1.0))
     np.testing.assert_allclose(levels, [*sigma, 0.0], rtol=1e-10)

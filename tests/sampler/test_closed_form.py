@@ -1,7 +1,8 @@
-"""Every sampler against a mixture of Gaussians whose denoiser is exact, in float64.
+"""Every sampler against a Gaussian mixture whose denoiser is exact, in float64.
 
-The distance is measured in whitened coordinates, over that of exact draws: a plain distance of two
-mixtures is mostly luck in the components' shares, and wrong samplers pass.
+The distance is measured in whitened coordinates, relative to that of exact samples. A plain
+distance between samples of a mixture depends mostly on the random component counts, so that wrong
+samplers pass.
 """
 
 import math
@@ -38,7 +39,7 @@ from diffusion_lab.transition import transition
 
 FLOOR = mixture_distance.floor(MIXTURE, COUNT, seed=0)
 
-ROWS: dict[str, tuple[Sampler, float]] = {  # and the largest distance, in floors
+ROWS: dict[str, tuple[Sampler, float]] = {  # the maximum distance, in multiples of the floor
     "ancestral 500": (Ancestral(500, grid=LogSNR()), 1.5),
     "ancestral 500 uniform": (Ancestral(500), 2.4),
     "ddim 200": (DDIM(200, grid=LogSNR()), 1.5),
@@ -52,7 +53,7 @@ ROWS: dict[str, tuple[Sampler, float]] = {  # and the largest distance, in floor
     "sde dpm_solver 100": (DPMSolver(100, stochastic=True), 1.35),
     "predictor_corrector 250": (PredictorCorrector(250), 1.4),
 }
-# Once, under one schedule: they share the code of a row above, or are slow.
+# Tested once under one schedule: they share code with a row above, or are slow.
 OTHERS: dict[str, tuple[Sampler, Schedule, float]] = {
     "reverse_diffusion": (ReverseDiffusion(500), SCHEDULES["vp"], 1.4),
     "dormand-prince on a grid": (ProbabilityFlow(20, adaptive=False), SCHEDULES["linear"], 1.35),
@@ -66,7 +67,8 @@ OTHERS: dict[str, tuple[Sampler, Schedule, float]] = {
     "flow dpm_solver": (DPMSolver(50), Flow(), 1.35),
     "flow euler_maruyama": (EulerMaruyama(500), Flow(), 1.4),
     "zero terminal snr": (Heun(50), Linear(zero_terminal_snr=True), 1.35),
-    "laplace": (DPMSolver(50), Laplace(b=2.0), 1.35),  # b = 0.5 ends at a visible noise level
+    # With b = 0.5 the noise level at t_min is visible.
+    "laplace": (DPMSolver(50), Laplace(b=2.0), 1.35),
     "shifted": (DPMSolver(50), Linear(shift=4.0), 1.35),
     "ancestral large": (Ancestral(1000, variance="large"), SCHEDULES["linear"], 2.4),
 }
@@ -79,7 +81,7 @@ def graded(sampler: Sampler, schedule: Schedule, denoiser: Denoiser | None = Non
     return distance / FLOOR, shares
 
 
-# The other two differ from these in their numbers only.
+# The other two schedules differ from these only in their numbers.
 IN_MINUTES = [
     pytest.param(name, marks=() if name in ("linear", "ve") else pytest.mark.slow)
     for name in SCHEDULES
@@ -88,24 +90,24 @@ IN_MINUTES = [
 
 @pytest.mark.parametrize("schedule", IN_MINUTES)
 @pytest.mark.parametrize("row", ROWS)
-def test_samplers_reach_the_mixture(row: str, schedule: str) -> None:
+def test_samplers_converge_to_the_mixture(row: str, schedule: str) -> None:
     sampler, bound = ROWS[row]
     ratio, shares = graded(sampler, SCHEDULES[schedule])
     assert ratio <= bound and shares <= 0.03, (ratio, shares)
 
 
 @pytest.mark.parametrize("row", OTHERS)
-def test_other_pairs_reach_the_mixture(row: str) -> None:
+def test_other_samplers_and_schedules_converge_to_the_mixture(row: str) -> None:
     sampler, schedule, bound = OTHERS[row]
     ratio, shares = graded(sampler, schedule)
     assert ratio <= bound and shares <= 0.03, (ratio, shares)
 
 
-# --- the same test sees what is wrong -----------------------------------------------------------
+# --- planted bugs are detected ------------------------------------------------------------------
 
 
 class LevelOff(DDIM):
-    """Steps to the level after the one it should."""
+    """A bug: each step goes to the level after the requested one."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         times = self.times(denoiser.schedule)
@@ -114,7 +116,7 @@ class LevelOff(DDIM):
 
 
 class WrongSign(DPMSolver):
-    """Extrapolates in the wrong direction."""
+    """A bug: extrapolates in the wrong direction."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         if state.previous is not None:
@@ -125,14 +127,14 @@ class WrongSign(DPMSolver):
 
 
 class TooLittleNoise(EulerMaruyama):
-    """√(g² dt / 2): a missing factor √2."""
+    """A bug: √(g² dt / 2), with a missing factor √2."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         return super().step(denoiser, state, s, lambda x: noise(x) / math.sqrt(2))
 
 
 class NotAlphaBar(DDIM):
-    """ε̂ with α_s in place of α_t."""
+    """A bug: ε̂ computed with α_s in place of α_t."""
 
     def step(self, denoiser: Denoiser, state: State, s: Tensor, noise: Callable) -> Tensor:
         step = transition(denoiser.schedule, state.t, s)
@@ -150,8 +152,8 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_caught(bug: str) -> None:
-    """The plain distance would not detect the first three."""
+def test_planted_bugs_exceed_the_maximum_distance(bug: str) -> None:
+    """A plain distance would not detect the first three."""
     sampler, bound = BUGS[bug]
     ratio, _ = graded(sampler, SCHEDULES["linear"])
     assert ratio > 1.15 * bound, ratio
@@ -179,7 +181,7 @@ def solved(schedule: str) -> tuple[Denoiser, Tensor, Tensor]:
     ids=["ddim", "heun", "dpm_solver", "unipc"],
 )
 def test_order_of_convergence(make: Callable, order: int, tolerance: float, schedule: str) -> None:
-    """The slope of the median error over N, from the same end points. UniC-2 is of order 3."""
+    """The slope of the median error over N, for equal initial states. UniC-2 has order 3."""
     denoiser, x, exact = solved(schedule)
     steps = np.array([100, 150, 225])
     errors = [float((make(int(n))(denoiser, x) - exact).norm(dim=1).median()) for n in steps]
@@ -191,10 +193,10 @@ def test_order_of_convergence(make: Callable, order: int, tolerance: float, sche
 
 
 @pytest.mark.parametrize("own, other", [("linear", "ve"), ("ve", "linear"), ("cosine", "vp")])
-def test_a_denoiser_under_another_schedule_is_the_denoiser_of_that_schedule(
+def test_rescheduled_denoiser_matches_the_denoiser_of_the_other_schedule(
     own: str, other: str
 ) -> None:
-    """Where both schedules have the level; x of both has the same distribution."""
+    """This holds at noise levels that both schedules have."""
     wide = VE(sigma_min=0.01, sigma_max=150.0) if other == "ve" else SCHEDULES[other]
     narrow = SCHEDULES[own]
     rescheduled = Rescheduled(MIXTURE.denoiser(narrow), wide)
@@ -207,8 +209,8 @@ def test_a_denoiser_under_another_schedule_is_the_denoiser_of_that_schedule(
         )
 
 
-def test_samples_under_another_schedule() -> None:
-    """A VE sampler of a prior of DDPM's linear schedule, within its levels."""
+def test_unipc_with_a_rescheduled_denoiser_converges_to_the_mixture() -> None:
+    """A VE sampler uses a prior of DDPM's linear schedule, within the levels of the latter."""
     schedule = VE(sigma_min=0.02, sigma_max=150.0)
     denoiser = Rescheduled(MIXTURE.denoiser(SCHEDULES["linear"]), schedule)
     ratio, shares = graded(UniPC(50), schedule, denoiser)
@@ -218,18 +220,18 @@ def test_samples_under_another_schedule() -> None:
     assert ratio <= 1.35 and shares <= 0.03
 
 
-def test_a_level_that_the_prior_was_not_trained_at_is_refused() -> None:
+def test_level_outside_the_schedule_of_the_prior_is_an_error() -> None:
     denoiser = Rescheduled(MIXTURE.denoiser(SCHEDULES["linear"]), VE())
     with pytest.raises(ValueError, match="= 348 is outside the schedule Linear, whose range"):
         DDIM(10)(denoiser, start(VE(), 2)[0])
 
 
-# --- the rest -----------------------------------------------------------------------------------
+# --- other tests --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_steps_forward_compose_to_the_closed_kernel(name: str) -> None:
-    """q(x_i | x_{i-1}) step by step: the variances add up to σ_t², the factors to α_t."""
+def test_forward_transitions_compose_to_the_marginal(name: str) -> None:
+    """The composition of all q(x_i | x_{i-1}) has the factor α_t and the variance σ_t²."""
     schedule = SCHEDULES[name]
     mean, variance = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for s, t in zip(range(1000), range(1, 1001), strict=True):
@@ -241,21 +243,21 @@ def test_steps_forward_compose_to_the_closed_kernel(name: str) -> None:
     torch.testing.assert_close(variance.sqrt(), sigma_1, rtol=1e-9, atol=0)
 
 
-def test_ancestral_sampling_of_the_sub_vp_sde_is_refused() -> None:
+def test_ancestral_sampling_of_the_sub_vp_sde_is_an_error() -> None:
     denoiser = MIXTURE.denoiser(SubVP())
     for sampler in (Ancestral(10), PredictorCorrector(10, Ancestral)):
         with pytest.raises(ValueError, match="the sub-VP SDE has none"):
             sampler(denoiser, torch.zeros(2, D, dtype=torch.float64))
 
 
-def test_langevin_keeps_what_it_is_given() -> None:
-    """With small steps the distribution at a level does not change, for many corrections."""
+def test_langevin_steps_preserve_the_distribution() -> None:
+    """With small steps, many corrections do not change the distribution at a level."""
     ratio, shares = graded(PredictorCorrector(100, langevin_steps=4, snr=0.05), SCHEDULES["vp"])
     assert ratio <= 1.8 and shares <= 0.03
 
 
-def test_annealed_langevin_nears_the_mixture_with_the_steps_at_a_level() -> None:
-    """Too few of them leave some of the noise of the levels before; the shares are its own."""
+def test_annealed_langevin_improves_with_the_steps_per_level() -> None:
+    """Too few steps keep noise of the previous levels. The component weights are not compared."""
     errors = []
     for count in (2, 5, 20):
         x, generator = start(SCHEDULES["ve"], 512)
@@ -267,7 +269,7 @@ def test_annealed_langevin_nears_the_mixture_with_the_steps_at_a_level() -> None
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0 and errors[2] < 0.05, errors
 
 
-def test_a_state_that_is_no_number_stops_the_sampler() -> None:
+def test_non_finite_state_stops_the_sampler() -> None:
     class Broken(Denoiser):
         def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
             return x_t * (math.nan if bool((t < 0.55).any()) else 1)
@@ -282,7 +284,9 @@ def test_a_state_that_is_no_number_stops_the_sampler() -> None:
 @pytest.mark.parametrize("grid", [Uniform(), Quadratic(), LogSNR(), Karras()])
 @pytest.mark.parametrize("schedule", [*SCHEDULES.values(), EDM(), Flow(), SubVP()])
 @pytest.mark.parametrize("t_start", [1.0, 0.3, 1e-4])
-def test_grids_fall_from_the_start_to_zero(grid, schedule: Schedule, t_start: float) -> None:
+def test_time_grids_decrease_from_the_start_to_zero(
+    grid, schedule: Schedule, t_start: float
+) -> None:
     for steps in (1, 2, 17):
         times = grid(schedule, steps, t_start)
         assert times.shape == (steps + 1,) and times.dtype == torch.float64
@@ -290,13 +294,13 @@ def test_grids_fall_from_the_start_to_zero(grid, schedule: Schedule, t_start: fl
         assert bool((times.diff() < 0).all())
 
 
-def test_grids_are_those_of_their_formulas() -> None:
+def test_time_grids_match_their_formulas() -> None:
     ve = SCHEDULES["ve"]
     ratio = ve.ratio(LogSNR()(ve, 11, 1.0)[:-1])
     torch.testing.assert_close(
         ratio, torch.logspace(math.log10(float(ratio[0])), -2, 11, dtype=torch.float64)
     )
-    i = torch.arange(18, dtype=torch.float64) / 17  # EDM's own grid, with its levels
+    i = torch.arange(18, dtype=torch.float64) / 17  # the grid of EDM with its levels
     expected = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     edm = EDM()
     torch.testing.assert_close(edm.ratio(Karras(7.0)(edm, 18, 1.0)[:-1]), expected)

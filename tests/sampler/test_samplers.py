@@ -1,4 +1,4 @@
-"""Samplers on a Gaussian prior, exactly: moments of their output, formulas, diffusers' steps."""
+"""Samplers on a Gaussian prior: exact moments, formulas, and the steps of diffusers."""
 
 import math
 from functools import partial
@@ -53,12 +53,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def time(index: float, steps: int = 1000) -> Tensor:
-    """The time of DDPM's index; -1 is the clean image."""
+    """The time of DDPM's index; index -1 is the clean image."""
     return torch.tensor((index + 1) / steps, dtype=torch.float64)
 
 
 class Silent(Denoiser):
-    """A denoiser that must not be called, for steps that have their estimate."""
+    """A denoiser that must not be called, for steps that are given their estimate."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         raise AssertionError(f"asked at t={float(t)}")
@@ -68,7 +68,7 @@ def one_step(
     sampler: Sampler, schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor,
     z: Tensor,
 ) -> Tensor:  # fmt: skip
-    """x_s; z is all the noise there is, and a deterministic sampler gets none."""
+    """x_s after one step; z is the only noise, and a deterministic sampler gets none."""
     draws = [z] if sampler.stochastic else []
 
     def noise(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def one_step(
 
 
 class Isotropic(Denoiser):
-    """E[x_0 | x_t] for x_0 ~ N(μ, ν I), on any trailing shape."""
+    """E[x_0 | x_t] for x_0 ~ N(μ, ν I), for any trailing shape."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         alpha_t, sigma_t = (broadcast(c, x_t) for c in self.schedule(t))
@@ -89,7 +89,7 @@ class Isotropic(Denoiser):
         return mean + gain * (x_t - alpha_t * mean)
 
 
-# --- what comes out -----------------------------------------------------------------------------
+# --- moments of the output ----------------------------------------------------------------------
 
 
 def errors(sampler: Sampler, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -98,20 +98,23 @@ def errors(sampler: Sampler, schedule: Schedule) -> tuple[Tensor, Tensor]:
     mean, covariance = sampler_moments(sampler, denoiser, *denoiser.marginal(1.0))
     rotated = ROTATION.T @ covariance @ ROTATION
     off_diagonal = rotated - rotated.diag().diag()
-    assert float(off_diagonal.abs().max()) < 1e-10  # the axes themselves are exact
+    assert float(off_diagonal.abs().max()) < 1e-10  # the principal axes are exact
     return mean - MEAN, rotated.diag() / EIGENVALUES - 1
 
 
 @every_schedule
 @every_sampler
 def test_samples_converge_to_the_prior(name: str, schedule: Schedule) -> None:
-    """Variance errors of at most 2% at 512 steps (5% of the small one), halving with the step."""
+    """With 512 steps, variance errors are below 2.5% (5% for the small variance and η = 0.5).
+
+    The errors halve when the number of steps doubles.
+    """
     mean, coarse = errors(MAKERS[name](256), schedule)
     mean_2, fine = errors(MAKERS[name](512), schedule)
     assert float(fine.abs().max()) < (0.05 if name in ("small", "ddim_0.5") else 0.025)
     ratio = float(coarse.norm() / fine.norm())
     assert 1.65 < ratio < 2.3  # first order
-    if name == "euler_maruyama":  # the only one whose mean is not exact
+    if name == "euler_maruyama":  # the only sampler whose mean is not exact
         assert 1.9 < float(mean.norm() / mean_2.norm()) < 2.1
         assert float(mean_2.abs().max()) < 1e-3
     else:
@@ -120,17 +123,17 @@ def test_samples_converge_to_the_prior(name: str, schedule: Schedule) -> None:
 
 @every_schedule
 @pytest.mark.parametrize("steps", [64, 256])
-def test_on_which_side_each_sampler_errs(schedule: Schedule, steps: int) -> None:
+def test_sign_of_the_variance_error_of_each_sampler(schedule: Schedule, steps: int) -> None:
     sides = {name: errors(make(steps), schedule)[1] for name, make in MAKERS.items()}
     assert bool((sides["euler_maruyama"] > 0).all()) and bool((sides["large"] > 0).all())
     for name in ("small", "ddim", "ddim_0.5"):
         assert bool((sides[name] < 0).all()), name
-    assert bool((sides["small"] < sides["ddim_0.5"]).all())  # more noise, more steps needed
+    assert bool((sides["small"] < sides["ddim_0.5"]).all())  # more noise needs more steps
     assert bool((sides["ddim_0.5"] < sides["ddim"]).all())
 
 
-def test_from_standard_noise_only_the_end_of_the_schedule_is_missing() -> None:
-    """N(0, I) is not quite what x_1 is; α_1 = 6e-3 of the linear schedule is left of the mean."""
+def test_start_from_standard_noise_adds_only_a_small_error() -> None:
+    """x_1 is not exactly N(0, I): with α_1 = 6e-3, the linear schedule keeps part of the mean."""
     denoiser = GaussianDenoiser(Linear())
     start = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     mean, _ = sampler_moments(Ancestral(200), denoiser, *start)
@@ -139,12 +142,12 @@ def test_from_standard_noise_only_the_end_of_the_schedule_is_missing() -> None:
     assert 1e-4 < float((mean - MEAN).abs().max()) < 6e-3
 
 
-# --- one step -----------------------------------------------------------------------------------
+# --- single steps -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("index", [1, 37, 500, 999])
-def test_the_ancestral_step_is_that_of_the_paper(variance: str, index: int) -> None:
+def test_ancestral_step_matches_ddpm(variance: str, index: int) -> None:
     """1/√a_t (x_t - β_t / √(1 - ᾱ_t) ε̂) + s_t z, with s_t² = β̃_t or β_t."""
     beta = np.linspace(1e-4, 0.02, 1000)
     alpha_bar = np.cumprod(1 - beta)
@@ -159,7 +162,7 @@ def test_the_ancestral_step_is_that_of_the_paper(variance: str, index: int) -> N
 
 
 @pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.61803, 0.3), (0.002, 0.001), (0.3, 0.0)])
-def test_ddim_with_full_noise_is_the_small_variance_step(t: float, s: float) -> None:
+def test_ddim_with_eta_one_equals_the_small_variance_step(t: float, s: float) -> None:
     x_t, denoised, z = normal(3, 6, 4)
     for schedule in ALL.values():
         arguments = (schedule, x_t, denoised, *torch.tensor([t, s]).double(), z)
@@ -169,7 +172,7 @@ def test_ddim_with_full_noise_is_the_small_variance_step(t: float, s: float) -> 
 
 
 @any_schedule
-def test_ddim_without_noise_keeps_the_noise_it_sees(schedule: Schedule) -> None:
+def test_ddim_with_eta_zero_keeps_epsilon(schedule: Schedule) -> None:
     """x_t = α_t x_0 + σ_t ε becomes α_s x_0 + σ_s ε, for any t and s."""
     x_0, epsilon, z = normal(3, 6, 4)
     for t, s in ((0.9, 0.2), (0.3, 0.0), (1.0, 0.5)):
@@ -181,7 +184,7 @@ def test_ddim_without_noise_keeps_the_noise_it_sees(schedule: Schedule) -> None:
         torch.testing.assert_close(actual, alpha_s * x_0 + sigma_s * epsilon)
 
 
-def test_euler_maruyama_is_the_textbook_scheme_where_g_is_constant() -> None:
+def test_euler_maruyama_matches_the_standard_scheme_for_constant_g() -> None:
     """x - [f x - g² score] (t - s) + g √(t - s) z, within one interval of the table."""
     schedule = Linear(steps=50, beta_max=0.3)
     x_t, denoised, z = normal(3, 6, 4)
@@ -196,20 +199,20 @@ def test_euler_maruyama_is_the_textbook_scheme_where_g_is_constant() -> None:
 
 @any_schedule
 @every_sampler
-def test_the_last_step_returns_the_estimate_without_noise(name: str, schedule: Schedule) -> None:
+def test_last_step_returns_the_estimate_without_noise(name: str, schedule: Schedule) -> None:
     x_t, denoised, z = normal(3, 6, 4)
     sampler, arguments = MAKERS[name](10), (schedule, x_t, denoised, time(4))
     step = one_step(sampler, *arguments, time(-1), 100 * z)
     torch.testing.assert_close(step, denoised, rtol=1e-12, atol=1e-12)
     before = one_step(sampler, *arguments, time(0), 100 * z)
     same = one_step(sampler, *arguments, time(0), 0 * z)
-    assert torch.equal(before, same) == (name == "ddim")  # while all others do
+    assert torch.equal(before, same) == (name == "ddim")  # all other samplers add noise here
 
 
 @any_schedule
 @pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.61803, 0.3), (0.002, 0.001)])
-def test_the_ancestral_step_is_bayes_rule(schedule: Schedule, t: float, s: float) -> None:
-    """p(x_s | x_t, x_0) by adding the precisions of q(x_s | x_0) and of q(x_t | x_s)."""
+def test_ancestral_step_matches_bayes_rule(schedule: Schedule, t: float, s: float) -> None:
+    """p(x_s | x_t, x_0), by adding the precisions of q(x_s | x_0) and q(x_t | x_s)."""
     x_t, x_0, z = normal(3, 6, 4)
     time_t, time_s = torch.tensor([t, s], dtype=torch.float64)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(time_t), schedule(time_s)
@@ -223,8 +226,8 @@ def test_the_ancestral_step_is_bayes_rule(schedule: Schedule, t: float, s: float
 
 
 @any_schedule
-def test_the_variance_of_a_transition_is_that_of_the_sde(schedule: Schedule) -> None:
-    """v = ∫_s^t (α_t / α_u)² g(u)² du, and the small steps keep their digits."""
+def test_transition_variance_matches_the_sde(schedule: Schedule) -> None:
+    """v = ∫_s^t (α_t / α_u)² g(u)² du, also accurate for small steps."""
     for t, s in ((0.5, 0.4), (0.9, 0.2), (0.3, 0.3 - 1e-6)):
         u = torch.linspace(s, t, 200_001, dtype=torch.float64)
         alpha, _ = schedule(u)
@@ -239,11 +242,11 @@ def test_the_variance_of_a_transition_is_that_of_the_sde(schedule: Schedule) -> 
             assert actual.dtype == torch.float64 and float(actual) == float(wanted)
 
 
-# --- against diffusers --------------------------------------------------------------------------
+# --- diffusers ----------------------------------------------------------------------------------
 
 
 def with_float64_tables(scheduler):
-    """Its tables are float32, in which 1 - ᾱ and β have 3 digits at small t."""
+    """Replaces the float32 tables, in which 1 - ᾱ and β have 3 digits at small t."""
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     scheduler.betas, scheduler.alphas_cumprod = beta, (1 - beta).cumprod(0)
     scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
@@ -251,7 +254,7 @@ def with_float64_tables(scheduler):
 
 
 def epsilon_and_estimate(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """A network's ε̂, and the x̂ that it means; some of it is outside [-1, 1]."""
+    """A network output ε̂ and its estimate x̂, part of which is outside [-1, 1]."""
     alpha_t, sigma_t = Linear()(time(index))
     denoised = 1.2 * normal(*x_t.shape, seed=5)
     assert float(denoised.abs().max()) > 1
@@ -261,7 +264,7 @@ def epsilon_and_estimate(x_t: Tensor, index: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("index, stride", [(999, 1), (412, 1), (1, 1), (0, 1), (980, 20), (0, 20)])
-def test_ancestral_steps_are_those_of_diffusers(
+def test_ancestral_steps_match_diffusers(
     variance: str, clip: bool, index: int, stride: int
 ) -> None:
     scheduler = with_float64_tables(
@@ -283,8 +286,8 @@ def test_ancestral_steps_are_those_of_diffusers(
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("index", [980, 500, 20, 0])
-def test_ddim_steps_are_those_of_diffusers(eta: float, clip: bool, index: int) -> None:
-    """On its `leading` grid of 50 steps: it errs on the others (huggingface/diffusers#9261)."""
+def test_ddim_steps_match_diffusers(eta: float, clip: bool, index: int) -> None:
+    """The grid is `leading`; diffusers is wrong on others (huggingface/diffusers#9261)."""
     scheduler = with_float64_tables(diffusers.DDIMScheduler(clip_sample=clip))
     scheduler.set_timesteps(50)
     assert index in scheduler.timesteps
@@ -299,12 +302,14 @@ def test_ddim_steps_are_those_of_diffusers(eta: float, clip: bool, index: int) -
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-# --- the loop -----------------------------------------------------------------------------------
+# --- sampling loop ------------------------------------------------------------------------------
 
 
 @every_sampler
 @pytest.mark.parametrize("t_start", [1.0, 0.3])
-def test_the_grid_falls_evenly_from_the_start_to_zero(name: str, t_start: float) -> None:
+def test_default_grid_decreases_uniformly_from_the_start_to_zero(
+    name: str, t_start: float
+) -> None:
     for schedule in ALL.values():
         times = MAKERS[name](7).times(schedule, t_start)
         assert times.dtype == torch.float64
@@ -314,7 +319,7 @@ def test_the_grid_falls_evenly_from_the_start_to_zero(name: str, t_start: float)
 
 
 @every_sampler
-def test_another_grid_takes_the_place_of_the_even_one(name: str) -> None:
+def test_given_grid_replaces_the_uniform_grid(name: str) -> None:
     sampler, states = MAKERS[name](5, grid=Quadratic()), list[State]()
     expected = [0.8 * (1 - k / 5) ** 2 for k in range(6)]
     assert sampler.times(Cosine(), 0.8).tolist() == pytest.approx(expected, rel=1e-12)
@@ -330,7 +335,7 @@ def test_a_thousand_steps_visit_every_index(name: str) -> None:
 
 
 @every_sampler
-def test_states_before_every_step_and_at_the_end(name: str) -> None:
+def test_callback_gets_the_state_before_every_step_and_at_the_end(name: str) -> None:
     denoiser, states = GaussianDenoiser(Cosine()), list[State]()
     sampler, start = MAKERS[name](5), normal(3, 4)
     generator = torch.Generator().manual_seed(0)
@@ -342,19 +347,19 @@ def test_states_before_every_step_and_at_the_end(name: str) -> None:
         assert torch.equal(state.denoised, denoiser(state.x_t, t))
     assert torch.equal(states[-1].x_t, result) and torch.equal(states[-1].denoised, result)
     again = sampler(denoiser, start, t_start=0.8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again, result)  # a callback changes nothing
+    assert torch.equal(again, result)  # the callback does not change the result
     generator = torch.Generator().manual_seed(0)
     times = sampler.times(Cosine(), 0.8)
-    for k, state in enumerate(states[:-1]):  # what lies between two states is a step
+    for k, state in enumerate(states[:-1]):  # consecutive states are one step apart
         z = torch.randn(3, 4, dtype=torch.float64, generator=generator)
         arguments = (state.x_t, state.denoised, times[k], times[k + 1], z)
         x_s = one_step(sampler, Cosine(), *arguments)
         assert torch.equal(x_s, states[k + 1].x_t)
-        assert state.previous is None  # none of these looks back
+        assert state.previous is None  # all of these are one-step samplers
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
-def test_a_state_knows_as_many_before_it_as_its_sampler_wants(length: int) -> None:
+def test_state_has_as_many_previous_states_as_the_sampler_needs(length: int) -> None:
     class Remembering(DDIM):
         history = length
 
@@ -373,7 +378,7 @@ def test_a_state_knows_as_many_before_it_as_its_sampler_wants(length: int) -> No
 
 @every_sampler
 def test_adjust_changes_the_state_after_every_step(name: str) -> None:
-    """x_s + (1 - x_t) / 10 by hand; the callback sees what comes of it."""
+    """The reference adds (1 - x_t) / 10 to x_s; the callback gets the adjusted state."""
     denoiser, states, seen = GaussianDenoiser(Cosine()), list[State](), []
 
     def adjust(state: State, x_s: Tensor) -> Tensor:
@@ -396,7 +401,7 @@ def test_adjust_changes_the_state_after_every_step(name: str) -> None:
 
 
 @every_sampler
-def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+def test_samples_do_not_depend_on_the_batch(name: str) -> None:
     denoiser, key = GaussianDenoiser(Linear()), make_key(0, "sample", torch.arange(6))
 
     def samples(chosen: list[int]) -> Tensor:
@@ -411,7 +416,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 
 
 @every_sampler
-def test_vectors_and_images_alike(name: str) -> None:
+def test_samples_are_equal_for_vectors_and_images(name: str) -> None:
     start = normal(2, 12)
     results = [
         MAKERS[name](10)(
@@ -427,7 +432,7 @@ def test_vectors_and_images_alike(name: str) -> None:
 
 
 @every_sampler
-def test_the_state_keeps_the_type_of_the_start(name: str) -> None:
+def test_state_keeps_the_dtype_of_the_start(name: str) -> None:
     single, double = (
         MAKERS[name](30)(
             Isotropic(Linear()), start, generator=KeyedGenerator(make_key(0, torch.arange(4)))
@@ -439,7 +444,7 @@ def test_the_state_keeps_the_type_of_the_start(name: str) -> None:
 
 
 @every_sampler
-def test_clip_is_the_clipped_denoiser(name: str) -> None:
+def test_clip_equals_sampling_with_a_clipped_denoiser(name: str) -> None:
     start, denoiser = 2 * normal(50, 4), GaussianDenoiser(Linear(), 2 * MEAN, COVARIANCE)
     plain, clipped, wrapped = (
         MAKERS[name](20, clip=clip)(prior, start, generator=torch.Generator().manual_seed(0))
@@ -449,7 +454,7 @@ def test_clip_is_the_clipped_denoiser(name: str) -> None:
     assert float(plain.abs().max()) > 1.2 and float(clipped.abs().max()) <= 1 + 1e-9
 
 
-def test_stochastic_says_whether_one_start_has_many_results() -> None:
+def test_stochastic_attribute_matches_the_use_of_noise() -> None:
     denoiser, start = GaussianDenoiser(Linear()), normal(3, 4)
     for make in MAKERS.values():
         sampler = make(5)
@@ -457,25 +462,25 @@ def test_stochastic_says_whether_one_start_has_many_results() -> None:
         before = generators[0].get_state()
         one, two = (sampler(denoiser, start, generator=generator) for generator in generators)
         assert sampler.stochastic == (not torch.equal(one, two))
-        # Without noise no number is drawn either.
+        # A deterministic sampler draws no random numbers.
         assert sampler.stochastic == (not torch.equal(generators[0].get_state(), before))
 
 
-def test_sampling_keeps_no_graph() -> None:
+def test_samples_require_no_grad() -> None:
     start = normal(1, 4).requires_grad_()
     assert not DDIM(2)(GaussianDenoiser(Linear()), start).requires_grad
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 class Broken(Denoiser):
-    """The estimate zero, but for the last image of a batch at t <= `until`.
+    """A denoiser whose estimate is zero, except for the last image of a batch at t <= `until`.
 
     Arguments:
         schedule: The schedule.
-        until: The noisiest time where it fails.
-        values: Its outputs there, in turn.
+        until: The largest time at which it fails.
+        values: Its outputs there, repeated twice.
     """
 
     def __init__(self, schedule: Schedule, until: float, *values: float) -> None:
@@ -491,8 +496,8 @@ class Broken(Denoiser):
 
 @every_sampler
 @pytest.mark.parametrize("values", [(math.nan, 0), (math.inf, 0), (-math.inf, math.inf)])
-def test_a_state_that_is_no_number_stops_the_sampler(name: str, values: tuple) -> None:
-    """Immediately, with the step; one non-finite value of one image suffices."""
+def test_non_finite_state_stops_the_sampler(name: str, values: tuple) -> None:
+    """One non-finite value of one image is enough, and the error names the step."""
     sampler, states = MAKERS[name](10), list[State]()
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(SamplingError) as caught:
@@ -509,7 +514,7 @@ def test_a_state_that_is_no_number_stops_the_sampler(name: str, values: tuple) -
 
 
 @every_sampler
-def test_clipping_helps_against_infinity_and_not_against_nan(name: str) -> None:
+def test_clip_removes_infinity_but_not_nan(name: str) -> None:
     sampler, start = MAKERS[name](10, clip=True), normal(3, 4)
     result = sampler(Broken(Linear(), 1.0, math.inf, -math.inf), start)
     assert result[-1].tolist() == pytest.approx([1, -1, 1, -1])
@@ -517,7 +522,7 @@ def test_clipping_helps_against_infinity_and_not_against_nan(name: str) -> None:
         sampler(Broken(Linear(), 1.0, math.nan, 0.0), start)
 
 
-def test_an_adjusted_state_must_be_finite_too_and_so_must_the_start() -> None:
+def test_non_finite_start_or_adjusted_state_is_an_error() -> None:
     denoiser, start = GaussianDenoiser(Linear()), normal(3, 4)
 
     def adjust(state: State, x_s: Tensor) -> Tensor:
@@ -529,16 +534,16 @@ def test_an_adjusted_state_must_be_finite_too_and_so_must_the_start() -> None:
         Ancestral(4)(denoiser, start / 0)
 
 
-def test_large_numbers_are_numbers() -> None:
-    """Also many of them, whose sum is much larger than each."""
+def test_large_finite_states_are_no_error() -> None:
+    """The sum of the values is much larger than each value."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         start = torch.full((2, 3, 256, 256), 100.0, dtype=dtype)
         assert bool(DDIM(2)(Broken(VE(), 0.0), start, t_start=0.9).isfinite().all())
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
-def test_ancestral_sampling_is_refused_under_sub_vp(variance: str) -> None:
-    """Before the denoiser is called."""
+def test_ancestral_sampling_under_sub_vp_is_an_error(variance: str) -> None:
+    """The error is raised before the denoiser is called."""
     with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Use euler_maru"):
         Ancestral(3, variance)(Silent(SubVP()), normal(2, 4))
 
@@ -562,27 +567,27 @@ def test_ancestral_sampling_is_refused_under_sub_vp(variance: str) -> None:
         (lambda: ProbabilityFlow(rtol=0.0), "rtol=0.0 .* a number > 0$"),
     ],
 )
-def test_bad_settings_are_named(make, text: str) -> None:
+def test_invalid_settings_are_an_error(make, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
 
 
 @pytest.mark.parametrize("name", ["steps", "clip", "grid"])
-def test_arguments_that_a_predictor_does_not_use_are_refused(name: str) -> None:
+def test_unused_arguments_of_a_predictor_are_an_error(name: str) -> None:
     value = {"steps": 5, "clip": True, "grid": Quadratic()}[name]
     with pytest.raises(ValueError, match=f"predictor.{name} is not used; set {name} of"):
         PredictorCorrector(10, partial(DDIM, **{name: value}))
     assert PredictorCorrector(10, partial(DDIM, eta=0.5)).predictor.eta == 0.5
 
 
-def test_a_multistep_predictor_is_refused() -> None:
+def test_multistep_predictor_is_an_error() -> None:
     for make in (DPMSolver, UniPC):
         with pytest.raises(ValueError, match="is a multistep method; choose a one-step one"):
             PredictorCorrector(10, make)
     assert PredictorCorrector(10, partial(DPMSolver, order=1)).predictor.order == 1
 
 
-def test_a_grid_of_an_adaptive_solver_is_refused() -> None:
+def test_grid_of_an_adaptive_solver_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"grid=Karras is not used.* set adaptive=false"):
         ProbabilityFlow(grid=Karras())
     assert isinstance(ProbabilityFlow(adaptive=False, grid=Karras()).grid, Karras)

@@ -1,8 +1,8 @@
-"""No step of a sampler or method waits for the device.
+"""No step of a sampler or method synchronizes with the device.
 
 The device is "meta", which has no values. On a GPU, reading a value (`float`, `bool`, `.cpu()`)
-waits for all queued work, and so does a copy of a value to it. Both are counted for two numbers of
-steps; the difference belongs to the additional steps.
+waits for all queued work, and so does copying a value to the GPU. Both are counted for two numbers
+of steps; the difference comes from the additional steps.
 """
 
 from collections import Counter
@@ -45,13 +45,13 @@ from diffusion_lab.sampler import (
 from diffusion_lab.schedule import VP, Cosine, Linear, Schedule
 
 SHAPE = (3, 8, 8)
-CHECKED = 3  # in place of the samplers' own, for few steps
+CHECKED = 3  # replaces the interval of the samplers, for few steps
 META = torch.device("meta")
 aten = torch.ops.aten
 
 
 class Watch(TorchDispatchMode):
-    """Counts the operations that wait for the device, and answers "true"."""
+    """Counts the operations that synchronize with the device, and returns "true" for values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Watch(TorchDispatchMode):
 
 
 class Network(nn.Module):
-    """A convolution that knows its index, and classes."""
+    """A convolution that depends on the index and the label."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class Network(nn.Module):
 def counted(
     make: Any, steps: int, schedule: Schedule, guidance: Guidance | None, operator: Operator
 ) -> Counter[str]:
-    """Operations of a run of a sampler or method on 2 images."""
-    parameterization = EDM() if isinstance(schedule, VP) else Epsilon()  # one that scales x_t
+    """Counts the synchronizing operations of a sampler or method on 2 images."""
+    parameterization = EDM() if isinstance(schedule, VP) else Epsilon()  # EDM scales x_t
     denoiser = NetworkDenoiser(Network(), schedule, parameterization, 1).eval().to(META)
     sampler: Sampler = make(steps)
     generator = KeyedGenerator(make_key(0, torch.arange(2)).to(META))
@@ -102,12 +102,13 @@ def counted(
     return watch.counts
 
 
-def test_the_watch_sees_what_waits() -> None:
+def test_watch_counts_synchronizing_operations() -> None:
     x = torch.zeros(3, device=META)
     with Watch() as watch:
         assert bool((x > 0).all()) and x.sum().item() == 1 and x.cpu().tolist() == [1, 1, 1]
         torch.ones(()).to(x), torch.ones(2).to(META)
-        assert (x * torch.ones((), dtype=torch.float64)).dtype == torch.float32  # by value
+        # A scalar tensor is passed by value.
+        assert (x * torch.ones((), dtype=torch.float64)).dtype == torch.float32
     assert watch.counts == {"asked": 3, "copied": 2}
 
 
@@ -131,7 +132,7 @@ GUIDED = [
     + [(make, Cosine, *method) for method in GUIDED for make in (Ancestral, DDIM)],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_no_step_waits(
+def test_steps_do_not_synchronize_with_the_device(
     make: Any, schedule: type[Schedule], guidance: Guidance | None, operator: Operator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
