@@ -1,8 +1,8 @@
-"""Resident memory while a parquet file is streamed: before, maximum, and without a bound.
+"""Resident memory while a parquet file is streamed: before, maximum, and without a limit.
 
-    python streaming_source.py <file> <size> <bound in bytes>
+    python streaming_source.py <file> <size> <limit in bytes>
 
-Runs in a separate process, because memory of other tests would hide the result.
+It runs in a separate process, because memory of other tests would hide the result.
 """
 
 import json
@@ -18,7 +18,7 @@ from diffusion_lab.data.images import SourceImages
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """The resident memory of this process, in bytes."""
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
@@ -45,7 +45,7 @@ def stream(data: ImageDataModule, batches: int | None = None) -> tuple[int, int]
 def main() -> None:
     path, size, bound = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    stream(open_data(path, size, 1), 4)  # loads what is loaded at first use
+    stream(open_data(path, size, 1), 4)  # loads modules that are imported at first use
     before = resident()
     data = open_data(path, size, bound)
     bounded, total = stream(data)

@@ -43,7 +43,7 @@ from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 
 KINDS = ("uint8", "bytes")
-COUNT = 600  # two whole chunks of 256 and a part of one
+COUNT = 600  # two complete chunks of 256 and a partial one
 
 
 def pack(source, root: Path, kind: str = "uint8", **options) -> PackedCache:
@@ -59,7 +59,7 @@ def partials(root: Path) -> list[str]:
 
 
 def stopped(root: Path, kind: str, at: int) -> Path:
-    """Interrupts packing at an image; returns the partial directory."""
+    """Interrupts packing at an image and returns the partial directory."""
     with pytest.raises(KeyboardInterrupt):
         pack(Drawn(COUNT, at=at, fail=interrupt), root, kind)
     (partial,) = root.glob("*.partial")
@@ -72,16 +72,16 @@ def folder(path: Path, size: int = 8) -> FolderSource:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """All files of a cache that was made without an interruption, of each kind."""
+    """All files of caches that were packed without an interruption, by kind."""
     root = tmp_path_factory.mktemp("whole")
     return {kind: files(pack(Drawn(COUNT), root, kind)) for kind in KINDS}
 
 
-# --- what it holds ------------------------------------------------------------------------------
+# --- contents -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_holds_the_sources_images(tmp_path: Path, kind: str) -> None:
+def test_cache_contains_the_images_of_the_source(tmp_path: Path, kind: str) -> None:
     names = ["a.png", "b.jpg", "test/c.png", "val/d.png", "val/e.jpg"]
     expected = fill(tmp_path / "in", names)
     cache = pack(folder(tmp_path / "in"), tmp_path / "cache", kind)
@@ -101,15 +101,15 @@ def test_a_cache_holds_the_sources_images(tmp_path: Path, kind: str) -> None:
     assert partials(tmp_path / "cache") == []
 
 
-def test_the_manifest_is_plain_json(whole: dict) -> None:
+def test_manifest_is_json(whole: dict) -> None:
     manifest = json.loads(whole["uint8"]["manifest.json"])
     assert manifest["names"] == [f"image {k}" for k in range(COUNT)]
     assert manifest["own"] == [["train", 400], ["val", 200]]
     assert manifest["sizes"] == {"images.npy": 128 + COUNT * 48, "sha256.npy": 128 + COUNT * 32}
 
 
-def test_both_kinds_hold_the_same_pixels(tmp_path: Path) -> None:
-    """With images to be resized, turned and converted, which are kept as PNG or as they are."""
+def test_both_kinds_contain_the_same_pixels(tmp_path: Path) -> None:
+    """Images that must be resized, rotated or converted are stored as PNG, others unchanged."""
     fill(tmp_path / "in", ["a.png", "b.jpg"], 16)
     fill(tmp_path / "in", ["c.png", "d.jpg"], 37)
     tags = Image.Exif()
@@ -128,7 +128,7 @@ def test_both_kinds_hold_the_same_pixels(tmp_path: Path) -> None:
         assert opened(part).shape == (16, 16, 3)
 
 
-def test_faces_are_packed_as_they_are_drawn(tmp_path: Path) -> None:
+def test_packed_faces_equal_the_drawn_faces(tmp_path: Path) -> None:
     source = FacesSource(16, {"train": 5, "val": 2, "test": 3}, seed=4)
     expected = np.stack(list(source.read(0)))
     for kind in KINDS:
@@ -138,7 +138,7 @@ def test_faces_are_packed_as_they_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reopened_cache_reads_no_image(tmp_path: Path, kind: str) -> None:
+def test_reopened_cache_reads_no_image(tmp_path: Path, kind: str) -> None:
     first, source = pack(Drawn(COUNT), tmp_path, kind), Drawn(COUNT)
     before = files(first)
     second = pack(source, tmp_path, kind)
@@ -147,7 +147,7 @@ def test_a_reopened_cache_reads_no_image(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_of_bad_images_leaves_an_empty_cache(tmp_path: Path, kind: str) -> None:
+def test_only_bad_images_give_an_empty_cache(tmp_path: Path, kind: str) -> None:
     cache = pack(Drawn(3, bad=range(3)), tmp_path, kind, on_error="skip")
     assert cache.names == [] and cache.native_splits == [] and verify(cache, progress=False) == []
     assert everything(cache).shape == (0, 4, 4, 3)
@@ -160,7 +160,7 @@ def test_a_set_of_bad_images_leaves_an_empty_cache(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fail", [interrupt, disconnect])
 @pytest.mark.parametrize("at", [0, 1, 255, 256, 257, COUNT - 1])
-def test_an_interrupted_packing_goes_on(
+def test_interrupted_packing_resumes_at_the_last_chunk(
     tmp_path: Path, at: int, fail: Callable, kind: str, whole: dict
 ) -> None:
     error = KeyboardInterrupt if fail is interrupt else DataError
@@ -169,17 +169,17 @@ def test_an_interrupted_packing_goes_on(
     assert len(partials(tmp_path)) == 1 and not list(tmp_path.glob("*/manifest.json"))
     again = Drawn(COUNT)
     cache = pack(again, tmp_path, kind)
-    assert again.given == list(range(at // 256 * 256, COUNT))  # a chunk at most is read again
+    assert again.given == list(range(at // 256 * 256, COUNT))  # at most one chunk is read again
     assert files(cache) == whole[kind] and partials(tmp_path) == []
 
 
-def test_a_packing_interrupted_all_the_time_ends(tmp_path: Path, whole: dict) -> None:
+def test_packing_completes_after_many_interruptions(tmp_path: Path, whole: dict) -> None:
     for at in (100, 256, 300, 511, 513, 599):
         stopped(tmp_path, "uint8", at)
     assert files(pack(Drawn(COUNT), tmp_path)) == whole["uint8"]
 
 
-def test_only_the_files_that_are_needed_are_opened_again(tmp_path: Path, monkeypatch) -> None:
+def test_resumed_packing_reads_only_the_missing_files(tmp_path: Path, monkeypatch) -> None:
     names = [f"{k:03}.png" for k in range(300)]
     fill(tmp_path / "in", names, 4)
     read, asked = LocalStorage.read, []
@@ -203,10 +203,10 @@ def test_only_the_files_that_are_needed_are_opened_again(tmp_path: Path, monkeyp
     ("step", "kind"),
     [("_header", "uint8")] + [(step, k) for step in ("_save", "dump", "replace") for k in KINDS],
 )
-def test_an_end_that_failed_reads_nothing_again(
+def test_failure_after_the_last_image_reads_no_image_again(
     tmp_path: Path, step: str, kind: str, whole: dict, monkeypatch
 ) -> None:
-    """All images are packed, and then the process ends in one of the last steps."""
+    """The process is interrupted in one of the final steps, after all images were packed."""
     owner = {"replace": module.os, "dump": module.json}.get(step, module)
     original = getattr(owner, step)
 
@@ -224,7 +224,8 @@ def test_an_end_that_failed_reads_nothing_again(
     assert again.given == []
 
 
-TORN = {  # what happens to the data and the journal, both of 512 images; where it goes on
+# Changes to the data and the journal, both of 512 images; the image at which packing resumes.
+TORN = {
     "the journal's last line is half": (lambda d, j: (d, j[:-100]), 256),
     "the journal's last line has no end": (lambda d, j: (d, j[:-1]), 256),
     "the journal ends with zeros": (lambda d, j: (d, j + bytes(3000)), 512),
@@ -242,7 +243,7 @@ TORN = {  # what happens to the data and the journal, both of 512 images; where 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", TORN)
-def test_what_a_crash_leaves_is_taken_over_as_far_as_it_is_sound(
+def test_packing_resumes_from_the_valid_part_after_a_crash(
     tmp_path: Path, what: str, kind: str, whole: dict
 ) -> None:
     partial = stopped(tmp_path, kind, at=550)
@@ -259,7 +260,7 @@ def test_what_a_crash_leaves_is_taken_over_as_far_as_it_is_sound(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_dropped_after_a_crash_does_no_harm_later(
+def test_discarded_journal_lines_do_not_affect_later_runs(
     tmp_path: Path, kind: str, whole: dict
 ) -> None:
     for at in (300, 550):
@@ -272,7 +273,7 @@ def test_what_is_dropped_after_a_crash_does_no_harm_later(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_need_not_fit_the_journal(
+def test_groups_need_not_align_with_the_journal(
     tmp_path: Path, kind: str, whole: dict, monkeypatch
 ) -> None:
     """The group at which packing resumes is read from its start."""
@@ -285,7 +286,7 @@ def test_groups_need_not_fit_the_journal(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing", ["data", "journal", "both"])
-def test_a_partial_cache_without_a_file_is_packed_again(
+def test_partial_cache_with_a_missing_file_is_packed_again(
     tmp_path: Path, missing: str, kind: str, whole: dict
 ) -> None:
     partial = stopped(tmp_path, kind, at=550)
@@ -297,7 +298,7 @@ def test_a_partial_cache_without_a_file_is_packed_again(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_process_leaves_what_the_next_goes_on_with(
+def test_packing_resumes_after_the_process_was_killed(
     tmp_path: Path, kind: str, whole: dict
 ) -> None:
     process = start(tmp_path, kind, count=COUNT, at=300, fail=kill)
@@ -309,7 +310,7 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(
     assert again.given == list(range(256, COUNT))
 
 
-def test_of_two_processes_one_packs_and_both_succeed(tmp_path: Path, whole: dict) -> None:
+def test_only_one_of_two_processes_packs_and_both_succeed(tmp_path: Path, whole: dict) -> None:
     root, log = tmp_path / "cache", tmp_path / "log"
     options = {"count": COUNT, "at": 300, "fail": pause, "log": log}
     both = [start(root, "uint8", **options) for _ in range(2)]
@@ -320,11 +321,11 @@ def test_of_two_processes_one_packs_and_both_succeed(tmp_path: Path, whole: dict
     assert files(pack(Drawn(COUNT), root)) == whole["uint8"] and partials(root) == []
 
 
-# --- what is left of another ingest -------------------------------------------------------------
+# --- partial caches of other sources ------------------------------------------------------------
 
 
 def interrupted(root: Path, path: Path, kind: str = "uint8", size: int = 4) -> str:
-    """Packs a folder until half of it is read; returns the name of what is left."""
+    """Interrupts packing a folder after the first image; returns the name of the partial cache."""
     source = folder(path, size)
     read, before = source.read, set(partials(root))
 
@@ -339,7 +340,7 @@ def interrupted(root: Path, path: Path, kind: str = "uint8", size: int = 4) -> s
     return name
 
 
-def test_what_can_never_go_on_is_removed(tmp_path: Path) -> None:
+def test_partial_cache_that_can_never_be_resumed_is_removed(tmp_path: Path) -> None:
     one, two, root = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
     for path in (one, two):
         fill(path, ["a.png", "b.png"], 4)
@@ -355,10 +356,10 @@ def test_what_can_never_go_on_is_removed(tmp_path: Path) -> None:
     assert set(partials(root)) == others | {old}
     cache = pack(folder(one, 4), root)
     assert cache.names == ["a.png", "b.png", "c.png"]
-    assert set(partials(root)) == others  # another kind, another size, another source
+    assert set(partials(root)) == others  # of another kind, size or source
 
 
-def test_what_somebody_works_on_is_not_removed(tmp_path: Path) -> None:
+def test_locked_partial_cache_is_not_removed(tmp_path: Path) -> None:
     root = tmp_path / "cache"
     fill(tmp_path / "in", ["a.png", "b.png"], 4)
     old = interrupted(root, tmp_path / "in")
@@ -368,7 +369,7 @@ def test_what_somebody_works_on_is_not_removed(tmp_path: Path) -> None:
         assert partials(root) == [old]
 
 
-def test_a_directory_without_a_manifest_is_made_again(tmp_path: Path, whole: dict) -> None:
+def test_directory_without_a_manifest_is_packed_again(tmp_path: Path, whole: dict) -> None:
     cache = pack(Drawn(COUNT), tmp_path)
     (cache.directory / "manifest.json").unlink()
     (cache.directory / "old.txt").write_text("left")
@@ -390,7 +391,7 @@ def test_up_to_max_bad_images_are_skipped(tmp_path: Path, kind: str) -> None:
     assert text in str(caught.value)
     again = Drawn(COUNT, BAD)
     cache = pack(again, tmp_path, kind, on_error="skip", max_bad=5)
-    assert again.given == list(range(512, COUNT))  # the first ones are remembered
+    assert again.given == list(range(512, COUNT))  # earlier bad images are remembered
     assert cache.names == [f"image {k}" for k in GOOD] and cache.manifest["count"] == 595
     assert np.array_equal(everything(cache), np.stack([pixels(k, 4) for k in GOOD]))
     assert cache.native_splits == ["train"] * 397 + ["val"] * 198
@@ -406,7 +407,7 @@ def test_max_bad_zero_skips_no_image(tmp_path: Path) -> None:
     assert len(pack(Drawn(COUNT), tmp_path / "fine", on_error="skip", max_bad=0).names) == COUNT
 
 
-def test_a_packing_ended_by_a_bad_image_goes_on_without_it(tmp_path: Path) -> None:
+def test_packing_resumes_after_a_bad_image_with_on_error_skip(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^image 400: not a .*Set data.on_error=skip to skip"):
         pack(Drawn(COUNT, [400]), tmp_path)
     again = Drawn(COUNT, [400])
@@ -415,12 +416,12 @@ def test_a_packing_ended_by_a_bad_image_goes_on_without_it(tmp_path: Path) -> No
     assert cache.names == [f"image {k}" for k in range(COUNT) if k != 400]
 
 
-def test_a_repaired_image_is_packed(tmp_path: Path) -> None:
+def test_repaired_image_is_packed(tmp_path: Path) -> None:
     fill(tmp_path / "in", ["a.png", "b.png"])
     (tmp_path / "in" / "b.png").write_bytes(b"")
     skipped = pack(folder(tmp_path / "in"), tmp_path / "cache", on_error="skip")
     assert skipped.names == ["a.png"]
-    # It is no answer to somebody who wants all images.
+    # The cache with a skipped image is not used without on_error=skip.
     with pytest.raises(DataError, match=r"was packed without 1 bad image\(s\): .*b.png: not a"):
         pack(folder(tmp_path / "in"), tmp_path / "cache")
     expected = fill(tmp_path / "in", ["b.png"])
@@ -467,11 +468,14 @@ FILES = [
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_a_damaged_cache_is_named(tmp_path: Path, kind: str, name: str, damage: str) -> None:
+def test_damaged_cache_is_an_error_that_names_the_directory(
+    tmp_path: Path, kind: str, name: str, damage: str
+) -> None:
     cache = pack(Drawn(20), tmp_path, kind)
     sizes = cache.manifest["sizes"]
     DAMAGE[damage](cache.directory / name)
-    if (name, damage) == ("images.bin", "zeros"):  # right in its size: what is in it is not read
+    # The size is right, and the contents are read only by verify.
+    if (name, damage) == ("images.bin", "zeros"):
         assert verify(PackedCache(cache.directory), progress=False) == cache.names
         return
     with pytest.raises(DataError, match=r"is damaged .*; remove that directory") as caught:
@@ -481,7 +485,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path, kind: str, name: str, damage: 
     if name != "manifest.json" and damage in ("cut", "longer", "garbage", "empty"):
         assert re.search(rf"{name} has \d+ bytes, not {sizes[name]}\)",
                          str(caught.value))  # fmt: skip
-    if (name, damage) != ("manifest.json", "missing"):  # that one is made again
+    if (name, damage) != ("manifest.json", "missing"):  # that cache is packed again
         with pytest.raises(DataError, match="remove that directory"):
             opened = pack(Drawn(20), tmp_path, kind)
             assert opened.names and opened.images and len(opened.sha256)
@@ -499,7 +503,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path, kind: str, name: str, damage: 
         ('{"format": 2}', "'sizes'"),
     ],
 )
-def test_a_manifest_of_another_format_is_named(tmp_path: Path, content: str, reason: str) -> None:
+def test_manifest_of_another_format_is_an_error(tmp_path: Path, content: str, reason: str) -> None:
     cache = pack(Drawn(20), tmp_path)
     (cache.directory / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=f"is damaged \\(.*{reason}.*remove that directory"):
@@ -507,7 +511,7 @@ def test_a_manifest_of_another_format_is_named(tmp_path: Path, content: str, rea
 
 
 @pytest.mark.parametrize(("kind", "name"), [("uint8", "images.npy"), ("bytes", "offsets.npy")])
-def test_an_array_of_another_shape_is_named(tmp_path: Path, kind: str, name: str) -> None:
+def test_array_of_another_shape_is_an_error(tmp_path: Path, kind: str, name: str) -> None:
     cache = pack(Drawn(20), tmp_path, kind)
     array = np.load(cache.directory / name)
     np.save(cache.directory / name, array.reshape(-1, 3 if kind == "uint8" else 1))
@@ -521,7 +525,7 @@ def test_verify_names_the_images_with_a_changed_byte(tmp_path: Path, kind: str) 
     assert verify(cache, progress=False) == []
     path = cache.directory / module.DATA[kind]
     if kind == "uint8":
-        edges = 128 + 48 * np.arange(21)  # a header, then 4x4 pixels each
+        edges = 128 + 48 * np.arange(21)  # a header, then 4x4 pixels per image
     else:
         edges = np.load(cache.directory / "offsets.npy")
     whole = path.read_bytes()
@@ -540,7 +544,7 @@ def test_verify_names_the_images_with_a_changed_byte(tmp_path: Path, kind: str) 
         assert verify(PackedCache(cache.directory), progress=False) == ["image 5"]
 
 
-def test_changed_hashes_are_refused(tmp_path: Path) -> None:
+def test_changed_hashes_are_an_error(tmp_path: Path) -> None:
     cache = pack(Drawn(20), tmp_path)
     path = cache.directory / "sha256.npy"
     spoilt = bytearray(path.read_bytes())
@@ -550,10 +554,10 @@ def test_changed_hashes_are_refused(tmp_path: Path) -> None:
         verify(PackedCache(cache.directory), progress=False)
 
 
-# --- which cache belongs to a source ------------------------------------------------------------
+# --- fingerprints -------------------------------------------------------------------------------
 
 
-def test_what_decides_the_pixels_decides_the_fingerprint(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_everything_that_determines_the_pixels(tmp_path: Path) -> None:
     path = tmp_path / "in"
     fill(path, [f"{k}.png" for k in range(6)], 16)
     prints = []
@@ -583,8 +587,8 @@ def test_what_decides_the_pixels_decides_the_fingerprint(tmp_path: Path) -> None
     assert fingerprint(folder(path), "uint8") == before
 
 
-def test_the_division_does_not_decide_the_fingerprint(tmp_path: Path) -> None:
-    """One cache serves every division of a set, and every way to read it."""
+def test_fingerprint_does_not_depend_on_the_splits(tmp_path: Path) -> None:
+    """All splits of a dataset, and all orders of reading it, use one cache."""
     fill(tmp_path / "in", [f"{k}.png" for k in range(6)])
 
     def opened(**options) -> str:
@@ -605,7 +609,7 @@ def test_the_division_does_not_decide_the_fingerprint(tmp_path: Path) -> None:
     assert len({opened(**faces), opened(**faces, split_seed=1), opened(**other)}) == 3
 
 
-def test_another_column_is_another_cache(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_image_column(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [encoded(pixels(0))], plain=True)
     write_parquet(tmp_path / "b.parquet", [encoded(pixels(0))], plain=True, column="b")
     one = ParquetSource(LocalStorage(tmp_path / "a.parquet"), 8)
@@ -614,10 +618,10 @@ def test_another_column_is_another_cache(tmp_path: Path) -> None:
     assert fingerprint(one, "uint8") != fingerprint(two, "uint8")
 
 
-# --- the disk -----------------------------------------------------------------------------------
+# --- disk errors --------------------------------------------------------------------------------
 
 
-def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_cache_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError) as caught:
         pack(Drawn(4), tmp_path / "file" / "cache")
@@ -626,10 +630,10 @@ def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_is_named_and_its_work_goes_on(
+def test_full_disk_is_an_error_and_packing_resumes(
     tmp_path: Path, disk: Callable[[str], Path], kind: str
 ) -> None:
-    """1500 images of 768 bytes, or a little more as PNG, on a disk of a MiB."""
+    """1500 images of 768 bytes, or slightly more as PNG, are packed to a disk of 1 MiB."""
     expected = files(pack(Drawn(1500, size=16), tmp_path / "large", kind))
     root = disk("1m") / "cache"
     with pytest.raises(DataError) as caught:
@@ -651,7 +655,7 @@ def test_a_full_disk_is_named_and_its_work_goes_on(
 
 
 class Bucket:
-    """A bucket of an S3 server on this machine."""
+    """A bucket of a local S3 server."""
 
     def __init__(self, endpoint: str) -> None:
         import boto3
@@ -661,7 +665,7 @@ class Bucket:
         self.client.create_bucket(Bucket="bucket")
 
     def put(self, folder: Path, prefix: str) -> str:
-        """Copies all files of a folder; returns their address."""
+        """Uploads all files of a folder and returns their address."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             key = f"{prefix}/{path.relative_to(folder).as_posix()}"
             self.client.put_object(Bucket="bucket", Key=key, Body=path.read_bytes())
@@ -684,7 +688,7 @@ def server() -> Iterator[Bucket]:
 
 @pytest.fixture
 def bucket(server: Bucket, monkeypatch) -> Bucket:
-    """The same, with its address in the environment."""
+    """The server, with its address in the environment."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.endpoint}")
     return server
 
@@ -694,7 +698,7 @@ NAMES = [f"{k:02}.{kind}" for k in range(10) for kind in ("jpg", "png")]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images in the same order as files, and in a parquet file."""
+    """The same images in the same order as files and in a parquet file."""
     root = tmp_path_factory.mktemp("local")
     fill(root / "folder", NAMES)
     rows = [(root / "folder" / name).read_bytes() for name in NAMES]
@@ -703,7 +707,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_is_the_same_from_anywhere(
+def test_dataset_is_the_same_from_local_files_and_s3(
     bucket: Bucket, local: Path, tmp_path: Path, kind: str
 ) -> None:
     expected = np.stack([opened((local / "folder" / name).read_bytes()) for name in NAMES])
@@ -722,11 +726,11 @@ def test_a_set_is_the_same_from_anywhere(
         directories.add(cache.directory)
         names = NAMES if "parquet" not in cache.names[0] else range(20)
         assert [str(n) for n in names] == [name.split(":")[-1] for name in cache.names]
-    # A slash at the end says nothing, and a folder with one file is the same as that file.
+    # A trailing slash has no effect, and a folder with one file is equivalent to the file.
     assert len(contents) == 1 and len(places) == 8 and len(directories) == 6
 
 
-def test_the_address_may_say_where_the_server_is(
+def test_address_may_contain_the_endpoint(
     server: Bucket, local: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
@@ -740,14 +744,14 @@ def test_the_address_may_say_where_the_server_is(
     assert cache.names == NAMES and cache.directory == pack(same, tmp_path).directory
 
 
-def test_one_object_may_be_a_source(bucket: Bucket, local: Path, tmp_path: Path) -> None:
+def test_single_object_is_a_source(bucket: Bucket, local: Path, tmp_path: Path) -> None:
     bucket.put(local / "folder", "images")
     source = open_source("s3://bucket/images/03.png", 8, SHARES)
     assert source.names == ["03.png"] and source.location(0) == "s3://bucket/images/03.png"
     assert list(source.read(0)) == [(local / "folder" / "03.png").read_bytes()]
 
 
-def test_parquet_on_s3_can_be_read_as_it_is(bucket: Bucket, local: Path, tmp_path: Path) -> None:
+def test_parquet_on_s3_can_be_streamed(bucket: Bucket, local: Path, tmp_path: Path) -> None:
     place = bucket.put(local / "set", "set")
     images = SourceImages(open_source(place, 8, SHARES), 1 << 20)
     expected = np.stack([opened((local / "folder" / name).read_bytes()) for name in NAMES])
@@ -775,7 +779,7 @@ def test_parquet_on_s3_can_be_read_as_it_is(bucket: Bucket, local: Path, tmp_pat
     assert len(set(order[packed])) == len(set(order[stream])) == count >= 6
 
 
-def test_what_is_not_on_s3_is_named(
+def test_missing_bucket_or_object_is_an_error(
     bucket: Bucket, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     bucket.client.create_bucket(Bucket="void")
@@ -793,8 +797,8 @@ def test_what_is_not_on_s3_is_named(
         assert re.match(f"data.source={place} {reason}", capsys.readouterr().err)
 
 
-def test_a_failing_network_is_no_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
-    """It is never skipped, for any max_bad; packed images are kept."""
+def test_network_error_is_not_a_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
+    """It is never skipped, whatever max_bad is, and the packed images are kept."""
     place = bucket.put(local / "folder", "fragile")
     source = open_source(place, 8, SHARES)
     bucket.client.delete_object(Bucket="bucket", Key="fragile/05.png")
@@ -808,7 +812,7 @@ def test_a_failing_network_is_no_bad_image(bucket: Bucket, local: Path, tmp_path
     assert not list(tmp_path.glob("*/manifest.json")) and len(partials(tmp_path)) == 2
 
 
-def test_a_bad_object_is_a_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
+def test_unreadable_object_is_a_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
     place = bucket.put(local / "folder", "spoilt")
     bucket.client.put_object(Bucket="bucket", Key="spoilt/05.png", Body=b"<html>")
     source = open_source(place, 8, SHARES)
@@ -820,7 +824,7 @@ def test_a_bad_object_is_a_bad_image(bucket: Bucket, local: Path, tmp_path: Path
     assert skipped["name"] == "05.png" and skipped["reason"].startswith(f"{place}/05.png: ")
 
 
-def test_a_changed_object_is_another_set(bucket: Bucket, local: Path) -> None:
+def test_changed_object_changes_the_fingerprint(bucket: Bucket, local: Path) -> None:
     place = bucket.put(local / "folder", "changing")
     before = fingerprint(open_source(place, 8, SHARES), "uint8")
     assert fingerprint(open_source(place, 8, SHARES), "uint8") == before

@@ -1,4 +1,4 @@
-"""`python -m diffusion_lab.command.data`: its output and exit codes."""
+"""The command `python -m diffusion_lab.command.data`: its output and exit codes."""
 
 import re
 import subprocess
@@ -22,7 +22,10 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error; what a progress bar wrote over are lines."""
+    """Returns the exit code, standard output and standard error.
+
+    Progress bar updates are lines.
+    """
     capsys.readouterr()
     command, *rest = arguments
     code = main([
@@ -40,7 +43,7 @@ def the_cache(tmp_path: Path) -> Path:
 
 
 def spoil(tmp_path: Path, *places: int) -> None:
-    """Changes a byte of some images in the cache."""
+    """Changes one byte of some images in the cache."""
     path = the_cache(tmp_path) / "images.npy"
     data = bytearray(path.read_bytes())
     for place in places:
@@ -51,7 +54,7 @@ def spoil(tmp_path: Path, *places: int) -> None:
 # --- ingest -------------------------------------------------------------------------------------
 
 
-def test_ingest_says_what_is_packed(source: Path, tmp_path: Path, capsys) -> None:
+def test_ingest_prints_a_summary_of_the_cache(source: Path, tmp_path: Path, capsys) -> None:
     code, out, _ = run(tmp_path, capsys, "ingest")
     data = ImageDataModule(
         str(source), SIZE, 1, {"train": 1, "val": 1, "test": 1}, cache_dir=str(tmp_path / "cache")
@@ -75,7 +78,7 @@ def test_ingest_says_what_is_packed(source: Path, tmp_path: Path, capsys) -> Non
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
 
 
-def test_ingest_finds_what_a_training_packs(source: Path, tmp_path: Path, capsys) -> None:
+def test_ingest_uses_the_cache_of_a_training(source: Path, tmp_path: Path, capsys) -> None:
     _, out, _ = run(tmp_path, capsys, "ingest", "experiment=ddpm_celeba", "data.split=train+val")
     splits = re.search(r"splits     train (\d+), val (\d+), test (\d+)", out)
     assert sum(map(int, splits.groups())) == 24
@@ -99,7 +102,7 @@ def test_ingest_lists_skipped_images(source: Path, tmp_path: Path, capsys) -> No
     assert last[3:] == [""]
 
 
-def test_too_many_bad_images_are_an_error(source: Path, tmp_path: Path, capsys) -> None:
+def test_more_than_max_bad_images_are_an_error(source: Path, tmp_path: Path, capsys) -> None:
     for k in range(3):
         (source / "val" / f"0{k}.png").write_bytes(b"")
     code, _, err = run(tmp_path, capsys, "ingest", "data.on_error=skip", "data.max_bad=2")
@@ -120,7 +123,7 @@ def test_ingest_reads_parquet(tmp_path: Path, capsys) -> None:
     assert code == 0 and sum(map(int, splits.groups())) == 10
 
 
-def test_an_interrupted_ingest_says_how_to_go_on(
+def test_interrupted_ingest_prints_how_to_continue(
     source: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     def interrupted(*args) -> bytes:
@@ -155,7 +158,7 @@ def test_verify_names_exactly_the_changed_images(source: Path, tmp_path: Path, c
     assert code == 1 and f"12 of 36 images in {cache} are damaged: {first}, .... Remove" in err
 
 
-def test_verify_takes_the_directory_of_a_cache(source: Path, tmp_path: Path, capsys) -> None:
+def test_verify_accepts_the_directory_of_a_cache(source: Path, tmp_path: Path, capsys) -> None:
     run(tmp_path, capsys, "ingest")
     cache = the_cache(tmp_path)
     moved = cache.rename(tmp_path / "moved")
@@ -164,7 +167,9 @@ def test_verify_takes_the_directory_of_a_cache(source: Path, tmp_path: Path, cap
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
 
 
-def test_verify_names_a_cache_that_does_not_open(source: Path, tmp_path: Path, capsys) -> None:
+def test_verify_reports_a_cache_that_cannot_be_opened(
+    source: Path, tmp_path: Path, capsys
+) -> None:
     run(tmp_path, capsys, "ingest")
     cache = the_cache(tmp_path)
     (cache / "sha256.npy").write_bytes(b"")
@@ -176,7 +181,7 @@ def test_verify_names_a_cache_that_does_not_open(source: Path, tmp_path: Path, c
 # --- stats --------------------------------------------------------------------------------------
 
 
-def test_stats_are_those_of_numpy(tmp_path: Path, capsys) -> None:
+def test_stats_match_numpy(tmp_path: Path, capsys) -> None:
     expected, rng = {}, np.random.default_rng(0)
     for split, count in (("train", 7), ("val", 5), ("test", 3)):
         images = np.stack([smooth(SIZE)] * count)
@@ -208,18 +213,18 @@ def test_stats_are_those_of_numpy(tmp_path: Path, capsys) -> None:
     assert run(tmp_path, capsys, "stats")[:2] == (0, out)
 
 
-def test_stats_leave_out_an_empty_split(tmp_path: Path, capsys) -> None:
+def test_stats_omit_an_empty_split(tmp_path: Path, capsys) -> None:
     names = [f"{split}/{k}.png" for split in ("val", "test") for k in range(3)]
     fill(tmp_path / "in", names, SIZE)
     code, out, _ = run(tmp_path, capsys, "stats")
     assert code == 0 and [line[:5] for line in out.splitlines()[::2]] == ["val  ", "test "]
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [[], ["pack"], ["data.size=16"]])
-def test_an_unknown_command_is_refused(arguments: list[str], capsys) -> None:
+def test_unknown_command_is_an_error(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     out, err = capsys.readouterr()
@@ -229,7 +234,7 @@ def test_an_unknown_command_is_refused(arguments: list[str], capsys) -> None:
 
 @pytest.mark.parametrize("module", ["diffusion_lab.command.data", "diffusion_lab.data"])
 def test_help_lists_the_commands(module: str) -> None:
-    """Also by the module's name of the previous release."""
+    """The module name of the previous release works too."""
     result = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120
     )
@@ -255,7 +260,7 @@ def test_help_lists_the_commands(module: str) -> None:
         ("data=nothing", "nothing"),
     ],
 )
-def test_what_is_not_allowed_is_named(
+def test_invalid_options_are_an_error(
     override: str, text: str, source: Path, tmp_path: Path, capsys
 ) -> None:
     for command in ("ingest", "verify", "stats"):

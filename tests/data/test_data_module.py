@@ -47,7 +47,7 @@ def ready(data: ImageDataModule) -> ImageDataModule:
 # --- scaling and flipping -----------------------------------------------------------------------
 
 
-def test_to_model_is_exact_and_comes_back() -> None:
+def test_to_model_is_exact_and_invertible() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     images = levels.reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
     x_0 = to_model(images)
@@ -60,14 +60,14 @@ def test_to_model_is_exact_and_comes_back() -> None:
     assert float(x_0[0, 0, 0, 0]) == -1 and float(x_0[0, 2, 15, 15]) == 1
 
 
-def test_to_model_puts_height_width_and_channels_in_their_places() -> None:
+def test_to_model_moves_the_channels_to_the_front() -> None:
     images = torch.from_numpy(np.stack([pixels(1), pixels(2)]))
     x_0 = to_model(images)
     for b, c, i, j in ((0, 0, 1, 5), (1, 2, 7, 0), (1, 1, 3, 4)):
         assert int(to_uint8(x_0[b, c])[i, j]) == int(images[b, i, j, c])
 
 
-def test_flips_are_decided_by_the_key_and_mirror_left_to_right(tmp_path: Path) -> None:
+def test_horizontal_flips_are_determined_by_the_key(tmp_path: Path) -> None:
     data = ready(make_data(tmp_path))
     decisions = []
     for batch in data.train_dataloader():
@@ -93,10 +93,10 @@ def test_only_training_images_are_flipped_and_only_with_flip(tmp_path: Path) -> 
             assert torch.equal(to_uint8(module.on_after_batch_transfer(batch, 0)["x_0"]), expected)
 
 
-# --- what the loaders give ----------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------
 
 
-def test_the_loaders_are_of_their_splits(tmp_path: Path) -> None:
+def test_loaders_return_the_images_of_their_splits(tmp_path: Path) -> None:
     data = ready(make_data(tmp_path, split_seed=5))
     faces = draw_faces(torch.arange(96), seed=5, size=8)
     for loader, split, first in (
@@ -114,7 +114,7 @@ def test_the_loaders_are_of_their_splits(tmp_path: Path) -> None:
 
 
 def same_batches(one: ImageDataModule, two: ImageDataModule) -> int:
-    """Compares all batches of an epoch; returns the number of images."""
+    """Compares all batches of an epoch and returns the number of images."""
     count = 0
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         for a, b in zip(getattr(one, name)(), getattr(two, name)(), strict=True):
@@ -127,7 +127,7 @@ def same_batches(one: ImageDataModule, two: ImageDataModule) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_gives_the_same_batches_however_it_is_kept(tmp_path: Path, workers: int) -> None:
+def test_folder_gives_the_same_batches_with_every_cache_kind(tmp_path: Path, workers: int) -> None:
     names = [f"{k:02}.{'jpg' if k % 2 else 'png'}" for k in range(40)]
     expected = fill(tmp_path / "in", names, 11)
     kinds = {"uint8": MappedImages, "bytes": EncodedImages, "none": SourceImages}
@@ -145,14 +145,14 @@ def test_a_folder_gives_the_same_batches_however_it_is_kept(tmp_path: Path, work
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 2
 
 
-def test_faces_are_the_same_drawn_ahead_or_every_time(tmp_path: Path) -> None:
+def test_faces_are_the_same_cached_or_drawn_on_the_fly(tmp_path: Path) -> None:
     packed, drawn = (ready(make_data(tmp_path, cache=kind)) for kind in ("uint8", "none"))
     assert same_batches(packed, drawn) == 96
     assert isinstance(drawn.images["train"].images, SourceImages)
 
 
-def test_parquet_is_the_same_packed_or_not_in_lanes_of_groups(tmp_path: Path) -> None:
-    """Groups of 64 rows, as the packed cache has them, make the same order."""
+def test_interleaved_parquet_gives_the_same_batches_cached_or_streamed(tmp_path: Path) -> None:
+    """Row groups of 64 rows, the group size of the packed cache, give the same order."""
     write_parquet(tmp_path / "a.parquet", [encoded(pixels(k)) for k in range(200)], group=64)
     options = {"order": "interleave", "interleave": 2, "shuffle_buffer": 1, "drop_last": False}
     packed, plain = (
@@ -168,7 +168,7 @@ def test_parquet_is_the_same_packed_or_not_in_lanes_of_groups(tmp_path: Path) ->
     assert one[: len(two)] != two and set(two) <= set(one)
 
 
-def test_a_cache_is_not_made_twice(tmp_path: Path, monkeypatch) -> None:
+def test_cache_is_reused(tmp_path: Path, monkeypatch) -> None:
     fill(tmp_path / "in", [f"{k}.png" for k in range(20)])
     first = ready(of_files(tmp_path, tmp_path / "in"))
     monkeypatch.setattr("diffusion_lab.data.storage.LocalStorage.read", None)
@@ -176,7 +176,7 @@ def test_a_cache_is_not_made_twice(tmp_path: Path, monkeypatch) -> None:
     assert again.images["train"].names != first.images["train"].names
 
 
-def test_own_splits_may_be_pooled(tmp_path: Path) -> None:
+def test_native_splits_can_be_pooled(tmp_path: Path) -> None:
     names = [f"{split}/{k}.png" for split in SPLITS for k in range(12)]
     fill(tmp_path / "in", names)
     kept = ready(of_files(tmp_path, tmp_path / "in"))
@@ -190,13 +190,13 @@ def test_own_splits_may_be_pooled(tmp_path: Path) -> None:
         of_files(tmp_path, tmp_path / "in", split="extra").setup("fit")
 
 
-# --- a packed cache as the source ---------------------------------------------------------------
+# --- packed cache as source ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["uint8", "bytes"])
 @pytest.mark.parametrize("cache", ["uint8", "bytes", "none"])
-def test_a_packed_cache_is_a_source(tmp_path: Path, kind: str, cache: str) -> None:
-    """It may be copied to a machine without its source; nothing is packed again."""
+def test_packed_cache_is_a_source(tmp_path: Path, kind: str, cache: str) -> None:
+    """It can be copied to a machine without its source, and nothing is packed again."""
     fill(tmp_path / "in", [f"{k:02}.png" for k in range(40)])
     first = ready(of_files(tmp_path, tmp_path / "in", cache=kind))
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
@@ -205,11 +205,11 @@ def test_a_packed_cache_is_a_source(tmp_path: Path, kind: str, cache: str) -> No
     shutil.rmtree(tmp_path / "cache")
     second = ready(of_files(tmp_path, tmp_path / "copy", cache=cache))
     assert second.state_dict() == first.state_dict()
-    assert same_batches(first, second) > 30  # the first one's files are mapped still
+    assert same_batches(first, second) > 30  # the files of the first cache are still mapped
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_packed_cache_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_packed_cache_of_another_size_is_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "in", [f"{k}.png" for k in range(20)])
     of_files(tmp_path, tmp_path / "in")
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
@@ -223,7 +223,7 @@ def test_a_packed_cache_of_another_size_is_refused(tmp_path: Path) -> None:
         of_files(tmp_path, manifest.parent)
 
 
-def test_a_folder_of_images_may_hold_a_manifest_of_its_own(tmp_path: Path) -> None:
+def test_folder_of_images_may_contain_an_unrelated_manifest(tmp_path: Path) -> None:
     expected = fill(tmp_path / "in", [f"{k}.png" for k in range(20)])
     (tmp_path / "in" / "manifest.json").write_text('{"made by": "somebody else"}')
     data = ready(of_files(tmp_path, tmp_path / "in"))
@@ -231,7 +231,7 @@ def test_a_folder_of_images_may_hold_a_manifest_of_its_own(tmp_path: Path) -> No
     assert sorted(names) == sorted(expected)
 
 
-# --- images of a checkpoint and the present ones ------------------------------------------------
+# --- resuming: images of the checkpoint and of the data module ----------------------------------
 
 
 @pytest.fixture
@@ -241,13 +241,13 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_the_same_images_from_another_place_are_accepted(tmp_path: Path, images: Path) -> None:
+def test_state_accepts_the_same_images_from_another_source(tmp_path: Path, images: Path) -> None:
     state = ready(of_files(tmp_path, images)).state_dict()
     shutil.copytree(images, tmp_path / "copy")
     for split in SPLITS:  # renamed, in the same order
         data = [(images / split / f"{k}.png").read_bytes() for k in range(8)]
         write_parquet(tmp_path / "set" / f"{split}.parquet", data)
-        for k, content in enumerate(data):  # other files of the same pixels
+        for k, content in enumerate(data):  # other files with the same pixels
             path = tmp_path / "png" / split / f"{k}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded(opened(content), compress_level=0))
@@ -261,11 +261,11 @@ def test_the_same_images_from_another_place_are_accepted(tmp_path: Path, images:
                     == (state["splits"][split]["content"])
                 )
     streamed = ready(of_files(tmp_path, tmp_path / "copy", cache="none"))
-    streamed.load_state_dict(state)  # by their names
+    streamed.load_state_dict(state)  # compared by names
     ready(of_files(tmp_path, images)).load_state_dict(streamed.state_dict())
 
 
-def test_hashes_are_of_names_and_pixels(tmp_path: Path, images: Path) -> None:
+def test_state_contains_hashes_of_names_and_pixels(tmp_path: Path, images: Path) -> None:
     from hashlib import sha256
 
     state = ready(of_files(tmp_path, images)).state_dict()["splits"]
@@ -287,7 +287,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_pixels_are_refused(tmp_path: Path, images: Path, change: str) -> None:
+def test_state_of_other_pixels_is_an_error(tmp_path: Path, images: Path, change: str) -> None:
     old = ready(of_files(tmp_path, images)).state_dict()
     CHANGES[change](images / "val" / "3.png")
     data = ready(of_files(tmp_path, images))
@@ -305,7 +305,7 @@ def test_other_pixels_are_refused(tmp_path: Path, images: Path, change: str) -> 
 
 
 @pytest.mark.parametrize("kinds", [("none", "none"), ("uint8", "none"), ("none", "uint8")])
-def test_other_names_are_refused_where_pixels_are_unknown(
+def test_state_of_other_names_is_an_error_if_pixel_hashes_are_unknown(
     tmp_path: Path, images: Path, kinds: tuple[str, str]
 ) -> None:
     old = ready(of_files(tmp_path, images, cache=kinds[0])).state_dict()
@@ -319,14 +319,14 @@ def test_other_names_are_refused_where_pixels_are_unknown(
     assert old["splits"]["test"]["names"] != new["splits"]["test"]["names"]
 
 
-def test_another_division_is_refused(tmp_path: Path) -> None:
+def test_state_of_other_splits_is_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "in", [f"{k}.png" for k in range(40)])
     state = ready(of_files(tmp_path, tmp_path / "in")).state_dict()
     with pytest.raises(DataError, match=r"^the train split .* has content hash"):
         ready(of_files(tmp_path, tmp_path / "in", split_seed=1)).load_state_dict(state)
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_another_division_is_refused(tmp_path: Path) -> None:
         ("on_error", "raise, skip"),
     ],
 )
-def test_an_unknown_choice_is_refused(tmp_path: Path, key: str, allowed: str) -> None:
+def test_unknown_choice_is_an_error(tmp_path: Path, key: str, allowed: str) -> None:
     with pytest.raises(ValueError) as caught:
         make_data(tmp_path, **{key: "other"})
     assert str(caught.value) == f"{key}=other is not allowed; it must be one of {allowed}"
@@ -359,14 +359,14 @@ def test_an_unknown_choice_is_refused(tmp_path: Path, key: str, allowed: str) ->
         ({"splits": {"train": 9, "test": 8}}, "splits has the keys train, test; they must be"),
     ],
 )  # fmt: skip
-def test_an_argument_that_is_not_allowed_is_refused(options: dict, message: str) -> None:
+def test_invalid_argument_is_an_error(options: dict, message: str) -> None:
     defaults = {"source": "faces", "size": 8, "batch_size": 4}
     splits = {"train": 64, "val": 16, "test": 16}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ImageDataModule(**{**defaults, "splits": splits, **options})
 
 
-def test_the_configuration_names_the_full_key() -> None:
+def test_configuration_error_names_the_full_key() -> None:
     node = {
         "_target_": "diffusion_lab.data.ImageDataModule", "source": "faces", "size": 24,
         "batch_size": 4, "splits": {"train": 64, "val": 16, "test": 16},
@@ -378,7 +378,7 @@ def test_the_configuration_names_the_full_key() -> None:
 
 
 def test_a_custom_source_class_can_be_configured(tmp_path: Path) -> None:
-    """Given in the configuration only."""
+    """The class is given only in the configuration."""
     node = {
         "_target_": "diffusion_lab.data.ImageDataModule",
         "source": {"_target_": "image_fixtures.Drawn", "count": 60, "size": 8},
@@ -393,7 +393,7 @@ def test_a_custom_source_class_can_be_configured(tmp_path: Path) -> None:
         instantiate({**node, "size": 16}, "data")
 
 
-def test_too_few_images_are_named(tmp_path: Path) -> None:
+def test_too_few_images_are_an_error(tmp_path: Path) -> None:
     data = make_data(tmp_path, batch_size=65)
     with pytest.raises(ConfigError, match=r"data.batch_size=65 .*64 training images .*faces"):
         data.setup("fit")
@@ -408,7 +408,7 @@ def parquet(tmp_path: Path, group: int = 8) -> Path:
     return tmp_path / "a.parquet"
 
 
-def test_shuffling_whole_row_groups_is_refused(tmp_path: Path) -> None:
+def test_shuffled_order_of_streamed_row_groups_is_an_error(tmp_path: Path) -> None:
     data = of_files(tmp_path, parquet(tmp_path), cache="none")
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
@@ -417,15 +417,15 @@ def test_shuffling_whole_row_groups_is_refused(tmp_path: Path) -> None:
         f"data.source={tmp_path}/a.parquet for almost every image; set data.order=interleave, or "
         "data.cache=uint8"
     )
-    data.setup("validate")  # in their own order they are read group by group
+    data.setup("validate")  # the sequential order reads each row group once
     ready(of_files(tmp_path, tmp_path / "a.parquet", cache="none", order="interleave"))
     ready(of_files(tmp_path, tmp_path / "a.parquet", cache="bytes"))
 
 
-def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path) -> None:
-    """2 streams with buffers of 3 groups, and the next group of each: 8 groups at once.
+def test_row_groups_that_exceed_the_memory_are_an_error(tmp_path: Path) -> None:
+    """2 streams with buffers of 3 groups, and the next group of each, hold 8 groups at once.
 
-    A group that is read takes three times its size besides, and there are two batches.
+    Reading a group takes three times its size in addition, and there are two batches.
     """
     path = parquet(tmp_path)
     options = {"cache": "none", "order": "interleave", "interleave": 2, "shuffle_buffer": 3}
@@ -443,7 +443,7 @@ def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path
         f"data.memory={0.99 * needed}; lower data.shuffle_buffer, data.interleave or "
         "data.num_workers, raise data.memory, or set data.cache=bytes"
     )
-    # Never more than there are: 10 groups.
+    # The number of groups in memory is at most the number of all groups, 10.
     many = {**options, "interleave": 8}
     ready(of_files(tmp_path, path, memory=(10.01 * largest / 2**30 + other) / 0.85, **many))
     with pytest.raises(ConfigError, match="hold 32 row groups"):
@@ -451,7 +451,7 @@ def test_row_groups_above_the_memory_are_refused_with_the_numbers(tmp_path: Path
 
 
 @pytest.mark.parametrize("world, times, better", [(2, None, None), (3, 3, 6), (8, 2, 8)])
-def test_devices_that_do_not_divide_interleave_cause_a_warning(
+def test_interleave_that_is_not_a_multiple_of_the_devices_warns(
     tmp_path: Path, caplog, world: int, times: int | None, better: int | None
 ) -> None:
     data = of_files(

@@ -1,4 +1,4 @@
-"""Decoding of image files: rejected files and their errors, pixels of all others."""
+"""Decoding of image files: rejected files and their errors, and the pixels of all others."""
 
 import io
 import re
@@ -40,7 +40,7 @@ ALL = BAD | SCAN
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With and without the extra."""
+    """Decodes with and without the optional package simplejpeg."""
     if request.param == "Pillow":
         monkeypatch.setattr(module, "simplejpeg", None)
     else:
@@ -48,11 +48,11 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- rejected files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_and_named(name: str, decoder: str) -> None:
+def test_bad_file_is_an_error_that_names_the_file(name: str, decoder: str) -> None:
     data, reason = BAD[name]
     with pytest.raises(DataError, match=reason) as caught:
         decode(data, SIZE, f"a/{name}")
@@ -60,8 +60,8 @@ def test_a_bad_file_is_refused_and_named(name: str, decoder: str) -> None:
     assert " object at " not in str(caught.value)
 
 
-def test_damage_in_a_scan_is_seen_by_simplejpeg_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A JPEG file has no checksum: Pillow decodes this damaged one."""
+def test_damaged_jpeg_scan_is_detected_by_simplejpeg_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG file has no checksum, and Pillow decodes this damaged file."""
     data, reason = SCAN["changed.jpg"]
     with pytest.raises(DataError, match=f"^x: not a readable .*{reason}"):
         decode(data, 64, "x")
@@ -69,12 +69,12 @@ def test_damage_in_a_scan_is_seen_by_simplejpeg_alone(monkeypatch: pytest.Monkey
     actual = decode(data, 64, "x")
     assert np.array_equal(actual, opened(data))
     whole = opened(JPEG)
-    assert np.array_equal(actual[:14], whole[:14])  # what comes before it
+    assert np.array_equal(actual[:14], whole[:14])  # the rows before the damage
     assert not np.array_equal(actual[32:], whole[32:])
 
 
-def test_no_changed_byte_of_a_png_is_accepted() -> None:
-    """Pillow alone decodes 18 of these changes as other colours."""
+def test_png_with_a_changed_byte_is_an_error() -> None:
+    """Pillow alone decodes 18 of these changed files to other colours."""
     for image in (smooth(SIZE), pixels(0, 9)):
         data = encoded(image)
         assert np.array_equal(decode(data, len(image), ""), image)
@@ -85,23 +85,23 @@ def test_no_changed_byte_of_a_png_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_no_truncated_file_is_accepted(kind: str, decoder: str) -> None:
+def test_truncated_file_is_an_error(kind: str, decoder: str) -> None:
     data = encoded(smooth(SIZE), kind)
     for length in range(len(data)):
         with pytest.raises(DataError, match="not a readable"):
             decode(data[:length], SIZE, "")
 
 
-def test_what_follows_the_end_is_no_matter() -> None:
+def test_trailing_bytes_are_ignored() -> None:
     for data in (PNG, JPEG):
         assert np.array_equal(decode(data + b"more", 64, ""), opened(data))
 
 
 @pytest.mark.parametrize("name", ["bomb.png", "bomb.jpg", "large.png", "large.jpg"])
-def test_no_memory_is_taken_for_a_claimed_size(
+def test_huge_image_is_rejected_by_its_header(
     name: str, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pixels would take 200 MB to 3.6 GB; the header is enough to refuse them."""
+    """The pixels would take 200 MB to 3.6 GB, but no memory is allocated for them."""
     loads = []
 
     def note(*args, **kwargs):
@@ -117,13 +117,13 @@ def test_no_memory_is_taken_for_a_claimed_size(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_the_largest_size_is_67_megapixels() -> None:
-    """8192 squared gets as far as its pixels, which are not there."""
+def test_image_of_67_megapixels_passes_the_size_check() -> None:
+    """An image of 8192 x 8192 pixels is rejected only because its pixels are missing."""
     with pytest.raises(DataError, match="not a readable"):
         decode(claims(encoded(smooth(SIZE), compress_level=1), 8192, 8192), SIZE, "")
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_symbolic_link_out_of_the_folder_is_an_error(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "elsewhere.png"
     fill(inside, ["deep/a.png"], SIZE)
     outside.write_bytes(encoded(pixels(8, SIZE)))
@@ -139,11 +139,11 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         storage.read("../elsewhere.png")
 
 
-# --- bad files among good ones ------------------------------------------------------------------
+# --- bad files in a folder ----------------------------------------------------------------------
 
 
 def lay(folder: Path, name: str) -> tuple[dict[str, np.ndarray], str]:
-    """Four good images and a bad one; returns the good ones' pixels, and the reason."""
+    """Writes four good images and a bad one; returns the good ones' pixels and the reason."""
     good = fill(folder, ["a.png", "b.jpg", "x.png", "y.jpg"], SIZE)
     if name == LINK:
         target = folder.parent / "elsewhere.png"
@@ -156,7 +156,7 @@ def lay(folder: Path, name: str) -> tuple[dict[str, np.ndarray], str]:
 
 
 @pytest.mark.parametrize("name", [*ALL, LINK])
-def test_packing_ends_at_a_bad_file_and_names_it(tmp_path: Path, name: str) -> None:
+def test_packing_raises_an_error_that_names_a_bad_file(tmp_path: Path, name: str) -> None:
     _, reason = lay(tmp_path / "in", name)
     source = FolderSource(LocalStorage(tmp_path / "in"), SIZE)
     with pytest.raises(DataError, match=reason) as caught:
@@ -168,7 +168,7 @@ def test_packing_ends_at_a_bad_file_and_names_it(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("kind", ["uint8", "bytes"])
 @pytest.mark.parametrize("name", [*ALL, LINK])
-def test_only_the_bad_file_is_skipped(tmp_path: Path, name: str, kind: str) -> None:
+def test_on_error_skip_skips_only_the_bad_file(tmp_path: Path, name: str, kind: str) -> None:
     good, reason = lay(tmp_path / "in", name)
     source = FolderSource(LocalStorage(tmp_path / "in"), SIZE)
     cache = ingest(source, tmp_path / "cache", kind, on_error="skip", progress=False)
@@ -183,8 +183,8 @@ def test_only_the_bad_file_is_skipped(tmp_path: Path, name: str, kind: str) -> N
 
 
 @pytest.mark.slow
-def test_the_command_outlives_every_bad_file(tmp_path: Path) -> None:
-    """In a separate process, which a decoder could end with a signal."""
+def test_ingest_command_handles_every_bad_file(tmp_path: Path) -> None:
+    """It runs in a separate process, because a decoder could crash the process."""
     good, bad = write_corpus(tmp_path / "in")
     command = [
         sys.executable, "-m", "diffusion_lab.data", "ingest", f"data.source={tmp_path}/in",
@@ -205,10 +205,10 @@ def test_the_command_outlives_every_bad_file(tmp_path: Path) -> None:
         assert re.search(re.escape(f"{tmp_path}/in/{name}: ") + ".*" + reason, skips.stdout), name
 
 
-# --- what is accepted ---------------------------------------------------------------------------
+# --- accepted files -----------------------------------------------------------------------------
 
 
-def test_grey_becomes_three_equal_channels(decoder: str) -> None:
+def test_grey_image_has_three_equal_channels(decoder: str) -> None:
     grey = smooth(SIZE)[..., 2]
     expected = np.repeat(grey[..., None], 3, axis=2)
     assert np.array_equal(decode(encoded(grey), SIZE, ""), expected)
@@ -222,13 +222,13 @@ def test_grey_becomes_three_equal_channels(decoder: str) -> None:
     assert np.abs(actual.astype(int) - expected).max() < 12
 
 
-def test_one_bit_becomes_black_and_white() -> None:
+def test_one_bit_image_becomes_black_and_white() -> None:
     bits = pixels(3, SIZE)[..., 0] > 127
     expected = np.repeat(bits[..., None] * np.uint8(255), 3, axis=2)
     assert np.array_equal(decode(encoded(Image.fromarray(bits)), SIZE, ""), expected)
 
 
-def test_a_palette_is_looked_up() -> None:
+def test_palette_image_is_converted_to_rgb() -> None:
     image = Image.fromarray(smooth(SIZE)).quantize(8)
     palette = np.array(image.getpalette()).reshape(-1, 3).astype(np.uint8)
     expected = palette[np.asarray(image)]
@@ -236,16 +236,16 @@ def test_a_palette_is_looked_up() -> None:
     assert np.array_equal(decode(encoded(image), SIZE, ""), expected)
 
 
-def test_opaque_transparency_is_dropped() -> None:
+def test_opaque_alpha_channel_is_dropped() -> None:
     image = Image.fromarray(smooth(SIZE))
     image.putalpha(255)
     assert np.array_equal(decode(encoded(image), SIZE, ""), smooth(SIZE))
-    unused = encoded(smooth(SIZE), transparency=(1, 2, 3))  # a colour that is not there
+    unused = encoded(smooth(SIZE), transparency=(1, 2, 3))  # a colour that does not occur
     assert np.array_equal(decode(unused, SIZE, ""), smooth(SIZE))
 
 
-def test_four_inks_become_three_lights(decoder: str) -> None:
-    """Cyan, magenta, yellow, black and none, one each; Pillow's product of the inks."""
+def test_cmyk_jpeg_is_converted_to_rgb(decoder: str) -> None:
+    """Cyan, magenta, yellow, black and no ink are converted as by Pillow."""
     for inks, lights in (
         ((255, 0, 0, 0), (0, 255, 255)),
         ((0, 255, 0, 0), (255, 0, 255)),
@@ -259,7 +259,7 @@ def test_four_inks_become_three_lights(decoder: str) -> None:
     assert np.array_equal(decode(data, SIZE, ""), opened(data))
 
 
-def test_a_larger_square_is_resized_with_lanczos() -> None:
+def test_larger_square_is_resized_with_lanczos() -> None:
     large = pixels(5, 37)
     image = Image.fromarray(large)
     actual = decode(encoded(large), SIZE, "")
@@ -284,7 +284,7 @@ TURNED = {
 
 @pytest.mark.parametrize("value", TURNED)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_the_cameras_orientation_is_obeyed(kind: str, value: int, decoder: str) -> None:
+def test_exif_orientation_is_applied(kind: str, value: int, decoder: str) -> None:
     tags = Image.Exif()
     tags[0x0112] = value
     data = encoded(pixels(4, SIZE), kind, exif=tags)
@@ -295,7 +295,7 @@ def test_the_cameras_orientation_is_obeyed(kind: str, value: int, decoder: str) 
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_tags_that_make_no_sense_turn_nothing() -> None:
+def test_invalid_exif_orientation_is_ignored() -> None:
     tags = Image.Exif()
     for value in (0, 9, 255):
         tags[0x0112] = value

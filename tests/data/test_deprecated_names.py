@@ -16,7 +16,7 @@ NEW = {
 }  # fmt: skip
 
 
-def test_overrides_get_the_present_names() -> None:
+def test_overrides_are_converted_to_the_current_names() -> None:
     for group in ("data", "model.data"):
         old = [f"{group}.{key}={value}" for key, value in OLD.items()]
         new = [f"{group}.{key}={str(v).lower() if v is False else v}" for key, v in NEW.items()]
@@ -25,14 +25,14 @@ def test_overrides_get_the_present_names() -> None:
     assert current_overrides(["data.order=shuffle"]) == ["data.order=shuffle"]
 
 
-def test_a_saved_configuration_gets_the_present_names() -> None:
+def test_saved_configuration_is_converted_to_the_current_names() -> None:
     saved = {"seed": 1, "data": {"size": 8, "splits": {"train": 1}, **OLD}, "model": {"data": OLD}}
     new = {"seed": 1, "data": {"size": 8, "splits": {"train": 1}, **NEW}, "model": {"data": NEW}}
     assert current_config(saved) == new == current_config(new)
-    assert saved["data"]["lanes"] == 4  # it is not changed itself
+    assert saved["data"]["lanes"] == 4  # the argument itself is not changed
 
 
-def test_a_run_of_the_previous_release_may_be_resumed() -> None:
+def test_run_of_the_previous_release_can_be_resumed() -> None:
     overrides = [f"data.{key}={value}" for key, value in NEW.items()]
     config = compose("train", [*overrides, "++paths.output_dir=out", "++paths.cache_dir=cache"])
     saved = OmegaConf.to_container(config, resolve=False)

@@ -1,4 +1,4 @@
-"""Random access to images: equal pixels from every storage, bounded memory."""
+"""Random access to images: equal pixels from every storage, and bounded memory."""
 
 import io
 import json
@@ -48,7 +48,10 @@ def encoded(pixels: np.ndarray, level: int = 1) -> bytes:
 
 
 def write_parquet(path: Path, data: Sequence[bytes], group: int = 10) -> None:
-    """As the hub stores image sets: a struct of bytes and path, `group` images a row group."""
+    """Writes a file as the hub stores image datasets, with `group` images per row group.
+
+    Each row is a struct of bytes and path.
+    """
     schema = pyarrow.schema({
         "image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     })  # fmt: skip
@@ -85,7 +88,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
     }
 
 
-# --- the same pixels ----------------------------------------------------------------------------
+# --- pixels -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +102,9 @@ def test_every_storage_returns_the_requested_pixels(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_says_what_it_holds(everywhere: dict[str, Images], kind: str) -> None:
+def test_every_storage_has_its_size_names_and_groups(
+    everywhere: dict[str, Images], kind: str
+) -> None:
     images = everywhere[kind]
     assert images.size == SIZE and len(set(images.names)) == len(images.names) == COUNT
     assert [k for group in images.groups for k in group] == list(range(COUNT))
@@ -108,14 +113,14 @@ def test_every_kind_says_what_it_holds(everywhere: dict[str, Images], kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_is_a_copy(everywhere: dict[str, Images], kind: str) -> None:
+def test_batch_is_a_copy(everywhere: dict[str, Images], kind: str) -> None:
     loader = Loader(Split(everywhere[kind], np.arange(COUNT)), "val", COUNT, seed=0)
     next(iter(loader))["image"].fill_(7)
     (batch,) = loader
     assert np.array_equal(batch["image"].numpy(), PIXELS)
 
 
-def test_drawn_images_are_read_as_they_are_drawn() -> None:
+def test_drawn_images_are_read_at_any_position() -> None:
     source = FacesSource(16, {"train": 5, "val": 2, "test": 1}, seed=3)
     source.groups = chunk_ranges(8, 3)
     everything = np.stack([image for group in range(3) for image in source.read(group)])
@@ -125,7 +130,7 @@ def test_drawn_images_are_read_as_they_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoded", "parquet", "folder"])
-def test_a_bad_image_is_named_when_it_is_read(tmp_path: Path, kind: str) -> None:
+def test_bad_image_is_an_error_that_names_it(tmp_path: Path, kind: str) -> None:
     data = [encoded(image) for image in PIXELS[:12]]
     data[7] = data[7][:60]
     names = [f"image {k}" for k in range(12)]
@@ -151,7 +156,7 @@ def test_a_bad_image_is_named_when_it_is_read(tmp_path: Path, kind: str) -> None
 # --- splits -------------------------------------------------------------------------------------
 
 
-def test_a_split_counts_its_own_images(everywhere: dict[str, Images]) -> None:
+def test_split_indexes_its_own_images(everywhere: dict[str, Images]) -> None:
     positions = np.array([1, 4, 5, 9, 10, 31, 38, 39, 50, 52])
     for images in everywhere.values():
         split = Split(images, positions)
@@ -164,8 +169,8 @@ def test_a_split_counts_its_own_images(everywhere: dict[str, Images]) -> None:
     assert Split(everywhere["mapped"], positions).names[-1] == "52"
 
 
-def test_a_split_knows_its_part_of_each_group(everywhere: dict[str, Images]) -> None:
-    """Groups 0, 1, 3 and 5 of ten images each, and none of the others."""
+def test_split_has_the_number_of_its_images_per_group(everywhere: dict[str, Images]) -> None:
+    """The split has images of groups 0, 1, 3 and 5, with ten images each, and of no others."""
     for kind in ("mapped", "encoded", "parquet"):
         images = everywhere[kind]
         assert Split(images, np.array([1, 4, 5, 9, 10, 31, 38, 39, 50, 52])).groups == [4, 1, 3, 2]
@@ -178,7 +183,7 @@ def test_a_split_knows_its_part_of_each_group(everywhere: dict[str, Images]) -> 
 
 
 class Fake(Source):
-    """Groups of random sizes; image k is PIXELS[k] as a PNG file. Records every read."""
+    """Groups of given sizes; image k is PIXELS[k] as a PNG file. Records every read."""
 
     group_access_only = True
 
@@ -186,7 +191,7 @@ class Fake(Source):
         edges = np.cumsum([0, *lengths]).tolist()
         self.groups = [range(a, b) for a, b in pairwise(edges)]
         self.size, self.names = SIZE, [f"image {k}" for k in range(edges[-1])]
-        # Levels 0 and 9, and fewer grey levels in some: from 150 to 300 bytes.
+        # Levels 0 and 9, and fewer grey levels in some images, give 150 to 300 bytes.
         self.data = [
             encoded(PIXELS[k % COUNT] // (1 + k % 3 * 60), 9 * (k % 2)) for k in range(edges[-1])
         ]
@@ -207,11 +212,11 @@ class Fake(Source):
 
 
 def kept(images: SourceImages) -> dict[int, int]:
-    """The size of every group that is kept."""
+    """The size of every group in memory."""
     return {group: sum(map(len, future.result(0))) for group, future in images._kept.items()}
 
 
-def test_never_more_is_kept_than_allowed() -> None:
+def test_memory_of_kept_groups_stays_below_the_limit() -> None:
     source = Fake([3, 9, 1, 6, 6, 12, 2, 4])
     sizes = [source.bytes_of(group) for group in range(8)]
     bound = max(sizes) + 1500
@@ -221,13 +226,13 @@ def test_never_more_is_kept_than_allowed() -> None:
         real = kept(images)
         assert sum(real.values()) <= bound
         most = max(most, sum(real.values()))
-    assert most > 0.9 * bound  # and the allowance is used
+    assert most > 0.9 * bound  # the limit is nearly reached
     assert images.reads == len(source.order) < 600
     assert len(set(source.order)) == 8
 
 
-def test_a_group_above_the_bound_is_kept_alone() -> None:
-    """It is in use, and the next one replaces it."""
+def test_group_above_the_limit_is_kept_alone() -> None:
+    """It stays in memory until the next group replaces it."""
     source = Fake([5, 5, 5])
     images = SourceImages(source, 10)
     for group in (0, 1, 1, 2, 0, 0):
@@ -236,9 +241,9 @@ def test_a_group_above_the_bound_is_kept_alone() -> None:
     assert source.order == [0, 1, 2, 0]
 
 
-def test_the_groups_used_last_are_kept() -> None:
+def test_most_recently_used_groups_are_kept() -> None:
     source = Fake([4] * 4)
-    bound = sum(sorted(map(source.bytes_of, range(4)))[-2:])  # any two
+    bound = sum(sorted(map(source.bytes_of, range(4)))[-2:])  # any two groups fit
     images = SourceImages(source, bound)
     for group in (0, 1, 0, 2, 0, 1, 3, 1):
         images.gather(np.array([4 * group, 4 * group + 3]))
@@ -248,7 +253,7 @@ def test_the_groups_used_last_are_kept() -> None:
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Is released by every thread that begins to wait for a group."""
+    """A semaphore that every thread releases when it starts to wait for a group."""
     semaphore = threading.Semaphore(0)
 
     class Counting(Future):
@@ -261,7 +266,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
 
 
 class Held(Fake):
-    """Ends its first read when `others` threads wait for it, with an error if requested."""
+    """Completes its first read when `others` threads wait for it, or raises `error` then."""
 
     def __init__(self, waiting: threading.Semaphore, others: int, error: Exception | None) -> None:
         super().__init__([6, 6])
@@ -279,7 +284,7 @@ class Held(Fake):
 
 
 def ask(images: SourceImages, count: int) -> list[np.ndarray | Exception]:
-    """The results of as many threads, each of which reads one image of the first group."""
+    """The results of `count` threads, each of which reads one image of the first group."""
     results: list[np.ndarray | Exception] = [ValueError("no answer")] * count
 
     def work(k: int) -> None:
@@ -296,7 +301,7 @@ def ask(images: SourceImages, count: int) -> list[np.ndarray | Exception]:
     return results
 
 
-def test_threads_that_ask_for_one_group_read_it_once(waiting: threading.Semaphore) -> None:
+def test_threads_that_need_the_same_group_read_it_once(waiting: threading.Semaphore) -> None:
     source = Held(waiting, 5, None)
     images = SourceImages(source, 10**6)
     expected = [module.decode(data, SIZE, "") for data in source.data]
@@ -307,7 +312,7 @@ def test_threads_that_ask_for_one_group_read_it_once(waiting: threading.Semaphor
 
 
 @pytest.mark.parametrize("error", [DataError("the network is down"), RuntimeError("bug")])
-def test_an_error_reaches_all_that_wait_and_is_forgotten(
+def test_read_error_reaches_all_waiting_threads_and_is_not_cached(
     waiting: threading.Semaphore, error: Exception
 ) -> None:
     source = Held(waiting, 5, error)
@@ -321,7 +326,7 @@ def test_an_error_reaches_all_that_wait_and_is_forgotten(
     assert source.order == [0, 0]
 
 
-def test_an_error_of_one_group_leaves_the_others(waiting: threading.Semaphore) -> None:
+def test_read_error_of_one_group_keeps_the_other_groups(waiting: threading.Semaphore) -> None:
     source = Held(waiting, 0, DataError("the network is down"))
     images = SourceImages(source, 10**6)
     with pytest.raises(DataError, match="the network is down"):
@@ -331,8 +336,8 @@ def test_an_error_of_one_group_leaves_the_others(waiting: threading.Semaphore) -
     assert source.order == [1, 1, 0]
 
 
-def test_threads_give_the_same_images_within_the_bound() -> None:
-    """Four threads with a small memory: correct pixels and consistent bookkeeping."""
+def test_threads_read_correct_images_within_the_memory_limit() -> None:
+    """Four threads with little memory read correct pixels and keep consistent records."""
     source = Fake([7] * 9)
     expected = np.stack([module.decode(data, SIZE, "") for data in source.data])
     images, wrong = SourceImages(source, 2 * max(map(source.bytes_of, range(9)))), []
@@ -366,7 +371,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def epoch(path: Path, count: int, buffer: int, world: int, workers: int = 0) -> tuple[int, list]:
-    """Reads of groups of W devices in an epoch, each with just the memory it needs; the images."""
+    """Reads an epoch on W devices with minimal memory; returns the reads and the images."""
     reads, seen = 0, []
     for rank in range(world):
         source = open_parquet(path)
@@ -392,27 +397,27 @@ def epoch(path: Path, count: int, buffer: int, world: int, workers: int = 0) -> 
 @pytest.mark.parametrize(
     "count, buffer, world", [(1, 1, 1), (1, 3, 1), (2, 2, 1), (4, 1, 2), (4, 3, 4), (3, 2, 3)]
 )
-def test_an_epoch_of_streams_reads_each_group_about_once(
+def test_interleaved_epoch_reads_each_group_about_once(
     parquet: Path, count: int, buffer: int, world: int
 ) -> None:
-    """Only buffers that two streams share are read by both: up to k (L - 1) groups more."""
+    """Only buffers that two streams share are read twice: at most k (L - 1) additional groups."""
     reads, seen = epoch(parquet, count, buffer, world)
     assert seen == list(range(263))
     assert 27 <= reads <= 27 + buffer * (count - 1)
 
 
-def test_threads_that_fetch_ahead_read_hardly_more(parquet: Path) -> None:
-    """With three threads the order of use is not quite that of the epoch."""
+def test_prefetching_threads_read_few_additional_groups(parquet: Path) -> None:
+    """With three threads, the order of use differs slightly from that of the epoch."""
     reads, seen = epoch(parquet, 2, 2, 1, workers=3)
     assert seen == list(range(263))
     assert 27 <= reads <= 2 * 27
 
 
 @pytest.mark.slow
-def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> None:
-    """275 MB of images through 27 MB, batches and reads included.
+def test_streaming_a_large_dataset_stays_within_the_memory_limit(tmp_path: Path) -> None:
+    """275 MB of images are read with 27 MB, which include batches and reads.
 
-    The same measure sees all of the set if the memory has no bound.
+    Without a limit, the same measurement shows the whole dataset in memory.
     """
     noise = np.random.default_rng(0).integers(0, 256, (20, 256, 256, 3), dtype=np.uint8)
     data = [encoded(image, 0) for image in noise] * 70
@@ -429,7 +434,7 @@ def test_streaming_a_set_above_the_memory_stays_within_it(tmp_path: Path) -> Non
         path.unlink()
     assert result.returncode == 0, result.stderr
     actual = json.loads(result.stdout)
-    assert actual["sum"] == 70 * int(noise[:, 0, 0, 0].sum())  # every image came, once
+    assert actual["sum"] == 70 * int(noise[:, 0, 0, 0].sum())  # every image came once
     assert 140 <= actual["reads"] <= 140 + 3
     assert 0.4 * bound < actual["kept"] <= bound
     assert actual["bounded"] - actual["before"] < bound

@@ -1,4 +1,4 @@
-"""Loader: order as a function of (seed, epoch, N), distribution over devices, resume."""
+"""Loader: order as a function of (seed, epoch, N), distribution over devices, resuming."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ from diffusion_lab.rng import make_key
 
 
 def make_images(count: int) -> np.ndarray:
-    """Image k is filled with k in the first channel, and 255 - k in the last."""
+    """Image k has the value k in the first channel and 255 - k in the last."""
     images = np.zeros((count, 2, 2, 3), dtype=np.uint8)
     images[..., 0] = np.arange(count)[:, None, None]
     images[..., 2] = 255 - np.arange(count)[:, None, None]
@@ -26,7 +26,7 @@ def make_images(count: int) -> np.ndarray:
 
 
 class Memory(Images):
-    """Images in memory, of which one may be bad; records the requested positions."""
+    """Images in memory, one of which may be bad; records the requested positions."""
 
     def __init__(self, array: np.ndarray, bad: int | None = None) -> None:
         self.array, self.bad, self.size = array, bad, array.shape[1]
@@ -42,7 +42,7 @@ class Memory(Images):
 
 
 class Clock:
-    """The current epoch, set by a test."""
+    """The current epoch, which a test sets."""
 
     def __init__(self, epoch: int = 0) -> None:
         self.epoch = epoch
@@ -67,11 +67,11 @@ def flat(batches: list[list[int]]) -> list[int]:
     return [k for batch in batches for k in batch]
 
 
-# --- what an epoch holds ------------------------------------------------------------------------
+# --- images of an epoch -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_two_ranks_share_the_batches_of_one(shuffle: bool) -> None:
+def test_batches_of_two_ranks_are_those_of_one_rank_interleaved(shuffle: bool) -> None:
     one = list(make_loader(45, 8, shuffle=shuffle))
     two = [list(make_loader(45, 4, rank=r, world=2, shuffle=shuffle)) for r in (0, 1)]
     assert len(one) == len(two[0]) == len(two[1]) == (5 if shuffle else 6)
@@ -83,7 +83,7 @@ def test_two_ranks_share_the_batches_of_one(shuffle: bool) -> None:
             assert torch.equal(merged, whole[name]), name
 
 
-def test_a_shuffled_epoch_drops_only_the_tail() -> None:
+def test_shuffled_epoch_drops_only_the_incomplete_batch() -> None:
     loader = make_loader(45, 8)
     batches = indices(loader)
     assert [len(b) for b in batches] == [8] * 5 and len(loader) == 5
@@ -96,7 +96,7 @@ def test_a_shuffled_epoch_drops_only_the_tail() -> None:
     assert all(batch["weight"] == 1 for batch in make_loader(45, 4, rank=1, world=3))
 
 
-def test_every_image_is_dropped_in_some_epoch_and_kept_in_another() -> None:
+def test_dropped_images_differ_between_epochs() -> None:
     loader, dropped = make_loader(10, 8), set()
     for epoch in range(40):
         dropped |= set(loader.order(epoch)[8:].tolist())
@@ -106,9 +106,7 @@ def test_every_image_is_dropped_in_some_epoch_and_kept_in_another() -> None:
 @pytest.mark.parametrize(
     "count, world, batch_size", [(10, 3, 2), (7, 3, 2), (10, 3, 4), (2, 3, 1)]
 )
-def test_an_unshuffled_epoch_covers_each_image_once(
-    count: int, world: int, batch_size: int
-) -> None:
+def test_unshuffled_epoch_has_each_image_once(count: int, world: int, batch_size: int) -> None:
     seen = []
     for rank in range(world):
         loader = make_loader(count, batch_size, rank=rank, world=world, shuffle=False)
@@ -120,7 +118,7 @@ def test_an_unshuffled_epoch_covers_each_image_once(
     assert sorted(seen) == list(range(count))
 
 
-def test_the_rows_are_those_of_the_index() -> None:
+def test_images_match_their_index() -> None:
     images = make_images(45)
     for batch in make_loader(45, 8):
         assert batch["image"].dtype == torch.uint8 and batch["split"] == "train"
@@ -128,8 +126,8 @@ def test_the_rows_are_those_of_the_index() -> None:
         assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
 
 
-def test_the_index_counts_the_images_of_the_split() -> None:
-    """Image k of a split of every third image is image 3 k + 1 of all."""
+def test_index_is_the_position_in_the_split() -> None:
+    """The split has every third image, so its image k is image 3 k + 1 of the dataset."""
     split = Split(Memory(make_images(45)), np.arange(1, 45, 3))
     for batch in Loader(split, "val", 4, seed=0, order=partial(shuffled, count=15)):
         assert batch["image"][:, 0, 0, 0].tolist() == (3 * batch["index"] + 1).tolist()
@@ -137,9 +135,9 @@ def test_the_index_counts_the_images_of_the_split() -> None:
         assert torch.equal(batch["key"], make_key(0, "val", 0, batch["index"]))
 
 
-# --- images that do not fill a batch ------------------------------------------------------------
+# --- incomplete batches -------------------------------------------------------------------------
 
-ODD = [  # N, B, W: every remainder of some, B = 1, N = W, and fewer images than a batch
+ODD = [  # N, B, W: all remainders of some, B = 1, N = W, and fewer images than a batch
     *((count, 4, 3) for count in range(12, 25)),
     *((count, 2, 4) for count in range(8, 17)),
     *((count, 1, 5) for count in range(5, 16)),
@@ -150,11 +148,13 @@ ODD = [  # N, B, W: every remainder of some, B = 1, N = W, and fewer images than
 
 
 @pytest.mark.parametrize("count, batch_size, world", ODD)
-def test_spread_shares_out_every_image(count: int, batch_size: int, world: int) -> None:
-    """Exactly once, in equally many batches, and so that the weighted mean of means is the mean.
+def test_drop_last_false_distributes_every_image_once(
+    count: int, batch_size: int, world: int
+) -> None:
+    """All ranks have equally many batches, and the weighted mean of their means is the mean.
 
-    Batches of more than B images a rank are only made where B = 1: fewer images than devices
-    are left over, and the batch before cannot be halved.
+    Only for B = 1 may a rank have more than B images: fewer images than devices remain, and the
+    previous batch cannot be halved.
     """
     value = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ranks = [
@@ -180,8 +180,8 @@ def test_spread_shares_out_every_image(count: int, batch_size: int, world: int) 
     assert sorted(seen) == list(range(count))
 
 
-def test_the_unweighted_mean_of_unequal_parts_is_another() -> None:
-    """So the weights of the test above are needed: 5 images as 3 and 2 have 6/5 and 4/5."""
+def test_weights_of_an_unequally_distributed_batch() -> None:
+    """5 images on two devices, as 3 and 2, have the weights 6/5 and 4/5."""
     last = [list(make_loader(45, 4, rank=r, world=2, drop_last=False))[-1] for r in (0, 1)]
     assert [len(part["index"]) for part in last] == [3, 2]
     assert [part["weight"] for part in last] == pytest.approx([6 / 5, 4 / 5], rel=1e-15)
@@ -190,16 +190,16 @@ def test_the_unweighted_mean_of_unequal_parts_is_another() -> None:
 @pytest.mark.parametrize(
     "count, batch_size, world, sizes",
     [
-        (29, 4, 3, [12, 12, 5]),  # 5 are enough for 3 devices
-        (26, 4, 3, [12, 7, 7]),  # 2 are not: shared with the batch before
+        (29, 4, 3, [12, 12, 5]),  # 5 images are enough for 3 devices
+        (26, 4, 3, [12, 7, 7]),  # 2 images are not enough: they share with the previous batch
         (25, 4, 3, [12, 7, 6]),
         (24, 4, 3, [12, 12]),
-        (11, 1, 5, [5, 6]),  # nor can 6 be halved
+        (11, 1, 5, [5, 6]),  # 6 images cannot be halved on 5 devices
         (3, 4, 3, [3]),
         (7, 4, 3, [7]),
     ],
 )
-def test_how_spread_cuts_an_epoch(
+def test_sizes_of_the_last_batches_with_drop_last_false(
     count: int, batch_size: int, world: int, sizes: list[int]
 ) -> None:
     ranks = [
@@ -213,7 +213,7 @@ def test_how_spread_cuts_an_epoch(
 
 
 class Slow(Memory):
-    """Images whose reads take the longer the earlier they are requested."""
+    """Images whose earlier reads take longer."""
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         time.sleep(0.004 * (3 - len(self.asked) % 4))
@@ -229,7 +229,7 @@ def same(one: dict, two: dict) -> bool:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_threads_change_nothing(workers: int, drop_last: bool) -> None:
+def test_threads_do_not_change_the_batches(workers: int, drop_last: bool) -> None:
     alone = list(make_loader(45, 4, rank=1, world=2, drop_last=drop_last, epoch=Clock(2)))
     images = Slow(make_images(45))
     loader = make_loader(
@@ -239,11 +239,11 @@ def test_threads_change_nothing(workers: int, drop_last: bool) -> None:
         batches = list(loader)
         assert len(batches) == (6 if not drop_last else 5)
         assert all(same(a, b) for a, b in zip(alone, batches, strict=True))
-    assert len(images.asked) == 2 * len(alone)  # and nothing is fetched twice
+    assert len(images.asked) == 2 * len(alone)  # nothing is fetched twice
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_an_error_reaches_whoever_iterates_and_names_the_image(workers: int) -> None:
+def test_read_error_is_raised_by_the_iterator_and_names_the_image(workers: int) -> None:
     order = make_loader(45, 8).order(0)
     bad = int(order[19])
     loader = make_loader(45, 8, images=Memory(make_images(45), bad), workers=workers)
@@ -251,7 +251,7 @@ def test_an_error_reaches_whoever_iterates_and_names_the_image(workers: int) -> 
     with pytest.raises(DataError, match=f"^image {bad}: not a readable"):
         for batch in loader:
             seen.append(batch["index"].tolist())
-    assert flat(seen) == order[:16].tolist()  # the two batches before it came
+    assert flat(seen) == order[:16].tolist()  # the two batches before it are returned
     assert loader.state_dict()["consumed"] == 16
 
 
@@ -261,7 +261,7 @@ def fetching() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("end", ["close", "error", "finish", "forget"])
-def test_no_thread_outlives_the_iteration(workers: int, end: str) -> None:
+def test_threads_end_with_the_iteration(workers: int, end: str) -> None:
     bad = int(make_loader(45, 8).order(0)[30]) if end == "error" else None
     before = set(fetching())
     iterator = iter(make_loader(45, 8, images=Memory(make_images(45), bad), workers=workers))
@@ -282,8 +282,8 @@ def test_no_thread_outlives_the_iteration(workers: int, end: str) -> None:
         assert not thread.is_alive()
 
 
-def test_closing_drops_batches_that_have_not_started() -> None:
-    """Of the two batches prefetched by one thread, the second has not started."""
+def test_closing_cancels_batches_that_have_not_started() -> None:
+    """One thread prefetches two batches, the second of which has not started."""
     go = threading.Event()
 
     class Gated(Memory):
@@ -304,8 +304,8 @@ def test_closing_drops_batches_that_have_not_started() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_the_state_counts_what_was_handed_out(workers: int) -> None:
-    """And not what was fetched ahead, of which there is a bounded number."""
+def test_state_counts_the_returned_images(workers: int) -> None:
+    """Prefetched batches are not counted, and their number is bounded."""
     images = Memory(make_images(97))
     loader = make_loader(97, 4, images=images, workers=workers)
     before, iterator = set(fetching()), iter(loader)
@@ -319,7 +319,7 @@ def test_the_state_counts_what_was_handed_out(workers: int) -> None:
     iterator.close()
     for thread in threads:
         thread.join(20)
-    assert workers == 0 or len(images.asked) > 5  # some were fetched ahead
+    assert workers == 0 or len(images.asked) > 5  # some batches were prefetched
     resumed = make_loader(97, 4, workers=workers)
     resumed.load_state_dict(state)
     assert seen + indices(resumed) == indices(make_loader(97, 4))
@@ -332,18 +332,18 @@ def order(epoch: int, seed: int = 0, split: str = "train") -> list[int]:
     return flat(indices(make_loader(64, 8, seed=seed, split=split, epoch=Clock(epoch))))
 
 
-def test_orders_differ_by_epoch_seed_and_split_and_by_nothing_else() -> None:
+def test_order_depends_only_on_the_epoch_the_seed_and_the_split() -> None:
     orders = [order(0), order(1), order(2), order(0, seed=1), order(0, split="other")]
     assert all(sorted(o) == list(range(64)) for o in orders)
     assert len({tuple(o) for o in orders}) == 5
     assert list(range(64)) not in orders
     assert order(1) == orders[1] and order(0, seed=1) == orders[3]
-    for other in orders[1:]:  # not merely rotated: about one place in 64 agrees by chance
+    for other in orders[1:]:  # not just rotated: about one position in 64 agrees by chance
         assert sum(a == b for a, b in zip(orders[0], other, strict=True)) < 8
 
 
-def test_places_in_the_order_are_uniform() -> None:
-    """The mean place of image 0 over 400 epochs is that of a uniform one, within 4 deviations."""
+def test_positions_in_the_order_are_uniform() -> None:
+    """The mean position of image 0 over 400 epochs is the uniform mean up to 4 standard errors."""
     loader = make_loader(16, 4)
     places = [loader.order(epoch).tolist().index(0) for epoch in range(400)]
     assert abs(np.mean(places) - 7.5) < 4 * (255 / 12) ** 0.5 / 20
@@ -359,7 +359,7 @@ def keys(epoch: int, shuffle: bool, batch_size: int = 8) -> dict[int, int]:
     }
 
 
-def test_keys_depend_on_the_epoch_only_when_shuffled() -> None:
+def test_keys_depend_on_the_epoch_only_if_shuffled() -> None:
     assert keys(0, False) == keys(5, False) == keys(5, False, batch_size=3)
     assert keys(3, True) == keys(3, True, batch_size=4)
     assert not set(keys(0, True).values()) & set(keys(1, True).values())
@@ -368,7 +368,7 @@ def test_keys_depend_on_the_epoch_only_when_shuffled() -> None:
     assert keys(3, True) == dict(enumerate(expected))
 
 
-def test_the_epoch_is_read_when_iteration_starts() -> None:
+def test_epoch_is_read_at_the_first_batch() -> None:
     clock = Clock(0)
     loader = make_loader(64, 8, epoch=clock)
     iterator = iter(loader)
@@ -380,7 +380,7 @@ def test_the_epoch_is_read_when_iteration_starts() -> None:
 
 
 def strata(world: int, batch_size: int, **kwargs) -> list[torch.Tensor]:
-    """The numbers of each global batch of an epoch, in the order of its images."""
+    """The stratified numbers of each global batch of an epoch, in the order of its images."""
     ranks = [
         list(make_loader(45, batch_size, rank=r, world=world, **kwargs)) for r in range(world)
     ]
@@ -397,10 +397,10 @@ def strata(world: int, batch_size: int, **kwargs) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("world, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3)])
 @pytest.mark.parametrize("drop_last, sizes", [(True, [12] * 3), (False, [12] * 3 + [9])])
-def test_each_interval_holds_one_number_of_the_global_batch(
+def test_each_stratum_has_one_number_of_the_global_batch(
     world: int, batch_size: int, drop_last: bool, sizes: list[int]
 ) -> None:
-    """Image k's in the k-th interval, each at the same place: one offset for the batch."""
+    """Image k has a number in the k-th interval, with one offset for the whole batch."""
     batches, alone = (
         strata(world, batch_size, drop_last=drop_last),
         strata(1, 12, drop_last=drop_last),
@@ -413,15 +413,15 @@ def test_each_interval_holds_one_number_of_the_global_batch(
         torch.testing.assert_close(offset, offset[:1].expand(len(u)), rtol=0, atol=1e-14)
 
 
-def test_the_tail_that_is_shared_with_the_batch_before_is_stratified_too() -> None:
-    """45 images on 4 devices of 11: 44 and 1 are cut as 23 and 22."""
+def test_halved_last_batches_are_stratified() -> None:
+    """45 images on 4 devices of 11: the batches of 44 and 1 become 23 and 22."""
     batches = strata(4, 11, drop_last=False)
     assert [len(u) for u in batches] == [23, 22]
     for u in batches:
         assert (u * len(u)).floor().tolist() == list(range(len(u)))
 
 
-def test_strata_change_with_epoch_seed_split_and_batch_and_with_nothing_else() -> None:
+def test_strata_depend_only_on_epoch_seed_split_and_batch() -> None:
     changes = [{}, {"epoch": Clock(1)}, {"seed": 1}, {"split": "other"}]
     offsets = [12 * float(u[0]) for change in changes for u in strata(1, 12, **change)]
     assert len(set(offsets)) == 12 and all(0 <= offset < 1 for offset in offsets)
@@ -429,8 +429,8 @@ def test_strata_change_with_epoch_seed_split_and_batch_and_with_nothing_else() -
     assert again == offsets
 
 
-def test_strata_are_uniform() -> None:
-    """Those of 1000 batches, by Kolmogorov's distance; no batch tells of the next one."""
+def test_strata_are_uniform_and_uncorrelated() -> None:
+    """The Kolmogorov distance of 1000 batches is small; successive batches are uncorrelated."""
     images = Memory(np.zeros((3000, 1, 1, 3), dtype=np.uint8))
     offsets = []
     for batch in make_loader(3000, 3, images=images):
@@ -438,13 +438,13 @@ def test_strata_are_uniform() -> None:
     u = torch.stack(offsets)[:, 1]
     steps, ordered = torch.arange(1001, dtype=torch.float64) / 1000, u.sort().values
     distance = max(float((steps[1:] - ordered).max()), float((ordered - steps[:-1]).max()))
-    assert distance < 1.95 / 1000**0.5  # one in a thousand is larger
+    assert distance < 1.95 / 1000**0.5  # exceeded with probability 1 in 1000
     correlation = float(((u[1:] - 0.5) * (u[:-1] - 0.5)).mean() * 12)
     assert abs(correlation) < 4 / 1000**0.5
 
 
-def test_a_resumed_epoch_has_the_same_strata() -> None:
-    """On one device and on two."""
+def test_resumed_epoch_has_the_same_strata() -> None:
+    """The epoch is resumed on one device and on two."""
     loader = make_loader(45, 8, epoch=Clock(2))
     whole, iterator = list(loader), iter(loader)
     next(iterator), next(iterator)
@@ -457,7 +457,7 @@ def test_a_resumed_epoch_has_the_same_strata() -> None:
                 assert torch.equal(batch["stratum"], full["stratum"][rank::world])
 
 
-# --- resume -------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------
 
 
 def interrupted(steps: int, epoch: int = 2, **kwargs) -> tuple[list[list[int]], dict]:
@@ -470,7 +470,7 @@ def interrupted(steps: int, epoch: int = 2, **kwargs) -> tuple[list[list[int]], 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_a_resumed_epoch_goes_on_exactly(steps: int, shuffle: bool) -> None:
+def test_resumed_epoch_continues_exactly(steps: int, shuffle: bool) -> None:
     seen, state = interrupted(steps, shuffle=shuffle)
     whole = indices(make_loader(45, 8, shuffle=shuffle, epoch=Clock(2)))
     resumed = make_loader(45, 8, shuffle=shuffle, epoch=Clock(2))
@@ -480,7 +480,7 @@ def test_a_resumed_epoch_goes_on_exactly(steps: int, shuffle: bool) -> None:
     assert seen + indices(resumed) == whole
 
 
-def test_a_resumed_epoch_goes_on_on_two_devices() -> None:
+def test_resumed_epoch_continues_on_two_devices() -> None:
     seen, state = interrupted(2)
     ranks = []
     for rank in (0, 1):
@@ -497,9 +497,9 @@ def test_a_resumed_epoch_goes_on_on_two_devices() -> None:
 def stretch(
     count: int, batch_size: int, world: int, drop_last: bool, state: dict | None, steps: int | None
 ) -> tuple[list[list[int]], dict]:
-    """What `world` devices do of epoch 2 from a state on: global batches, and the state then.
+    """Runs epoch 2 on `world` devices from a state; returns the global batches and the new state.
 
-    Also holds `len` and `remaining` against what comes, and the devices against each other.
+    It also checks `len` and `remaining` against the batches, and that all devices agree.
     """
     parts, states = [], []
     for rank in range(world):
@@ -530,11 +530,11 @@ def stretch(
 
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("count", [13, 24, 25, 29, 46, 61])
-def test_an_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool) -> None:
-    """With "drop" no image comes twice, and what is left makes no batch; with "spread" all come.
+def test_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool) -> None:
+    """With drop_last, no image occurs twice, and the rest is less than a batch.
 
-    The exception: fewer images left than devices are left out, for no batch of this stretch is
-    there to share with.
+    Without drop_last, all images occur, except if fewer images than devices remain: there is no
+    previous batch that they could share with.
     """
     order, left = make_loader(count, 1).order(2).tolist(), set()
     for first in (1, 3):
@@ -543,7 +543,7 @@ def test_an_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool
             for batch_size, world, steps in ((4, 2, first), (3, 1, second), (4, 3, None)):
                 batches, state = stretch(count, batch_size, world, drop_last, state, steps)
                 seen += flat(batches)
-                assert sorted(seen) == sorted(order[: len(seen)])  # a beginning of the order
+                assert sorted(seen) == sorted(order[: len(seen)])  # a prefix of the order
                 assert state["consumed"] == len(seen)
             assert len(set(seen)) == len(seen)
             rest = count - len(seen)
@@ -558,7 +558,7 @@ def test_an_epoch_on_two_then_one_then_three_devices(count: int, drop_last: bool
 
 
 def test_fewer_images_than_devices_are_dropped_from_a_resumed_epoch() -> None:
-    """22 of 24 images are consumed on one device: two do for two devices, and not for three."""
+    """22 of 24 images are consumed. The other 2 are enough for two devices, but not for three."""
     _, state = stretch(24, 11, 1, False, None, 2)
     assert state["consumed"] == 22
     assert stretch(24, 4, 3, False, state, None)[0] == []
@@ -567,7 +567,7 @@ def test_fewer_images_than_devices_are_dropped_from_a_resumed_epoch() -> None:
     assert after["consumed"] == 24
 
 
-def test_the_state_is_the_same_on_every_rank_and_plain() -> None:
+def test_state_is_equal_on_every_rank_and_has_only_integers() -> None:
     states = []
     for rank in (0, 1):
         loader = make_loader(45, 4, rank=rank, world=2, epoch=Clock(2))
@@ -579,10 +579,10 @@ def test_the_state_is_the_same_on_every_rank_and_plain() -> None:
     checksum = states[0].pop("order")
     assert states[0] == {"epoch": 2, "consumed": 24, "seed": 0, "size": 45}
     assert all(type(v) is int for v in (checksum, *states[0].values()))
-    assert 0 < checksum < 2**63  # fits wherever an integer does
+    assert 0 < checksum < 2**63  # fits into a signed 64-bit integer
 
 
-def test_the_state_of_a_finished_epoch_leaves_the_next_one_whole() -> None:
+def test_state_of_a_finished_epoch_does_not_affect_the_next() -> None:
     loader = make_loader(45, 8, epoch=Clock(2))
     indices(loader)
     state = loader.state_dict()
@@ -593,15 +593,15 @@ def test_the_state_of_a_finished_epoch_leaves_the_next_one_whole() -> None:
     assert flat(indices(resumed)) == make_loader(45, 8).order(3)[:40].tolist()
 
 
-def test_a_state_of_another_epoch_does_not_skip() -> None:
+def test_state_of_another_epoch_does_not_skip_images() -> None:
     _, state = interrupted(3)
     loader = make_loader(45, 8, epoch=Clock(7))
     loader.load_state_dict(state)
     assert flat(indices(loader)) == loader.order(7)[:40].tolist()
 
 
-def test_a_second_pass_starts_from_the_beginning() -> None:
-    """Also after a pass that was broken off, and after one that was resumed."""
+def test_second_pass_starts_from_the_beginning() -> None:
+    """This holds also after an incomplete pass and after a resumed one."""
     loader = make_loader(45, 8, epoch=Clock(2))
     whole = indices(loader)
     assert indices(loader) == whole
@@ -613,12 +613,12 @@ def test_a_second_pass_starts_from_the_beginning() -> None:
     assert indices(loader) == whole
 
 
-def test_a_resumed_epoch_has_whole_batches_of_the_new_size() -> None:
+def test_resumed_epoch_has_complete_batches_of_a_new_size() -> None:
     old = make_loader(100, 8)
     next(iter(old))
     new = make_loader(100, 16)
     new.load_state_dict(old.state_dict())
-    assert [len(batch["index"]) for batch in new] == [16] * 5  # 92 are left
+    assert [len(batch["index"]) for batch in new] == [16] * 5  # 92 images remain
 
 
 by_streams = partial(interleaved, groups=[9] * 5, streams=2, buffer=2)
@@ -628,7 +628,7 @@ by_streams = partial(interleaved, groups=[9] * 5, streams=2, buffer=2)
     "change, name",
     [({"seed": 1}, "seed"), ({"count": 44}, "size"), ({"order": by_streams}, "order")],
 )
-def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
+def test_state_of_other_data_is_an_error(change: dict, name: str) -> None:
     _, state = interrupted(1)
     change = {"count": 45, **change}
     loader = make_loader(change.pop("count"), 8, epoch=Clock(2), **change)
@@ -641,7 +641,7 @@ def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
         match=f"train split of the checkpoint has {name}={theirs}, the present one {mine};",
     ):
         loader.load_state_dict(state)
-    assert loader.state_dict() == before  # nothing was taken over
+    assert loader.state_dict() == before  # the state is not changed
     assert loader.remaining == len(indices(loader)) == 5
 
 
@@ -654,7 +654,7 @@ def test_a_state_of_other_data_is_refused(change: dict, name: str) -> None:
         partial(shuffled, count=45),
     ],
 )
-def test_a_state_of_other_lanes_is_refused(other: partial) -> None:
+def test_state_of_another_interleaved_order_is_an_error(other: partial) -> None:
     _, state = interrupted(1, order=by_streams)
     loader = make_loader(45, 8, epoch=Clock(2), order=other)
     with pytest.raises(RunError, match=f"order={state['order']}, the present one"):

@@ -38,7 +38,7 @@ def read(source: Source) -> dict[str, np.ndarray | DataError]:
 
 
 def check_groups(source: Source, length: int | None = None) -> None:
-    """Groups share out the images in order; some places of one are what the whole has there."""
+    """Checks that the groups cover the images in order, and that places of a group can be read."""
     edges = [0] + [group.stop for group in source.groups]
     assert source.groups == [range(a, b) for a, b in pairwise(edges)]
     assert edges[-1] == len(source.names)
@@ -59,7 +59,7 @@ def opened(path: Path | str, size: int = 8, **options) -> Source:
 # --- folders ------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_the_files_pixels(tmp_path: Path) -> None:
+def test_folder_returns_the_pixels_of_its_files(tmp_path: Path) -> None:
     names = ["a.png", "b.jpg", "c.JPEG", "deep/er/d.PNG", "deep/a.png", "ä b.png"]
     expected = fill(tmp_path, names)
     (tmp_path / "notes.txt").write_text("no image")
@@ -71,7 +71,7 @@ def test_a_folder_gives_the_files_pixels(tmp_path: Path) -> None:
         assert source.location(source.names.index(name)) == f"{tmp_path}/{name}"
 
 
-def test_a_folder_is_read_in_groups(tmp_path: Path, monkeypatch) -> None:
+def test_folder_is_read_in_groups(tmp_path: Path, monkeypatch) -> None:
     fill(tmp_path, [f"{k}.png" for k in range(10)])
     monkeypatch.setattr(FolderSource, "CHUNK", 4)
     source = opened(tmp_path)
@@ -99,10 +99,10 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "b/c.png", "._a.jpg", "b/._c.png", ".cache/d.png", ".e/f/g.png"])
     assert opened(tmp_path).names == ["a.jpg", "b/c.png"]
     fill(tmp_path / ".hidden", ["x.png"])
-    assert opened(tmp_path / ".hidden").names == ["x.png"]  # the user named it
+    assert opened(tmp_path / ".hidden").names == ["x.png"]  # the user named this folder
 
 
-def test_a_file_that_vanished_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_deleted_file_is_an_error_for_that_image_only(tmp_path: Path) -> None:
     fill(tmp_path, ["a.png", "b.png", "c.png"])
     source = opened(tmp_path)
     (tmp_path / "b.png").unlink()
@@ -112,14 +112,14 @@ def test_a_file_that_vanished_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert str(second) == f"{tmp_path}/b.png: cannot be read (No such file or directory)"
 
 
-def test_one_file_is_a_source(tmp_path: Path) -> None:
+def test_single_file_is_a_source(tmp_path: Path) -> None:
     expected = fill(tmp_path, ["a.png", "b.png"])
     source = opened(tmp_path / "b.png")
     assert source.names == ["b.png"]
     assert np.array_equal(read(source)["b.png"], expected["b.png"])
 
 
-def test_what_describes_a_folder_changes_with_its_files(tmp_path: Path) -> None:
+def test_description_of_a_folder_has_sizes_and_times_of_its_files(tmp_path: Path) -> None:
     fill(tmp_path, ["a.png", "b.png"])
     stat = (tmp_path / "a.png").stat()
     description = opened(tmp_path).describe()
@@ -140,7 +140,7 @@ FIRST = {"train-00000-of-00002": 0, "train-00001-of-00002": 70, "validation-0000
 
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
-    """A set as the hub stores it; row k of all files in order shows pixels(k)."""
+    """A dataset as the hub stores it; row k over all files shows pixels(k)."""
     folder = tmp_path / "set" / "data"
     write_parquet(folder / "train-00000-of-00002.parquet", rows(range(70)), group=66)
     write_parquet(folder / "train-00001-of-00002.parquet", rows(range(70, 75)))
@@ -173,10 +173,10 @@ def test_parquet_groups_are_row_groups(parquet: Path) -> None:
     check_groups(source)
     sizes = [sum(map(len, source.read(number))) for number in range(6)]
     for known, images in zip(source.group_bytes, sizes, strict=True):
-        assert images < known < 1.5 * images + 1000  # and the paths and labels
+        assert images < known < 1.5 * images + 1000  # plus the paths and labels
 
 
-def test_a_set_is_named_alike_wherever_it_lies(parquet: Path) -> None:
+def test_image_names_do_not_depend_on_the_location(parquet: Path) -> None:
     assert opened(parquet).names == opened(parquet / "data").names
     single = opened(parquet / "data" / "train-00001-of-00002.parquet")
     assert single.names == [f"train-00001-of-00002.parquet:{row}" for row in range(5)]
@@ -197,7 +197,7 @@ def test_a_set_is_named_alike_wherever_it_lies(parquet: Path) -> None:
         ("my-test.parquet", "train"),
     ],
 )
-def test_names_of_parquet_files_tell_the_split(tmp_path: Path, file: str, own: str) -> None:
+def test_parquet_file_names_determine_the_split(tmp_path: Path, file: str, own: str) -> None:
     write_parquet(tmp_path / "x" / file, rows(range(2)))
     write_parquet(tmp_path / "x" / "0.parquet", rows(range(1)))
     source = opened(tmp_path / "x")
@@ -208,7 +208,7 @@ def test_names_of_parquet_files_tell_the_split(tmp_path: Path, file: str, own: s
     }
 
 
-def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
+def test_files_with_equal_names_in_two_folders_are_both_read(tmp_path: Path) -> None:
     for k, folder in enumerate("ab"):
         write_parquet(tmp_path / folder / "train-0.parquet", rows(range(4 * k, 4 * k + 4)))
     images = read(opened(tmp_path))
@@ -219,7 +219,7 @@ def test_files_of_one_name_in_two_folders_are_both_read(tmp_path: Path) -> None:
         assert np.array_equal(image, pixels(k))
 
 
-def test_plain_bytes_and_another_column(tmp_path: Path) -> None:
+def test_parquet_with_plain_bytes_and_another_column(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_parquet(path, rows(range(3)), plain=True, column="picture")
     source = opened(path, image_column="picture")
@@ -230,7 +230,7 @@ def test_plain_bytes_and_another_column(tmp_path: Path) -> None:
     assert str(caught.value) == text
 
 
-def test_a_bad_row_is_an_image_like_others(tmp_path: Path) -> None:
+def test_bad_row_is_returned_like_others(tmp_path: Path) -> None:
     path = tmp_path / "train-0.parquet"
     write_parquet(path, [rows(range(1))[0], b"<html>", None], plain=True)
     source = opened(path)
@@ -240,12 +240,12 @@ def test_a_bad_row_is_an_image_like_others(tmp_path: Path) -> None:
     assert list(opened(path).read(0)) == [b"", b"<html>"]
 
 
-def test_a_damaged_row_group_costs_only_the_rows_that_cannot_be_read(tmp_path: Path) -> None:
-    """Row groups of 100; rows are handed on by 64, and the damage is in the last of the second."""
+def test_damaged_row_group_loses_only_the_unreadable_rows(tmp_path: Path) -> None:
+    """Row groups have 100 rows, read in batches of 64. The last batch of group 1 is damaged."""
     path, data = tmp_path / "train-0.parquet", rows(range(300))
     write_parquet(path, data, group=100)
     content = bytearray(path.read_bytes())
-    place = content.index(data[190])  # a row begins with its length
+    place = content.index(data[190])  # a value begins with its length
     content[place - 4 : place] = b"\xff\xff\xff\x7f"
     path.write_bytes(content)
     source = opened(path)
@@ -260,7 +260,7 @@ def test_a_damaged_row_group_costs_only_the_rows_that_cannot_be_read(tmp_path: P
     assert good == data[163] and isinstance(bad, DataError)
 
 
-def test_a_parquet_file_without_its_end_is_named(tmp_path: Path) -> None:
+def test_truncated_parquet_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train-0.parquet"
     write_parquet(path, rows(range(5)))
     whole = path.read_bytes()
@@ -278,8 +278,8 @@ def test_a_parquet_file_without_its_end_is_named(tmp_path: Path) -> None:
     assert all(str(e).startswith(f"{path}: row group 0 cannot be read from row 0") for e in errors)
 
 
-def test_parquet_without_pyarrow_names_the_extra(parquet: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # its import then raises ImportError
+def test_missing_pyarrow_is_an_error_that_names_the_extra(parquet: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # the import raises ImportError
     with pytest.raises(DataError, match=r"needs pyarrow; pip install 'diffusion-lab\[parquet\]'"):
         opened(parquet)
     monkeypatch.setitem(sys.modules, "pyarrow.fs", None)
@@ -287,10 +287,10 @@ def test_parquet_without_pyarrow_names_the_extra(parquet: Path, monkeypatch) -> 
         opened("s3://a/b")
 
 
-# --- what is not there --------------------------------------------------------------------------
+# --- missing sources ----------------------------------------------------------------------------
 
 
-def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.source=\S*nowhere does not exist; .*faces"):
         opened(tmp_path / "nowhere")
     (tmp_path / "text.txt").write_text("no image")
@@ -312,24 +312,24 @@ def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
         "hf://",
     ],
 )
-def test_a_misspelt_hub_address_is_refused(text: str) -> None:
+def test_misspelt_hub_address_is_an_error(text: str) -> None:
     with pytest.raises(DataError, match=r"it must be hf://datasets/<owner>/<name>") as caught:
         opened(text)
     assert str(caught.value).startswith(f"data.source={text} is not allowed; ")
 
 
 @pytest.mark.parametrize("text", ["s3://", "s3:///a", "s3://bucket/a?colour=red"])
-def test_a_misspelt_bucket_is_refused(text: str) -> None:
+def test_misspelt_bucket_is_an_error(text: str) -> None:
     with pytest.raises(DataError) as caught:
         opened(text)
     assert str(caught.value).startswith(f"data.source={text} cannot be opened (")
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_an_unreachable_hub_names_the_way_around(download: bool) -> None:
+def test_unreachable_hub_is_an_error_with_a_workaround(download: bool) -> None:
     from huggingface_hub import constants
 
-    assert constants.HF_HUB_OFFLINE  # no test goes to the network
+    assert constants.HF_HUB_OFFLINE  # tests do not use the network
     address = "hf://datasets/diffusion-lab-tests/no-such-set@main"
     with pytest.raises(DataError, match=r"cannot be downloaded \(.+\).*=<folder>") as caught:
         opened(address, download=download)
@@ -337,20 +337,20 @@ def test_an_unreachable_hub_names_the_way_around(download: bool) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_without_its_package_names_the_extra(monkeypatch) -> None:
+def test_missing_huggingface_hub_is_an_error_that_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataError, match=r"needs huggingface_hub; pip install 'diffusion-lab\[par"):
         opened("hf://datasets/owner/name")
 
 
-# --- the hub ------------------------------------------------------------------------------------
+# --- hub ----------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def hub(parquet: Path, tmp_path: Path, monkeypatch) -> list[tuple]:
-    """Fake hub with the dataset; returns the list of requests."""
+    """A fake hub with the dataset; returns the list of requests."""
     asked = []
     remote = tmp_path / "hub"
     root = remote / "datasets" / f"owner/name@{COMMIT}"
@@ -376,7 +376,7 @@ def hub(parquet: Path, tmp_path: Path, monkeypatch) -> list[tuple]:
     return asked
 
 
-def test_the_hubs_sets_are_read_downloaded_or_not(hub: list[tuple]) -> None:
+def test_hub_dataset_is_the_same_downloaded_or_streamed(hub: list[tuple]) -> None:
     address = "hf://datasets/owner/name@v1.2"
     downloaded, streamed = (opened(address, download=download) for download in (True, False))
     assert hub == [("dataset", "owner/name", "v1.2", "*.parquet"), ("owner/name", "v1.2")]
@@ -390,8 +390,8 @@ def test_the_hubs_sets_are_read_downloaded_or_not(hub: list[tuple]) -> None:
     assert streamed.location(77) == downloaded.location(77) == f"{address}/{file}"
 
 
-def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) -> None:
-    """A new download, which changes modification times, does not change the dataset."""
+def test_hub_files_are_described_by_their_commit(hub: list[tuple], tmp_path: Path) -> None:
+    """A new download changes modification times, but not the description."""
     before = opened("hf://datasets/owner/name").describe()
     assert hub == [("dataset", "owner/name", None, "*.parquet")]
     assert before["source"] == "hf://datasets/owner/name" and len(before["files"]) == 3
@@ -405,7 +405,7 @@ def test_a_commit_stands_for_the_hubs_files(hub: list[tuple], tmp_path: Path) ->
 # --- faces --------------------------------------------------------------------------------------
 
 
-def test_the_splits_of_the_faces_are_disjoint() -> None:
+def test_splits_of_the_faces_are_disjoint() -> None:
     source = open_source("faces", 8, {"train": 20, "val": 6, "test": 4}, 3)
     assert source.native_splits == ["train"] * 20 + ["val"] * 6 + ["test"] * 4
     assert source.names == [f"face {k}" for k in range(30)]
@@ -430,12 +430,12 @@ NAMES = [f"{k}.png" for k in range(300)]
 
 
 def fractions(names: list[str], seed: int) -> list[float]:
-    """A number in [0, 1) for each name, by one key after the other."""
+    """A number in [0, 1) for each name, computed one key at a time."""
     return [int(make_key(seed, "split", name)) % 2**53 / 2**53 for name in names]
 
 
 def by_hand(names: list[str], splits: tuple[str, ...], shares: dict, seed: int) -> dict:
-    """Which of the names go where."""
+    """The names in each split."""
     total = sum(shares[split] for split in splits)
     edges = np.cumsum([0.0] + [shares[split] / total for split in splits])
     edges[-1] = 1
@@ -446,7 +446,7 @@ def by_hand(names: list[str], splits: tuple[str, ...], shares: dict, seed: int) 
 
 
 def named(own: list[str], split: str | None = None, shares: dict = SHARES, seed: int = 0) -> dict:
-    """The names in each split by `split_images`; every place appears at most once, in order."""
+    """The names in each split by `split_images`; every position occurs at most once, in order."""
     names = NAMES[: len(own)]
     places = split_images(names, own, shares, seed, split)
     assert tuple(places) == SPLITS
@@ -455,41 +455,42 @@ def named(own: list[str], split: str | None = None, shares: dict = SHARES, seed:
     return {k: [names[place] for place in each] for k, each in places.items()}
 
 
-def test_one_split_is_divided_by_a_hash_of_the_names() -> None:
+def test_single_split_is_divided_by_a_hash_of_the_names() -> None:
     for seed in (0, 7):
         for shares in (SHARES, {"train": 90, "val": 5, "test": 5}):
             expected = by_hand(NAMES, SPLITS, shares, seed)
-            for own in SPLITS:  # however it is called
+            for own in SPLITS:  # for any name of the split
                 assert named([own] * 300, None, shares, seed) == expected
     lengths = [len(names) for names in named(["train"] * 300).values()]
-    assert lengths == [174, 63, 63]  # these numbers must stay: runs refer to their splits
+    # These numbers must not change, because runs refer to their splits.
+    assert lengths == [174, 63, 63]
     assert named(["train"] * 300)["test"][:5] == ["1.png", "13.png", "15.png", "16.png", "20.png"]
 
 
 OWN = ["train"] * 200 + ["val"] * 60 + ["test"] * 40
 
 
-def test_three_splits_are_kept() -> None:
+def test_three_native_splits_are_kept() -> None:
     assert named(OWN) == {"train": NAMES[:200], "val": NAMES[200:260], "test": NAMES[260:]}
     mixed = [SPLITS[k % 3] for k in range(300)]
     assert named(mixed) == {"train": NAMES[::3], "val": NAMES[1::3], "test": NAMES[2::3]}
 
 
-def test_without_a_test_split_validation_is_shared_out() -> None:
+def test_without_a_test_split_validation_is_divided() -> None:
     own = ["train"] * 200 + ["val"] * 100
     expected = by_hand(NAMES[200:], ("val", "test"), SHARES, 0)
     assert named(own) == {"train": NAMES[:200], **expected}
     assert 30 < len(expected["val"]) < 70
 
 
-def test_without_a_validation_split_training_is_shared_out() -> None:
+def test_without_a_validation_split_training_is_divided() -> None:
     own = ["train"] * 200 + ["test"] * 100
     expected = by_hand(NAMES[:200], ("train", "val"), SHARES, 0)
     assert named(own) == {**expected, "test": NAMES[200:]}
-    assert 30 < len(expected["val"]) < 70  # 50 by 0.2 / 0.8
+    assert 30 < len(expected["val"]) < 70  # expected: 50, from 0.2 / 0.8
 
 
-def test_without_a_training_split_there_is_none() -> None:
+def test_without_a_training_split_train_is_empty() -> None:
     own = ["val"] * 200 + ["test"] * 100
     assert named(own) == {"train": [], "val": NAMES[:200], "test": NAMES[200:]}
     assert named([]) == {"train": [], "val": [], "test": []}
@@ -502,7 +503,7 @@ def test_native_splits_are_pooled_on_request() -> None:
     assert named(OWN, "train+val+test") == named(["train"] * 300)
 
 
-def test_a_split_that_is_not_there_is_refused() -> None:
+def test_missing_split_is_an_error() -> None:
     own = ["train"] * 200 + ["test"] * 100
     with pytest.raises(DataError) as caught:
         named(own, "train+validation")
@@ -513,7 +514,7 @@ def test_a_split_that_is_not_there_is_refused() -> None:
         named(OWN, "Train")
 
 
-def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
+def test_splits_have_their_shares_and_depend_on_the_seed() -> None:
     names = [str(k) for k in range(2000)]
     one = split_images(names, ["train"] * 2000, {"train": 6, "val": 2, "test": 2}, 0)
     assert sorted(np.concatenate(list(one.values())).tolist()) == list(range(2000))
@@ -521,13 +522,14 @@ def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
         deviation = (2000 * SHARES[split] * (1 - SHARES[split])) ** 0.5
         assert abs(len(one[split]) - 2000 * SHARES[split]) < 4 * deviation
     other = split_images(names, ["train"] * 2000, SHARES, 1)
-    assert 45 < len(set(one["test"].tolist()) & set(other["test"].tolist())) < 115  # 80 by chance
+    # 80 expected by chance.
+    assert 45 < len(set(one["test"].tolist()) & set(other["test"].tolist())) < 115
     everything = split_images(names, ["train"] * 2000, ALL_TRAIN, 0)
     assert everything["train"].tolist() == list(range(2000))
 
 
 @pytest.mark.parametrize("kinds", [("train",), ("train", "val"), ("train", "test"), SPLITS])
-def test_more_and_fewer_images_move_no_other(kinds: tuple[str, ...]) -> None:
+def test_adding_or_removing_images_does_not_move_others(kinds: tuple[str, ...]) -> None:
     def where(names: list[str]) -> dict[str, str]:
         own = [kinds[int(re.sub(r"\D", "", name)) % len(kinds)] for name in names]
         places = split_images(names, own, SHARES, 0)
@@ -540,8 +542,8 @@ def test_more_and_fewer_images_move_no_other(kinds: tuple[str, ...]) -> None:
     assert len(fewer) == 43 and all(before[name] == split for name, split in fewer.items())
 
 
-def test_the_hash_is_that_of_make_key() -> None:
-    """Written out: BLAKE2b of the name, then the rounds of SplitMix64, modulo 2⁶⁴."""
+def test_split_hash_matches_make_key() -> None:
+    """The reference is BLAKE2b of the name, followed by the rounds of SplitMix64 modulo 2⁶⁴."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
