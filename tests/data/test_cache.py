@@ -798,7 +798,7 @@ def test_missing_bucket_or_object_is_an_error(
 
 
 def test_network_error_is_not_a_bad_image(bucket: Bucket, local: Path, tmp_path: Path) -> None:
-    """It is never skipped, whatever max_bad is, and the packed images are kept."""
+    """It is never skipped, for any max_bad, and the packed images are kept."""
     place = bucket.put(local / "folder", "fragile")
     source = open_source(place, 8, SHARES)
     bucket.client.delete_object(Bucket="bucket", Key="fragile/05.png")

@@ -174,7 +174,7 @@ def ddim(indices: Tensor, x: Tensor) -> Tensor:
      ("linspace", 10, False), ("linspace", 50, False), ("trailing", 13, False)],
 )  # fmt: skip
 def test_ddim_steps_to_the_next_time_of_its_grid(spacing: str, steps: int, right: bool) -> None:
-    """diffusers steps to i - T // n, whatever the next index is (huggingface/diffusers#11347).
+    """diffusers steps to i - T // n, not to the next index (huggingface/diffusers#11347).
 
     With `linspace` and 10 steps, the grid is 999, 888, ..., but x is taken to the level of 899.
     """
