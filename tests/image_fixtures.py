@@ -42,12 +42,12 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) 
 
 
 def opened(data: bytes) -> np.ndarray:
-    """The pixels as read by Pillow alone."""
+    """The pixels, decoded by Pillow alone."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG file by the letter: what Pillow cannot write. `rows` with their filter bytes."""
+    """A PNG file of a kind that Pillow cannot write; `rows` include their filter bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
@@ -59,7 +59,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
 
 
 def fill(folder: Path, names: Sequence[str], size: int = 8) -> dict[str, np.ndarray]:
-    """Writes one image a name, PNG or JPEG by its suffix; returns what Pillow reads from each."""
+    """Writes one image per name, PNG or JPEG by suffix; returns the pixels decoded by Pillow."""
     result = {}
     for name in names:
         path = folder / name
@@ -74,9 +74,9 @@ def write_parquet(
     path: Path, rows: Sequence[bytes | None], group: int = 1 << 20, plain: bool = False,
     column: str = "image",
 ) -> None:  # fmt: skip
-    """A file as the hub stores image sets, `group` rows in each row group.
+    """Writes a file as the hub stores image datasets, with `group` rows in each row group.
 
-    Uncompressed, in small pages: damage to one place is damage to the rows there.
+    The file is uncompressed with small pages, so that damage affects only the rows at that place.
     """
     data = pyarrow.array(rows, pyarrow.binary())
     if not plain:
@@ -98,7 +98,7 @@ PNG = encoded(pixels(2, 64))
 
 
 def changed(data: bytes, place: int, by: int | bytes = 0x10) -> bytes:
-    """Flips bits of one byte, or replaces some."""
+    """Flips bits of one byte, or replaces several bytes."""
     if isinstance(by, int):
         by = bytes([data[place] ^ by])
     return data[:place] + by + data[place + len(by) :]
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "large.png": (claims(encoded(smooth(SIZE)), 8193, 8193), "8193x8193 pixels are too many"),
     "large.jpg": (claims(JPEG, 8193, 8193), "8193x8193 pixels are too many"),
 }
-# Damage that only simplejpeg sees.
+# Damage that only simplejpeg detects.
 SCAN = {
     "changed.jpg": (changed(JPEG, len(JPEG) // 2, bytes(20)), "Corrupt JPEG data"),
 }
@@ -180,10 +180,10 @@ LINK_REASON = r"a symbolic link to \S*elsewhere\.png, outside data\.source="
 
 
 def write_corpus(folder: Path, good: int = 5) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Writes good images and all the bad ones into an empty folder.
+    """Writes good images and all bad ones into an empty folder.
 
     Returns:
-        The good ones' names and pixels, and the bad ones' names and reasons.
+        The names and pixels of the good images, and the names and reasons of the bad ones.
     """
     images = fill(folder, [f"good {k}.{kind}" for k in range(good) for kind in ("png", "jpg")], 16)
     for name, (data, _) in (BAD | SCAN).items():
@@ -195,7 +195,7 @@ def write_corpus(folder: Path, good: int = 5) -> tuple[dict[str, np.ndarray], di
     return images, reasons | {LINK: LINK_REASON}
 
 
-# --- a source that can be stopped anywhere ------------------------------------------------------
+# --- an image source that can be interrupted ----------------------------------------------------
 
 
 @cache
@@ -204,14 +204,16 @@ def _drawing(k: int, size: int) -> bytes:
 
 
 class Drawn(Source):
-    """Image k is pixels(k), as a PNG file; some are no images. Notes what it reads.
+    """Image k is pixels(k) as a PNG file; some are no images. Records what it reads.
 
     Arguments:
         count: The number of images.
-        bad: The ones that are no images.
-        fail: What to do instead of giving the image `at`.
-        log: A file that each image's number is added to when it is given.
-        name: Stands for a place, as the address of a folder does.
+        bad: Positions of files that are no images.
+        at: The position at which `fail` is called.
+        fail: Called before the image `at` is returned.
+        log: A file to which the position of each returned image is appended.
+        name: The address of the source in its description.
+        size: Size of the images in pixels.
     """
 
     CHUNK = 64
@@ -264,8 +266,8 @@ def files(cache: PackedCache) -> dict[str, bytes]:
 
 
 def start(root: Path, kind: str, **options: Any) -> multiprocessing.Process:
-    """Packs such a source in a separate process."""
-    # The server is shared with other tests: what it imports first is the same.
+    """Packs a `Drawn` source in a separate process."""
+    # The server is shared with other tests, so it preloads the same modules.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["diffusion_lab.command.cli", "diffusion_lab.callback", "crash_injection"]

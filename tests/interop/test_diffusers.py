@@ -23,7 +23,7 @@ from diffusion_lab.schedule import Cosine, Linear
 
 SAFETENSORS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 D, AD, U, AU = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
-CELEBA = {  # config.json of google/ddpm-celebahq-256; keys of later versions are not in it
+CELEBA = {  # config.json of google/ddpm-celebahq-256, without keys of later versions
     "_class_name": "UNet2DModel",
     "_diffusers_version": "0.1.1",
     "act_fn": "silu",
@@ -77,7 +77,7 @@ INDICES = (
 
 
 def randomise(network: nn.Module, seed: int = 0) -> Any:
-    """Gives every parameter a value that matters: a new network's branches are all zero."""
+    """Sets every parameter to a random value, because the branches of a new network are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
@@ -92,7 +92,7 @@ def reference(config: dict) -> UNet2DModel:
 
 
 def folder_of(path: Path, config: dict, state: dict[str, Tensor] | None = None) -> Path:
-    """A folder with a config.json, and weights if any."""
+    """A folder with a config.json, and optionally weights."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     if state is not None:
@@ -101,19 +101,19 @@ def folder_of(path: Path, config: dict, state: dict[str, Tensor] | None = None) 
 
 
 def old(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state under the old names of attention."""
+    """The state dict with the old names of the attention layers."""
     for new, name in OLD.items():
         state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
     return state
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error against the largest value."""
+    """The largest error relative to the largest value."""
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether names, types and bits are the same."""
+    """Returns whether names, dtypes and bits are equal."""
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype == torch.float32
         and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32))
@@ -123,17 +123,17 @@ def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def difference(network: UNet, theirs: UNet2DModel) -> float:
-    """The largest error against the largest value, over several indices."""
+    """The largest error relative to the largest value, over several indices."""
     shape = (2, theirs.config.in_channels, 16, 24)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return max(error(network(x, index), theirs(x, index).sample) for index in INDICES)
 
 
-# --- what can be loaded and saved ---------------------------------------------------------------
+# --- loading and saving -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
-def test_a_network_of_diffusers_says_the_same_here(tmp_path: Path, config: dict) -> None:
+def test_loaded_diffusers_network_has_the_same_output(tmp_path: Path, config: dict) -> None:
     theirs = reference(config)
     theirs.save_pretrained(tmp_path)
     random_state = torch.get_rng_state()
@@ -142,31 +142,32 @@ def test_a_network_of_diffusers_says_the_same_here(tmp_path: Path, config: dict)
     assert isinstance(network, UNet) and not network.training
     assert all(p.requires_grad and p.device.type == "cpu" for p in network.parameters())
     assert difference(network, theirs) < 1e-5
-    # The measure tells networks apart: with one parameter of them all moved it sees it.
+    # A change of a single parameter is detected by this measure.
     network.up[-1].block[0].norm_1.bias.data += 0.01
     assert difference(network, theirs) > 1e-4
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_network_from_here_says_the_same_in_diffusers(tmp_path: Path, name: str) -> None:
+def test_saved_network_has_the_same_output_in_diffusers(tmp_path: Path, name: str) -> None:
     network = randomise(UNet(**OURS[name]))
     save_unet(network, tmp_path / "new" / "folder")
     theirs, info = UNet2DModel.from_pretrained(
         tmp_path / "new" / "folder", output_loading_info=True
     )
-    assert not any(info.values())  # no parameter is left over on either side
+    assert not any(info.values())  # both have the same parameters
     assert theirs.config.dropout == OURS[name].get("dropout", 0.0)
     assert difference(network, theirs.eval()) < 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_the_network_of_celeba_hq_256(tmp_path: Path) -> None:
+def test_network_of_celeba_hq_256_is_converted(tmp_path: Path) -> None:
     theirs = reference(CELEBA)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     index = torch.tensor(164.75)
     expected = theirs(x, index).sample
-    network = load_unet(theirs.state_dict())  # its shapes tell all but what Ho et al. have
+    # The shapes determine everything except the settings of Ho et al.
+    network = load_unet(theirs.state_dict())
     del theirs
     assert sum(p.numel() for p in network.parameters()) == 113_673_219
     assert error(network(x, index), expected) < 1e-5
@@ -178,7 +179,7 @@ def test_the_network_of_celeba_hq_256(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, DEEP], ids=["small", "deep"])
-def test_a_round_trip_from_diffusers_changes_no_bit(tmp_path: Path, config: dict) -> None:
+def test_round_trip_from_diffusers_is_bitwise_exact(tmp_path: Path, config: dict) -> None:
     theirs = reference(config)
     theirs.save_pretrained(tmp_path / "a")
     save_unet(load_unet(tmp_path / "a"), tmp_path / "b")
@@ -189,7 +190,7 @@ def test_a_round_trip_from_diffusers_changes_no_bit(tmp_path: Path, config: dict
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_round_trip_from_here_changes_no_bit(tmp_path: Path, name: str) -> None:
+def test_round_trip_through_diffusers_is_bitwise_exact(tmp_path: Path, name: str) -> None:
     network = randomise(UNet(**OURS[name])).to(memory_format=torch.channels_last)
     save_unet(network, tmp_path)
     again = load_unet(tmp_path)
@@ -199,7 +200,7 @@ def test_a_round_trip_from_here_changes_no_bit(tmp_path: Path, name: str) -> Non
         assert value.stride() == own.stride()
 
 
-def test_old_names_of_attention(tmp_path: Path) -> None:
+def test_old_names_of_attention_layers_are_converted(tmp_path: Path) -> None:
     theirs = reference(SMALL)
     state = old(theirs.state_dict())
     assert sum(".proj_attn." in name for name in state) == 12
@@ -213,7 +214,7 @@ def test_old_names_of_attention(tmp_path: Path) -> None:
     assert identical(by_state.state_dict(), network.state_dict())
 
 
-def test_weights_in_a_bin_file_and_which_file_is_taken(tmp_path: Path) -> None:
+def test_bin_file_is_loaded_and_safetensors_is_preferred(tmp_path: Path) -> None:
     theirs = reference(SMALL)
     folder = folder_of(tmp_path / "folder", SMALL)
     torch.save(old(theirs.state_dict()), folder / BIN)
@@ -225,7 +226,7 @@ def test_weights_in_a_bin_file_and_which_file_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_weights_of_half_precision_become_float32_exactly(
+def test_half_precision_weights_are_converted_exactly_to_float32(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     state = {k: v.to(dtype) for k, v in reference(SMALL).state_dict().items()}
@@ -234,7 +235,7 @@ def test_weights_of_half_precision_become_float32_exactly(
     assert identical(load_file(tmp_path / "b" / SAFETENSORS), exact)
 
 
-def test_a_pipeline(tmp_path: Path) -> None:
+def test_network_and_schedule_of_a_pipeline_are_loaded(tmp_path: Path) -> None:
     theirs = reference(SMALL)
     scheduler = DDPMScheduler(num_train_timesteps=50)
     DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path)
@@ -243,7 +244,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert load_schedule(tmp_path).steps == 50
 
 
-def test_a_state_dict_is_not_shared_with_the_network() -> None:
+def test_network_does_not_share_memory_with_the_state_dict() -> None:
     state = dict(reference(SMALL).state_dict())
     network = load_unet(state, SMALL | {"block_out_channels": (32, 64)})
     state["conv_in.weight"].zero_()
@@ -253,7 +254,8 @@ def test_a_state_dict_is_not_shared_with_the_network() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"attention_head_dim": 64},  # as wide as the only level with attention, and the middle
+        # Equals the width of the only level with attention and of the middle block.
+        {"attention_head_dim": 64},
         {"act_fn": "swish"},
         {"time_embedding_dim": 128},
         {"attn_norm_num_groups": 8},
@@ -262,15 +264,15 @@ def test_a_state_dict_is_not_shared_with_the_network() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_other_ways_to_say_the_same(tmp_path: Path, change: dict) -> None:
+def test_equivalent_settings_are_accepted(tmp_path: Path, change: dict) -> None:
     config = SMALL | change
     theirs = reference({k: v for k, v in config.items() if k in DEFAULTS})
     network = load_unet(folder_of(tmp_path / "net", config, theirs.state_dict()))
     assert difference(network, theirs) < 1e-5
 
 
-def test_every_key_of_diffusers_is_known_with_its_default() -> None:
-    """A version that adds an option, or changes a default, is noticed here."""
+def test_defaults_contain_every_key_of_diffusers() -> None:
+    """The test detects a diffusers version that adds an option or changes a default."""
     parameters = dict(inspect.signature(UNet2DModel.__init__).parameters)
     parameters.pop("self")
     assert parameters.keys() - IGNORED == DEFAULTS.keys() - {"_class_name"}
@@ -279,7 +281,7 @@ def test_every_key_of_diffusers_is_known_with_its_default() -> None:
             assert DEFAULTS[key] == parameter.default, key
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def refused(text: str, error: type[Exception] = RunError) -> Any:
@@ -324,7 +326,9 @@ def refused(text: str, error: type[Exception] = RunError) -> Any:
         ("a_future_option", "on", "only null"),
     ],
 )
-def test_a_network_that_is_not_ours(tmp_path: Path, key: str, value: Any, supported: str) -> None:
+def test_unsupported_network_setting_is_an_error(
+    tmp_path: Path, key: str, value: Any, supported: str
+) -> None:
     folder = folder_of(tmp_path / "net", SMALL | {key: value})
     with refused(f"{key}={json.dumps(value)} is not supported, {supported}") as error:
         load_unet(folder)
@@ -342,21 +346,19 @@ def test_a_network_that_is_not_ours(tmp_path: Path, key: str, value: Any, suppor
         ("block_out_channels", "null"),
     ],
 )
-def test_a_key_that_is_missing_has_the_default_of_diffusers(
-    tmp_path: Path, key: str, default: str
-) -> None:
+def test_missing_key_has_the_default_of_diffusers(tmp_path: Path, key: str, default: str) -> None:
     folder = folder_of(tmp_path / "net", {k: v for k, v in SMALL.items() if k != key})
     with refused(f"(completed by diffusers' defaults): {key}={default} is not supported"):
         load_unet(folder)
 
 
-def test_one_head_for_levels_of_two_widths_is_null_only(tmp_path: Path) -> None:
+def test_attention_head_dim_with_two_widths_must_be_null(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "net", DEEP | {"attention_head_dim": 48})
     with refused("attention_head_dim=48 is not supported, only null;"):
         load_unet(folder)
 
 
-def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+def test_mismatched_tensors_are_an_error(tmp_path: Path) -> None:
     state = dict(reference(SMALL).state_dict())
     groups = {"norm_num_groups": 8}
     lacking = {k: v for k, v in state.items() if not k.startswith("mid_block.attentions.0.to_")}
@@ -380,7 +382,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         load_unet(folder_of(folder, SMALL, wrong))
 
 
-def test_a_state_dict_that_is_not_of_diffusers() -> None:
+def test_state_dict_of_another_network_is_an_error() -> None:
     network = UNet(**OURS["small"])
     with refused("no down_blocks.0.resnets.0.conv1.weight; give that of diffusers' UNet2DModel"):
         load_unet(network.state_dict())
@@ -392,7 +394,7 @@ def test_a_state_dict_that_is_not_of_diffusers() -> None:
         load_unet({"state": {}})
 
 
-def test_groups_do_not_show_in_a_state_dict() -> None:
+def test_state_dict_needs_a_valid_number_of_groups() -> None:
     state = reference(DEEP).state_dict()
     with refused("and config=): norm_num_groups=32 is not supported, only a divisor of"):
         load_unet(state)
@@ -400,23 +402,23 @@ def test_groups_do_not_show_in_a_state_dict() -> None:
         load_unet(state, {"downsample_padding": 1})
 
 
-def test_a_folder_has_its_own_configuration(tmp_path: Path) -> None:
+def test_config_for_a_folder_is_an_error(tmp_path: Path) -> None:
     with refused(f"config= is for a state dict; remove it: {tmp_path} has its own", ConfigError):
         load_unet(tmp_path, SMALL)
 
 
-def test_networks_that_diffusers_does_not_support_are_refused(tmp_path: Path) -> None:
+def test_saving_an_unsupported_network_is_an_error(tmp_path: Path) -> None:
     network = UNet(channels=8, multipliers=(2, 4), groups=4, attention_levels=())
     with refused("multipliers[0]=2 is not supported by diffusers", ConfigError):
         save_unet(network, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-# --- files that cannot be read ------------------------------------------------------------------
+# --- unreadable files ---------------------------------------------------------------------------
 
 
 class Code:
-    """Runs a command when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -426,7 +428,7 @@ class Code:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_bin_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
+def test_bin_file_with_code_is_not_loaded(tmp_path: Path, zipped: bool) -> None:
     folder, mark = folder_of(tmp_path / "net", SMALL), tmp_path / "ran"
     torch.save({"conv_in.weight": Code(mark)}, folder / BIN, _use_new_zipfile_serialization=zipped)
     with refused(f"{folder / BIN} is not loaded: it contains code") as error:
@@ -434,11 +436,11 @@ def test_code_in_a_bin_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
     assert f"use weights in {SAFETENSORS}" in str(error.value)
     assert not mark.exists()
     torch.load(folder / BIN, weights_only=False)
-    assert mark.exists()  # it would have
+    assert mark.exists()  # the file would have run the code
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, BIN])
-def test_truncated_weights(tmp_path: Path, name: str) -> None:
+def test_truncated_weights_are_an_error(tmp_path: Path, name: str) -> None:
     state = dict(reference(SMALL).state_dict())
     folder = folder_of(tmp_path / "net", SMALL, state if name == SAFETENSORS else None)
     if name == BIN:
@@ -450,14 +452,14 @@ def test_truncated_weights(tmp_path: Path, name: str) -> None:
             load_unet(folder)
 
 
-def test_a_bin_file_of_something_else(tmp_path: Path) -> None:
+def test_bin_file_without_named_tensors_is_an_error(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "net", SMALL)
     torch.save([torch.zeros(2)], folder / BIN)
     with refused(f"{folder / BIN} contains a list, not tensors by name"):
         load_unet(folder)
 
 
-def test_weights_in_several_files(tmp_path: Path) -> None:
+def test_sharded_weights_are_an_error(tmp_path: Path) -> None:
     reference(SMALL).save_pretrained(tmp_path, max_shard_size="500KB")
     index = tmp_path / f"{SAFETENSORS}.index.json"
     assert index.exists()
@@ -465,7 +467,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
         load_unet(tmp_path)
 
 
-def test_a_folder_without_the_files(tmp_path: Path) -> None:
+def test_missing_files_are_an_error(tmp_path: Path) -> None:
     missing = tmp_path / "no" / "such"
     for folder in (tmp_path, missing):
         with refused(f"there is no config.json in {folder} or {folder / 'unet'}"):
@@ -478,17 +480,17 @@ def test_a_folder_without_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, reason", [("{", "cannot be read"), ("[1]", "contains a list")])
-def test_a_config_that_is_none(tmp_path: Path, text: str, reason: str) -> None:
+def test_invalid_config_json_is_an_error(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match=f"config.json .*{reason}"):
         load_unet(tmp_path)
 
 
-# --- the hub ------------------------------------------------------------------------------------
+# --- hub ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("held, calls", [(SAFETENSORS, 1), (BIN, 2)])
-def test_a_name_on_the_hub(
+def test_name_of_a_hub_repository_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str, calls: int
 ) -> None:
     theirs = reference(SMALL)
@@ -512,7 +514,7 @@ def test_a_name_on_the_hub(
     assert len(asked) == calls + 1
 
 
-def test_a_name_on_the_hub_without_a_network(
+def test_hub_name_without_a_network_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -522,7 +524,7 @@ def test_a_name_on_the_hub_without_a_network(
     with refused("needs huggingface_hub: pip install huggingface_hub"):
         load_unet("google/x")
     with refused(f"there is no config.json in {Path('google/x')}"):
-        load_unet(Path("google/x"))  # a path is never a name
+        load_unet(Path("google/x"))  # a `Path` is never a hub name
     with refused(f"there is no config.json in {Path('../x')}"):
         load_unet("../x")
 
@@ -546,7 +548,7 @@ LINEAR = {  # scheduler_config.json of google/ddpm-celebahq-256
     "name, steps, kind", [("linear", 1000, Linear), ("squaredcos_cap_v2", 200, Cosine)]
 )
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
-def test_a_schedule_has_the_increments_of_diffusers(
+def test_schedule_has_the_betas_of_diffusers(
     tmp_path: Path, scheduler: str, name: str, steps: int, kind: type
 ) -> None:
     theirs = getattr(diffusers, scheduler)(
@@ -563,7 +565,7 @@ def test_a_schedule_has_the_increments_of_diffusers(
     )
 
 
-def test_the_schedule_of_celeba_hq_256(tmp_path: Path) -> None:
+def test_schedule_of_celeba_hq_256_is_linear(tmp_path: Path) -> None:
     (tmp_path / "scheduler_config.json").write_text(json.dumps(LINEAR))
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     for ours, expected in zip(load_schedule(tmp_path)(t), Linear()(t), strict=True):
@@ -584,9 +586,11 @@ def test_the_schedule_of_celeba_hq_256(tmp_path: Path) -> None:
         ("beta_end", 1.5, "only a number between 0 and 1"),
     ],
 )
-def test_a_schedule_that_is_not_ours(tmp_path: Path, key: str, value: Any, supported: str) -> None:
+def test_unsupported_schedule_setting_is_an_error(
+    tmp_path: Path, key: str, value: Any, supported: str
+) -> None:
     path = tmp_path / "scheduler_config.json"
     config = {k: v for k, v in (LINEAR | {key: value}).items() if v is not None}
-    path.write_text(json.dumps(config))  # what is None is missing
+    path.write_text(json.dumps(config))  # keys whose value is None are missing
     with refused(f"{path}: {key}={json.dumps(value)} is not supported, {supported}"):
         load_schedule(tmp_path)

@@ -1,4 +1,4 @@
-"""The leaderboard: its measures for samplers with known errors, its rows and its command."""
+"""Leaderboard: metrics of samplers with known errors, rows and command."""
 
 import csv
 import math
@@ -23,7 +23,7 @@ SIZES = {"n_y": 4, "n": 256, "n_coverage": 128, "n_ranks": 19, "seed": 0}
 
 
 class Exact(Guidance):
-    """Exact posterior samples with scaled deviations from the mean, and a shift."""
+    """Exact posterior samples, optionally with a scaled deviation from the mean or a shift."""
 
     def __init__(
         self, problem, scale: float = 1.0, shift: float = 0.0, prior: bool = False
@@ -47,12 +47,12 @@ def row(problem, **options) -> dict:
 
 
 @pytest.mark.parametrize("name", ["gaussian_mask", "mixture_ambiguous", "spring_positions"])
-def test_exact_draws_have_an_ideal_row(name: str) -> None:
+def test_exact_samples_have_ideal_metrics(name: str) -> None:
     found = row(PROBLEMS[name]())
     assert found["sw2"] / found["sw2_floor"] == pytest.approx(1, abs=0.12)
     assert found["variance_ratio"] == pytest.approx(1, abs=0.08)
     assert found["bias"] < 0.12 and found["nfe"] == found["vjp"] == 0
-    # Coordinates of a truth are not independent: 128 truths of 2 to 32 numbers.
+    # The coordinates of a truth are dependent: 128 truths with 2 to 32 coordinates.
     assert found["coverage"] == pytest.approx(0.9, abs=0.03)
     assert found["rank_chi2"] < 4
     if name == "mixture_ambiguous":
@@ -61,7 +61,7 @@ def test_exact_draws_have_an_ideal_row(name: str) -> None:
         assert math.isnan(found["mode_tv"])
 
 
-def test_each_error_shows_in_its_own_column() -> None:
+def test_each_error_affects_its_own_column() -> None:
     problem = PROBLEMS["gaussian_mask"]()
     narrow, wide, shifted = (
         row(problem, scale=0.7),
@@ -74,13 +74,14 @@ def test_each_error_shows_in_its_own_column() -> None:
     assert shifted["bias"] > 0.3 and shifted["variance_ratio"] == pytest.approx(1, abs=0.08)
     assert all(each["sw2"] > 1.5 * each["sw2_floor"] for each in (narrow, wide, shifted))
     assert all(each["rank_chi2"] > 10 for each in (narrow, wide, shifted))
-    # Draws of the prior are calibrated, and of the wrong modes: coverage alone cannot tell.
+    # Samples of the prior are calibrated but have wrong mode weights, which coverage does not
+    # detect.
     problem = PROBLEMS["mixture_ambiguous"]()
     blind = row(problem, prior=True)
     assert blind["coverage"] == pytest.approx(0.9, abs=0.03) and blind["mode_tv"] > 0.3
 
 
-def test_the_control_and_the_truncated_sampler_on_the_mixture() -> None:
+def test_control_and_truncated_sampler_are_near_the_floor() -> None:
     problem = PROBLEMS["mixture_denoise"]()
     truncated = Method("truncated", lambda _: TruncatedReverseSDE(), EulerMaruyama(64), Linear())
     control = Method("control", Control, EulerMaruyama(128), Linear())
@@ -94,14 +95,14 @@ def test_the_control_and_the_truncated_sampler_on_the_mixture() -> None:
     assert flat["variance_ratio"] < 1e-3 and flat["coverage"] < 1e-3
 
 
-def test_every_option_of_conf_has_a_row() -> None:
+def test_every_guidance_option_has_a_row() -> None:
     graded = {row.option for row in method_rows().values()}
     options = {path.stem for path in (Path(CONFIG_PATH) / "guidance").glob("*.yaml")}
     assert graded - {CONTROL} == options - EXEMPT.keys() and options >= EXEMPT.keys()
 
 
-def test_a_new_option_of_conf_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the settings of its file, except that nothing is clipped."""
+def test_new_guidance_option_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row has the settings of the file, except that clipping is off."""
     before = method_rows()
     shutil.copytree(CONFIG_PATH, tmp_path / "conf")
     (tmp_path / "conf/guidance/new.yaml").write_text(
@@ -120,8 +121,8 @@ def test_a_new_option_of_conf_gets_a_row(tmp_path: Path, monkeypatch: pytest.Mon
     assert not method.sampler.clip and method.problems is None
 
 
-def test_a_row_overrides_the_settings_of_its_option() -> None:
-    """Settings that conf/ chooses for images in [-1, 1] do not suit priors of unit variance."""
+def test_row_overrides_the_settings_of_its_option() -> None:
+    """The settings in conf/ are for images in [-1, 1], not for priors of unit variance."""
     problem = PROBLEMS["gaussian_mask"]()
     tds = method_rows()["tds, 2 particles"].build().guidance(problem)
     assert isinstance(tds, TDS)
@@ -133,7 +134,7 @@ def test_a_row_overrides_the_settings_of_its_option() -> None:
     assert isinstance(jfps, JFPS) and torch.equal(jfps.covariance, problem.covariance)
 
 
-def test_the_command_writes_a_leaderboard(lab: Command) -> None:
+def test_command_writes_a_leaderboard(lab: Command) -> None:
     result = lab(
         "eval", "benchmark=exact_posterior", "benchmark.problems=[gaussian_denoise,atoms_clip]",
         "benchmark.methods=[truncated 16,dps 0.3]", "benchmark.n=32", "benchmark.n_y=2",
@@ -147,7 +148,8 @@ def test_the_command_writes_a_leaderboard(lab: Command) -> None:
     found = {(r["problem"], r["method"]): r for r in rows}
     assert float(found["gaussian_denoise", "truncated 16"]["nfe"]) == 16
     assert float(found["atoms_clip", "dps 0.3"]["vjp"]) == 1000
-    assert ("atoms_clip", "truncated 16") not in found  # it is not defined there
+    # The method is not defined for this problem.
+    assert ("atoms_clip", "truncated 16") not in found
     assert float(found["atoms_clip", "control"]["mode_tv"]) < 0.5
     assert "### atoms_clip" in Path("b/leaderboard.md").read_text()
     assert "dps 0.3" in Path("b/report.html").read_text()
@@ -160,13 +162,13 @@ def test_the_command_writes_a_leaderboard(lab: Command) -> None:
      ("benchmark.methods=[y]", "benchmark.methods: y is unknown; choose from control"),
      ("benchmark.n=1", "benchmark.n=1 is not allowed")],
 )  # fmt: skip
-def test_unknown_rows_are_named(lab: Command, override: str, named: str) -> None:
+def test_unknown_problem_or_method_is_an_error(lab: Command, override: str, named: str) -> None:
     result = lab("eval", "benchmark=exact_posterior", override)
     assert result.code == 1 and named in result.text
 
 
 @pytest.mark.slow
-def test_processes_share_the_work_out_and_change_nothing(tmp_path: Path) -> None:
+def test_number_of_processes_does_not_change_the_results(tmp_path: Path) -> None:
     tables = []
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()

@@ -27,7 +27,7 @@ from diffusion_lab.training.module import DiffusionModule
 ROOT = Path(__file__).parents[2]
 FID = [
     "task=fid", "num_samples=9", "num_seeds=1", "sampler.steps=2", "trainer.accelerator=cpu",
-    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # quick
+    "extractor._target_=diffusion_lab.metric.feature_statistics.PooledPixels",  # fast
 ]  # fmt: skip
 SMALL = ["num_images=2", "num_samples=2", "sampler.steps=3", "trainer.accelerator=cpu"]
 
@@ -39,13 +39,13 @@ def results(directory: str) -> dict[str, float]:
 
 
 def pictures(run: Offline, key: str) -> list[Path]:
-    """The files of a picture, as they were logged last."""
+    """The files of the last logged images with a key."""
     return [run.directory / "files" / name for name in run.last(key)["filenames"]]
 
 
 @pytest.mark.slow
-def test_a_sweep_without_an_account_is_a_group_of_offline_runs(tmp_path: Path) -> None:
-    """As a new user has it: no key, no login, WANDB_MODE not set."""
+def test_sweep_without_an_account_is_a_group_of_offline_runs(tmp_path: Path) -> None:
+    """The environment is that of a new user: no key, no login, WANDB_MODE not set."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
     environment["DIFFUSION_LAB_CACHE"] = str(tmp_path / "cache")
@@ -69,7 +69,9 @@ def test_a_sweep_without_an_account_is_a_group_of_offline_runs(tmp_path: Path) -
         assert "paths" not in run.config and "logger" not in run.config
 
 
-def test_a_crash_is_a_failed_run(tiny: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_is_a_failed_run_and_can_be_resumed(
+    tiny: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = DiffusionModule.training_step
 
     def crash(self: DiffusionModule, batch: dict, batch_idx: int) -> object:
@@ -84,14 +86,14 @@ def test_a_crash_is_a_failed_run(tiny: Command, monkeypatch: pytest.MonkeyPatch)
     (run,) = read("a")
     assert run.code == 1
     steps = [row["trainer/global_step"] for row in run.rows if "train/loss" in row]
-    assert steps == [0, 1]  # what was logged until then is there
+    assert steps == [0, 1]  # values logged before the crash are kept
     assert tiny("resume=a").code == 0
     first, second = read("a")
     assert (first.code, second.code) == (1, 0)
     assert first.run.run_id == second.run.run_id == Path("a/wandb_id").read_text()
 
 
-def test_the_dashboard_names_only_what_is_logged(tiny: Command, lab: Command) -> None:
+def test_dashboard_has_exactly_the_logged_keys(tiny: Command, lab: Command) -> None:
     options = ["fid.every_n_steps=10", "fid.num_samples=4", "fid.sampler.steps=1"]
     options += ["samples.every_n_steps=20"]
     options += ["data.splits={train: 16, val: 16, test: 16}"]
@@ -122,7 +124,7 @@ def test_the_dashboard_names_only_what_is_logged(tiny: Command, lab: Command) ->
             assert panel.metric in found
             for key in panel.keys:
                 assert any(has(run.config, key) for run in (training, evaluation)), key
-    # And it forgets nothing: what is logged once in a row is on it, or said by another key.
+    # Every logged key is on the dashboard, except those that another key replaces.
     charts = [p for p in panels if not isinstance(p, ParallelCoordinatesPanel)]
     shown = {key for panel in charts for key in panel.keys}
     logged = {key for key in training.keys if "/" in key} - shown
@@ -139,7 +141,7 @@ def has(config: dict, key: str) -> bool:
     return True
 
 
-def test_an_evaluation_shows_its_table_and_pictures(lab: Command, run: Path) -> None:
+def test_evaluation_logs_its_table_and_images(lab: Command, run: Path) -> None:
     result = lab("eval", "logger=wandb", "sigma_t=0.5", "hydra.run.dir=e", *SMALL)
     assert result.code == 0, result.text
     (logged,) = read("e")
@@ -166,7 +168,7 @@ def test_checkpoints_are_uploaded_only_on_request_and_with_an_account(
     assert "logger.wandb.log_model=True" in result.text and "wandb login" in result.text
     result = tiny(*options, "logger.wandb.log_model=best", "hydra.run.dir=a")
     assert result.code == 1 and "one of false, true, all" in result.text
-    # With an account; but the run itself stays here.
+    # With an account; the run itself stays offline.
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(logger.wandb, "login", lambda prompt: True)
     monkeypatch.setattr(wandb, "init", functools.partial(offline, wandb.init))

@@ -1,4 +1,4 @@
-"""W&B workspace: the model sent to the server, and the errors of the command."""
+"""W&B workspace: the model that is sent to the server, and errors of the command."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from diffusion_lab.logger.wandb_workspace import SECTIONS, ImagePanel, LinePanel, build, main
 
 
-def test_the_view_has_all_sections_and_keys() -> None:
+def test_view_has_all_sections_and_keys() -> None:
     pytest.importorskip("wandb_workspaces")
     model = json.loads(build("team", "faces", "view")._to_model().model_dump_json())
     assert (model["entity"], model["project"], model["display_name"]) == ("team", "faces", "view")
@@ -30,7 +30,7 @@ def test_the_view_has_all_sections_and_keys() -> None:
     assert "config:schedule.value._target_" in sweep and "summary:val/loss_ema" in sweep
 
 
-def test_missing_and_unknown_options_are_named(capsys: pytest.CaptureFixture) -> None:
+def test_missing_and_unknown_options_are_an_error(capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         (["--project=faces"], "required: --entity"),
         (["--entity=team", "--project=faces", "--projct=faces"], "--projct"),
@@ -43,7 +43,7 @@ def test_missing_and_unknown_options_are_named(capsys: pytest.CaptureFixture) ->
     assert exit.value.code == 0 and "--entity" in capsys.readouterr().out
 
 
-def test_a_missing_package_or_server_is_named(
+def test_missing_package_or_server_is_an_error(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
@@ -55,6 +55,6 @@ def test_a_missing_package_or_server_is_named(
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nowhere")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
-    assert main(["entity=team", "project=faces"]) == 1  # the form of the previous release
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens at this address
+    assert main(["entity=team", "project=faces"]) == 1  # the syntax of the previous release
     assert "the view is not created" in capsys.readouterr().err

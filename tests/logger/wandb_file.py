@@ -1,4 +1,4 @@
-"""Reads what W&B keeps of a run offline: run-*.wandb, LevelDB's log of protocol-buffer records."""
+"""Reader of offline W&B runs: run-*.wandb, a LevelDB log of protocol-buffer records."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ HEADER = struct.Struct("<IHB")  # checksum, length, kind: 1 whole, 2 first, 3 mi
 
 @dataclass
 class Offline:
-    """A run: what it is, its configuration, rows, uploads, and its exit code (None: killed)."""
+    """A run: its record, configuration, rows, uploads, and exit code (None if killed)."""
 
     directory: Path
     run: Any = None
@@ -33,7 +33,7 @@ class Offline:
 
 
 def read(directory: Path | str) -> list[Offline]:
-    """The offline runs of a run directory, in order of time."""
+    """The offline runs of a run directory, in chronological order."""
     return [_read(path) for path in sorted(Path(directory).glob("wandb/offline-run-*/*.wandb"))]
 
 
@@ -62,7 +62,7 @@ def _read(path: Path) -> Offline:
 
 
 def _update(target: dict[str, Any], items: Any) -> None:
-    """Adds items, some of which are parts of a dictionary."""
+    """Updates a nested dictionary with items, whose keys may be nested."""
     for item in items:
         place, keys = target, list(item.nested_key) or [item.key]
         for key in keys[:-1]:
@@ -72,9 +72,9 @@ def _update(target: dict[str, Any], items: Any) -> None:
 
 def _records(data: bytes) -> Iterator[bytes]:
     assert data[:4] == b":W&B"
-    place, parts = 7, b""  # seven bytes of the file's own header, part of the first block
+    place, parts = 7, b""  # 7 bytes of file header, which belong to the first block
     while place + HEADER.size <= len(data):
-        if BLOCK - place % BLOCK < HEADER.size:  # too little room for a header: padding
+        if BLOCK - place % BLOCK < HEADER.size:  # padding, since no header fits
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = HEADER.unpack_from(data, place)

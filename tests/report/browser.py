@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page. Errors of the console and the network are collected in `problems`."""
+    """One browser page. Errors of the console and the network are collected in `problems`."""
 
     def __init__(self, read: int, write: int) -> None:
         self.read, self.write = read, write
@@ -54,7 +54,7 @@ class Browser:
         return message
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol."""
+        """Sends one command of the DevTools protocol and returns its result."""
         self.number += 1
         order = {"id": self.number, "method": method, "params": params}
         if self.session:
@@ -66,7 +66,7 @@ class Browser:
         return message["result"]
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Loads a page at a size of the window."""
+        """Loads a page with a given window size."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
@@ -87,7 +87,7 @@ class Browser:
         return found["result"].get("value")
 
     def click(self, selector: str, number: int = 0) -> None:
-        """Clicks where an element is, as a mouse does."""
+        """Sends a mouse click at the center of an element."""
         element = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
         x, y = self.evaluate(
             f"(() => {{ {element}.scrollIntoView({{block: 'center', behavior: 'instant'}});"
@@ -98,14 +98,14 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def picture(self, path: Path, whole: bool = False) -> None:
-        """Saves what is seen, or the whole page, as PNG."""
+        """Saves the visible part or the whole page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Starts Chromium, and ends it."""
+    """Starts Chromium and terminates it at the end."""
     there, write = os.pipe()  # Chromium reads from its descriptor 3 and writes to 4
     read, back = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:

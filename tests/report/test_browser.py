@@ -42,7 +42,7 @@ def page(tmp_path: Path) -> Path:
     return write_report(tmp_path / "report.html", "Page", "", sections)
 
 
-def test_tables_sort_on_a_click(chromium: Browser, page: Path) -> None:
+def test_tables_sort_on_click(chromium: Browser, page: Path) -> None:
     chromium.open(page)
     for column, orders in enumerate(
         (
@@ -51,7 +51,7 @@ def test_tables_sort_on_a_click(chromium: Browser, page: Path) -> None:
             [
                 ["9 ± 1", "27.5 ± 0.1", "—"],
                 ["27.5 ± 0.1", "9 ± 1", "—"],
-            ],  # what is none stays last
+            ],  # missing values stay last
         )
     ):
         for order, direction in zip(orders, ("ascending", "descending"), strict=True):
@@ -62,13 +62,13 @@ def test_tables_sort_on_a_click(chromium: Browser, page: Path) -> None:
     assert chromium.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
 
 
-def test_pictures_zoom_by_a_whole_factor(chromium: Browser, page: Path) -> None:
+def test_images_zoom_by_an_integer_factor(chromium: Browser, page: Path) -> None:
     chromium.open(page, width=1280, height=900)
     opened = "document.getElementById('zoom').open"
     assert chromium.evaluate(opened) is False
     chromium.click(".picture")
     assert chromium.evaluate(opened) is True
-    # 1280 - 32 pixels hold 20 times 60; the height 43 times 20.
+    # The factor is 20 for a width of 60 in 1280 - 32 pixels; the height would allow 43.
     assert chromium.evaluate("document.querySelector('#zoom img').offsetWidth") == 20 * 60
     chromium.click("#zoom")
     assert chromium.evaluate(opened) is False
@@ -78,19 +78,17 @@ def test_pictures_zoom_by_a_whole_factor(chromium: Browser, page: Path) -> None:
     assert chromium.evaluate(opened) is False
 
 
-def test_on_a_phone_a_wide_picture_is_enlarged_beyond_the_width(
-    chromium: Browser, page: Path
-) -> None:
+def test_wide_image_is_enlarged_beyond_the_width_of_a_phone(chromium: Browser, page: Path) -> None:
     chromium.open(page, width=390, height=844)
     chromium.click(".picture")
-    # Three times as high as 60 x 20 pixels are at the width of 390 - 32.
+    # The image is three times as high as it would be at the width of 390 - 32.
     assert chromium.evaluate("document.querySelector('#zoom img').offsetWidth") == 3 * 358
     zoom = "document.getElementById('zoom')"
     assert chromium.evaluate(f"{zoom}.scrollLeft = 9999; {zoom}.scrollLeft") == 3 * 358 - 390
     assert chromium.evaluate(f"{zoom}.scrollLeft = 0; {zoom}.firstChild.offsetLeft") == 0
 
 
-def test_an_animation_plays_and_follows_its_slider(chromium: Browser, page: Path) -> None:
+def test_animation_plays_and_follows_its_slider(chromium: Browser, page: Path) -> None:
     chromium.open(page)
     assert chromium.evaluate(SEEN) == [False, False, False, True]
     chromium.evaluate(
@@ -115,8 +113,8 @@ def test_an_animation_plays_and_follows_its_slider(chromium: Browser, page: Path
     assert chromium.evaluate("window.seen") == ["step 2", "step 3"]
 
 
-def test_nothing_can_be_fetched_from_a_page(page: Path) -> None:
-    """The other tests rely on it: every request is seen, even if the page's policy stops it."""
+def test_requests_of_a_page_are_blocked_and_detected(page: Path) -> None:
+    """The other tests rely on this: a request that the policy blocks is reported as a problem."""
     with browser() as found:
         found.open(page)
         found.evaluate("new Image().src = 'https://example.com/a.png'; null")
@@ -124,7 +122,7 @@ def test_nothing_can_be_fetched_from_a_page(page: Path) -> None:
         assert any("Content Security Policy" in text for text in found.problems)
 
 
-def test_the_reports_of_all_commands_are_in_order(
+def test_reports_of_all_commands_render_without_errors(
     chromium: Browser, tiny: Command, lab: Command
 ) -> None:
     options = ["trainer.val_check_interval=2", "samples.every_n_steps=2", "trainer.max_steps=4"]
@@ -139,7 +137,7 @@ def test_the_reports_of_all_commands_are_in_order(
         for width, dark in product((1280, 390), (False, True)):
             chromium.open(Path(directory) / "report.html", width=width, dark=dark)
             assert chromium.evaluate("document.querySelectorAll('section').length") >= 3
-            # Nothing reaches over the edge, and every picture is there.
+            # Nothing is wider than the window, and every image is loaded.
             assert chromium.evaluate("document.documentElement.scrollWidth") <= width
             broken = "[...document.images].filter((image) => !image.naturalWidth).length"
             assert chromium.evaluate(broken) == 0

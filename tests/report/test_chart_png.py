@@ -1,4 +1,4 @@
-"""Charts as PNG pictures: the positions of lines and dots, and signs without a glyph."""
+"""Charts as PNG images: positions of lines and dots, and characters without a glyph."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ def colour(series: int) -> tuple[int, ...]:
     return ImageColor.getrgb(COLOURS[series])
 
 
-def test_a_chart_has_its_line_where_the_values_are() -> None:
-    """A rising line from the lower left to the upper right corner, and a point in the middle."""
+def test_chart_draws_lines_and_dots_at_their_values() -> None:
+    """The line rises from the lower left to the upper right; the dot is in the center."""
     xs = [k / 30 for k in range(31)]
     line = LineChart("A", "", "t", "", {"σ": (xs, xs), "ends": ([0.5], [0.5])})
     picture = chart_png([line])
@@ -30,12 +30,12 @@ def test_a_chart_has_its_line_where_the_values_are() -> None:
     assert chart_png([line, line]).size == (960, 330)
 
 
-def test_a_chart_without_a_point_says_so_and_none_is_refused() -> None:
+def test_chart_without_points_is_drawn_and_no_chart_is_an_error() -> None:
     empty = LineChart("A", "", "t", "", {"a": ([1.0], [float("nan")])}, log_y=True)
     assert np.asarray(chart_png([empty])).min() < 100
     with pytest.raises(ValueError, match="no chart"):
         chart_png([])
 
 
-def test_signs_that_the_font_lacks_are_ascii() -> None:
+def test_characters_missing_in_the_font_are_replaced_by_ascii() -> None:
     assert _ascii("−1.5·10⁻³ σ_t²") == "-1.5·10^-3 sigma_t^2"

@@ -14,12 +14,12 @@ from diffusion_lab.report.image_grid import COLOURS, image_grid, labelled_grid, 
 
 
 def flat(*levels: int, size: int = 4) -> Tensor:
-    """Grey images (N, 3, size, size) in [-1, 1], one for each level."""
+    """Uniform grey images (N, 3, size, size) in [-1, 1], one for each level."""
     return (torch.tensor(levels) / 127.5 - 1)[:, None, None, None].expand(-1, 3, size, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_levels_survive_the_round_trip(dtype: torch.dtype) -> None:
+def test_to_uint8_restores_all_levels(dtype: torch.dtype) -> None:
     levels = torch.arange(256)
     x = levels.to(dtype) / 127.5 - 1
     assert torch.equal(to_uint8(x.reshape(16, 16)), levels.to(torch.uint8).reshape(16, 16))
@@ -36,23 +36,23 @@ def test_half_precision_is_scaled_in_single_precision() -> None:
     assert to_uint8(x).unique().numel() > 128
 
 
-def test_values_outside_are_clamped() -> None:
+def test_values_outside_the_range_are_clamped() -> None:
     assert to_uint8(torch.tensor([1.5, -3.0, 1.0001, 1e30])).tolist() == [255, 0, 255, 255]
 
 
-def test_values_that_are_not_finite_are_refused_and_counted() -> None:
+def test_non_finite_values_are_counted_in_the_error() -> None:
     x = torch.zeros(3, 4, 4)
     x[0, 0, 0], x[1, 2, 3] = torch.nan, torch.inf
     with pytest.raises(ValueError, match="2 of 48 values"):
         to_uint8(x)
 
 
-def test_integers_are_refused() -> None:
+def test_integer_input_is_an_error() -> None:
     with pytest.raises(TypeError, match="uint8"):
         to_uint8(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
-def test_image_k_stands_at_its_place_on_white() -> None:
+def test_images_are_at_their_positions_on_white() -> None:
     levels = [10, 20, 30, 40, 50]
     grid = image_grid(flat(*levels), columns=3, pad=2)
     assert grid.shape == (3, 2 * 6 + 2, 3 * 6 + 2)
@@ -62,7 +62,7 @@ def test_image_k_stands_at_its_place_on_white() -> None:
     assert torch.equal(grid, expected)
 
 
-def test_image_is_neither_turned_nor_mixed_in_its_channels() -> None:
+def test_grid_keeps_the_orientation_and_the_channels() -> None:
     levels = torch.arange(3 * 2 * 5, dtype=torch.uint8).reshape(1, 3, 2, 5)
     grid = image_grid(levels / 127.5 - 1, columns=4, pad=1)
     assert torch.equal(grid[:, 1:-1, 1:-1], levels[0])
@@ -71,23 +71,25 @@ def test_image_is_neither_turned_nor_mixed_in_its_channels() -> None:
 @pytest.mark.parametrize(
     ("shape", "columns", "pad"), [((2, 1, 4, 4), 2, 2), ((3, 4, 4), 2, 2), ((0, 3, 4, 4), 2, 2)]
 )
-def test_grid_of_another_shape_is_refused(shape: tuple[int, ...], columns: int, pad: int) -> None:
+def test_grid_of_an_invalid_shape_is_an_error(
+    shape: tuple[int, ...], columns: int, pad: int
+) -> None:
     with pytest.raises(ValueError, match="shape"):
         image_grid(torch.zeros(shape), columns, pad)
 
 
-def test_grid_without_columns_is_refused() -> None:
+def test_grid_without_columns_is_an_error() -> None:
     with pytest.raises(ValueError, match="columns"):
         image_grid(flat(1, 2), columns=0)
 
 
 def boxes(picture: Image.Image, level: int) -> tuple[int, int, int, int] | None:
-    """The box (left, top, right, bottom) around all pixels of one grey level."""
+    """The bounding box (left, top, right, bottom) of all pixels of one grey level."""
     same = ImageChops.difference(picture, Image.new("RGB", picture.size, (level,) * 3))
     return same.convert("L").point(lambda v: 255 if v == 0 else 0).getbbox()
 
 
-def test_labelled_grid_enlarges_small_images_by_a_whole_factor() -> None:
+def test_labelled_grid_enlarges_small_images_by_an_integer_factor() -> None:
     rows = [flat(90, 140, size=32), flat(200, size=32)]
     picture = labelled_grid(rows, ["clean", "noisy"], ["first", "second"])
     first, right, below = (boxes(picture, level) for level in (90, 140, 200))
@@ -96,7 +98,7 @@ def test_labelled_grid_enlarges_small_images_by_a_whole_factor() -> None:
         assert len(picture.crop(box).getcolors()) == 1
     assert right[1] == first[1] and right[0] > first[2]
     assert below[0] == first[0] and below[1] > first[3]
-    # The second row is shorter: its last place is white.
+    # The second row is shorter, so its last position is white.
     place = (right[0], below[1], right[2], below[3])
     assert picture.crop(place).getcolors() == [(128 * 128, (255, 255, 255))]
 
@@ -111,17 +113,17 @@ def test_labelled_grid_repeats_pixels_without_smoothing() -> None:
     assert torch.equal(tile, expected)
 
 
-def test_labelled_grid_leaves_large_images_alone() -> None:
+def test_labelled_grid_does_not_enlarge_large_images() -> None:
     box = boxes(labelled_grid([flat(77, size=256)], ["clean"]), 77)
     assert (box[2] - box[0], box[3] - box[1]) == (256, 256)
 
 
 def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> int:
-    """How many pixels of a region are dark."""
+    """The number of dark pixels in a region."""
     return sum(picture.crop(box).convert("L").histogram()[:128])
 
 
-def test_captions_and_labels_are_drawn_in_their_places() -> None:
+def test_captions_and_labels_are_at_their_positions() -> None:
     row = flat(200, 210, size=128)
     picture = labelled_grid([row], ["clean", ""], ["image 7"])
     first, second = boxes(picture, 200), boxes(picture, 210)
@@ -132,14 +134,14 @@ def test_captions_and_labels_are_drawn_in_their_places() -> None:
     assert ink(bare, (0, 0, *bare.size)) == 0
 
 
-def test_long_caption_is_wrapped_and_not_cut() -> None:
+def test_long_caption_is_wrapped() -> None:
     row = flat(200, 210, size=128)
     short = labelled_grid([row], ["noisy", "noisy"])
     long = labelled_grid([row], ["a caption far too long for one image of this size", "noisy"])
     assert long.width == short.width
     assert boxes(long, 200)[1] >= boxes(short, 200)[1] + 26  # at least two more lines
     word = labelled_grid([row], ["incomprehensibilities" * 2, "noisy"])
-    assert word.width > short.width  # one word cannot be broken: its column grows
+    assert word.width > short.width  # a single word is not wrapped, so the column is wider
 
 
 def test_greek_letters_are_spelled_out() -> None:
@@ -157,7 +159,7 @@ def test_greek_letters_are_spelled_out() -> None:
         ([flat(1)], ["a"], ["b", "c"], "2 labels for 1 rows"),
     ],
 )
-def test_labelled_grid_refuses_what_does_not_fit(
+def test_labelled_grid_with_mismatched_arguments_is_an_error(
     rows: list[Tensor], columns: list[str], labels: list[str] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -165,13 +167,13 @@ def test_labelled_grid_refuses_what_does_not_fit(
 
 
 def luminance(picture: Tensor) -> Tensor:
-    """Relative luminance (sRGB, linear light) of a picture (3, H, W) in [-1, 1]."""
+    """Relative luminance (sRGB, linear light) of an image (3, H, W) in [-1, 1]."""
     value = (picture.double() + 1) / 2
     linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     return torch.einsum("c,chw->hw", linear.new_tensor([0.2126, 0.7152, 0.0722]), linear)
 
 
-def test_std_map_grows_brighter_all_the_way() -> None:
+def test_std_map_brightness_increases_monotonically() -> None:
     std = torch.linspace(0, 0.5, 1001).expand(1, 3, 1, 1001)
     picture, maximum = std_map(std)
     assert maximum == 0.5
@@ -200,14 +202,14 @@ def test_std_map_has_one_scale_for_the_batch_and_clamps_at_the_maximum() -> None
     assert torch.equal(clamped[0], clamped[1])
 
 
-def test_std_map_of_nothing_is_dark_and_says_so() -> None:
+def test_std_map_of_zeros_is_dark_with_maximum_zero() -> None:
     picture, maximum = std_map(torch.zeros(1, 3, 2, 2))
     assert maximum == 0
     assert to_uint8(picture[0, :, 1, 1]).tolist() == list(bytes.fromhex(COLOURS[0]))
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
-def test_std_map_refuses_what_is_no_deviation(bad: float) -> None:
+def test_std_map_with_invalid_values_is_an_error(bad: float) -> None:
     std = torch.ones(1, 3, 2, 2)
     std[0, 1, 0, 0] = bad
     with pytest.raises(ValueError, match="1 of 12 standard"):
@@ -215,12 +217,12 @@ def test_std_map_refuses_what_is_no_deviation(bad: float) -> None:
 
 
 @pytest.mark.parametrize("maximum", [0.0, -1.0, float("nan")])
-def test_std_map_refuses_a_maximum_that_is_no_scale(maximum: float) -> None:
+def test_std_map_with_an_invalid_maximum_is_an_error(maximum: float) -> None:
     with pytest.raises(ValueError, match="maximum"):
         std_map(torch.ones(1, 3, 2, 2), maximum)
 
 
-def test_save_png_keeps_every_pixel_of_all_three_kinds(tmp_path: Path) -> None:
+def test_save_png_keeps_every_pixel_of_each_input_type(tmp_path: Path) -> None:
     levels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     image = Image.open(save_png(levels, tmp_path / "new" / "levels.png"))
     assert image.format == "PNG" and torch.equal(pil_to_tensor(image), levels)
@@ -230,7 +232,7 @@ def test_save_png_keeps_every_pixel_of_all_three_kinds(tmp_path: Path) -> None:
         assert torch.equal(pil_to_tensor(Image.open(path)), levels)
 
 
-def test_save_png_leaves_the_old_file_and_no_rest_when_it_fails(
+def test_failed_save_png_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_png(torch.zeros(3, 2, 2), tmp_path / "a.png")
@@ -248,14 +250,14 @@ def test_save_png_leaves_the_old_file_and_no_rest_when_it_fails(
     assert save_png(torch.ones(3, 2, 2), path).read_bytes() != old
 
 
-def test_save_png_gives_the_usual_permissions(tmp_path: Path) -> None:
+def test_save_png_uses_the_default_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     path = save_png(torch.zeros(3, 2, 2), tmp_path / "a.png")
     assert path.stat().st_mode == plain.stat().st_mode
 
 
-def test_save_png_refuses_another_shape(tmp_path: Path) -> None:
+def test_save_png_of_an_invalid_shape_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         save_png(torch.zeros(1, 2, 2), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""HTML reports: content of the page, escaping, and no other elements."""
+"""HTML reports: content of the page, escaping, and no external resources."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Page(HTMLParser):
-    """Collects elements and their text, and checks that every one is closed in order."""
+    """Collects elements and their text, and checks that elements are closed in order."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -75,14 +75,14 @@ def picture(tmp_path: Path, name: str, width: int = 9, title: str = "Faces") -> 
 
 
 def chart(tmp_path: Path, curve: LineChart) -> ElementTree.Element:
-    """The drawing of a curve; parsing fails if it is not well-formed."""
+    """The SVG element of a chart; parsing fails if it is not well-formed."""
     source = page(tmp_path, curve).source
     drawings = [ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", source, re.S)]
     return next(svg for svg in drawings if svg.get("role") == "img")
 
 
 def paths(svg: ElementTree.Element) -> list[list[list[tuple[float, float]]]]:
-    """For every line its unbroken pieces, each a list of points."""
+    """The unbroken pieces of every line, each a list of points."""
     found = [p.get("d") for p in svg.iter("path") if "line" in p.get("class").split()]
     return [
         [
@@ -93,7 +93,7 @@ def paths(svg: ElementTree.Element) -> list[list[list[tuple[float, float]]]]:
     ]
 
 
-def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:
+def test_images_are_embedded_byte_for_byte(tmp_path: Path) -> None:
     pictures = [picture(tmp_path, "a.png"), picture(tmp_path, "b.png", width=700)]
     images = page(tmp_path, *pictures).all("img")
     assert len(images) == 2
@@ -102,7 +102,7 @@ def test_pictures_are_embedded_byte_for_byte(tmp_path: Path) -> None:
         assert head == "data:image/png;base64"
         assert base64.b64decode(code, validate=True) == section.path.read_bytes()
         assert image["alt"] == "Faces: Four faces"
-    # A small picture is enlarged by a whole factor, a large one keeps its size.
+    # A small image is enlarged by an integer factor; a large one keeps its size.
     assert [(i["width"], i["height"]) for i in images] == [("36", "24"), ("700", "6")]
 
 
@@ -111,7 +111,7 @@ def decoded(image: dict[str, str | None]) -> tuple[str, Image.Image]:
     return head, Image.open(io.BytesIO(base64.b64decode(code, validate=True)))
 
 
-def test_an_animation_holds_its_frames_and_shows_the_last(tmp_path: Path) -> None:
+def test_animation_contains_its_frames_and_shows_the_last(tmp_path: Path) -> None:
     frames = [(f"step {k}", Image.new("RGB", (9, 6), (k, 2 * k, 7))) for k in (10, 20, 30)]
     found = page(tmp_path, Animation("Way", "From noise", frames))
     images = found.all("img")
@@ -129,8 +129,8 @@ def test_an_animation_holds_its_frames_and_shows_the_last(tmp_path: Path) -> Non
         page(tmp_path, Animation("Way", "", []))
 
 
-def test_a_large_frame_is_made_small_without_a_visible_difference(tmp_path: Path) -> None:
-    """A smooth picture with a little noise, as photographs have."""
+def test_large_frame_is_compressed_with_a_small_error(tmp_path: Path) -> None:
+    """The frame is a smooth image with little noise, like a photo."""
     ramp = torch.linspace(0, 200, 512)[None, :, None] + 20 * torch.rand(512, 512, 3)
     frame = Image.fromarray(ramp.to(torch.uint8).numpy())
     found = page(tmp_path, Animation("Way", "", [("a", frame)]))
@@ -144,7 +144,7 @@ def test_a_large_frame_is_made_small_without_a_visible_difference(tmp_path: Path
     assert float((one - two).square().mean().sqrt()) < 3  # of 255; the noise alone has 3.9
 
 
-def test_page_fetches_nothing(tmp_path: Path) -> None:
+def test_page_has_no_external_resources(tmp_path: Path) -> None:
     curve = LineChart("Loss", "", "step", "loss", {"a": ([1, 2], [3, 4])})
     table = Table("Errors", "", ["a"], [[1.0]])
     sections = [
@@ -166,7 +166,7 @@ def test_page_fetches_nothing(tmp_path: Path) -> None:
     assert policy["Content-Security-Policy"].startswith("default-src 'none'; img-src data:;")
 
 
-def test_everything_is_escaped(tmp_path: Path) -> None:
+def test_all_text_is_escaped(tmp_path: Path) -> None:
     shot = picture(tmp_path, "a.png")
     sections = [
         Picture(NASTY, NASTY, shot.path),
@@ -190,7 +190,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert not [text for text in found.text("b") if "A" in text]
 
 
-def test_contents_lead_to_sections_of_their_own(tmp_path: Path) -> None:
+def test_table_of_contents_links_to_unique_sections(tmp_path: Path) -> None:
     titles = ["Loss & error", "Loss, error", "σ", "Zoom", "Loss & error"]
     found = page(tmp_path, *(KeyValueSection(title, {}) for title in titles))
     anchors = [section["id"] for section in found.all("section")]
@@ -210,12 +210,12 @@ def test_figures_and_tables_are_numbered(tmp_path: Path) -> None:
     assert found.text("b") == ["Figure 1", "Table 1", "Figure 2", "Table 2"]
 
 
-def test_summary_is_split_at_empty_lines(tmp_path: Path) -> None:
+def test_summary_is_split_into_paragraphs_at_empty_lines(tmp_path: Path) -> None:
     found = page(tmp_path, summary="One\nline.\n\n  Two. \n \n")
     assert found.text("p") == ["One\nline.", "Two."]
 
 
-def test_columns_of_numbers_carry_the_values_to_sort_by(tmp_path: Path) -> None:
+def test_columns_of_numbers_have_sort_keys(tmp_path: Path) -> None:
     rows = [
         ["a", 3.14159, 7, "27.3 ± 0.1", "5 %", "64 px"],
         ["b", -100.0, 12, "—", "-12.5 %", "128 px"],
@@ -236,7 +236,7 @@ def test_columns_of_numbers_carry_the_values_to_sort_by(tmp_path: Path) -> None:
     assert texts == ["3.142", "−100.000", "nan", "inf"]
 
 
-def test_truth_values_are_words(tmp_path: Path) -> None:
+def test_booleans_are_shown_as_words(tmp_path: Path) -> None:
     found = page(tmp_path, Table("T", "", ["a"], [[True], [False]]))
     assert found.text("td") == ["True", "False"]
     assert found.all("th")[0].get("class") is None
@@ -247,7 +247,7 @@ def test_floats_over_many_decades_are_not_rounded_to_zero(tmp_path: Path) -> Non
     assert found.text("td") == ["1.2·10⁻⁶", "0.0031", "12.5", "2·10⁷"]
 
 
-def test_every_header_is_a_button_the_script_listens_to(tmp_path: Path) -> None:
+def test_every_table_header_is_a_button(tmp_path: Path) -> None:
     found = page(tmp_path, Table("T", "", ["a", "b"], [[1, 2]]), picture(tmp_path, "a.png"))
     assert [b.get("class") for b in found.all("button")] == [None, None, "picture"]
     (script,) = found.text("script")
@@ -256,7 +256,7 @@ def test_every_header_is_a_button_the_script_listens_to(tmp_path: Path) -> None:
     assert found.all("dialog") == [{"id": "zoom", "aria-label": "Enlarged picture"}]
 
 
-def test_head_and_modes(tmp_path: Path) -> None:
+def test_page_has_metadata_and_a_dark_mode(tmp_path: Path) -> None:
     found = page(tmp_path, title="Run 7")
     assert found.source.startswith("<!DOCTYPE html>")
     assert {"charset": "utf-8"} in found.all("meta")
@@ -267,17 +267,17 @@ def test_head_and_modes(tmp_path: Path) -> None:
     assert "image-rendering: pixelated" in style
 
 
-def test_configuration_is_folded_and_keeps_its_lines(tmp_path: Path) -> None:
+def test_configuration_is_collapsed_and_keeps_its_lines(tmp_path: Path) -> None:
     text = "model:\n  width: 64\n\n  # end"
     found = page(tmp_path, ConfigSection("Configuration", text))
     assert "open" not in found.all("details")[0]
     assert found.text("summary") == ["4 lines"]
-    assert found.text("pre") == ["\n" + text]  # the first newline is no part of a <pre>
+    assert found.text("pre") == ["\n" + text]  # the first newline is not part of a <pre>
 
 
-def test_points_of_a_line_are_in_their_places(tmp_path: Path) -> None:
+def test_points_of_a_line_are_at_their_positions(tmp_path: Path) -> None:
     svg = chart(tmp_path, LineChart("C", "", "step", "loss", {"a": ([0, 5, 10], [0, 1, 0.5])}))
-    # The plot reaches from x = 64 to 706 and from y = 30 to 290, with 4 % free above and below.
+    # The plot is from x = 64 to 706 and from y = 30 to 290, with 4% margins above and below.
     bottom, top = 290 - 260 * 0.04 / 1.08, 30 + 260 * 0.04 / 1.08
     ((piece,),) = paths(svg)
     assert [p for point in piece for p in point] == pytest.approx(
@@ -301,20 +301,20 @@ def test_logarithmic_axes_space_decades_evenly(tmp_path: Path) -> None:
     assert texts[7:12] == ["0.001", "0.01", "0.1", "1", "10"]
 
 
-def test_points_that_cannot_be_drawn_leave_a_gap_and_are_counted(tmp_path: Path) -> None:
+def test_undrawable_points_leave_a_gap_and_are_counted(tmp_path: Path) -> None:
     ys = [1.0, 2.0, math.nan, 3.0, -1.0, 4.0, 5.0]
     curve = LineChart("C", "", "x", "y", {"a": (range(7), ys)}, log_y=True)
     svg = chart(tmp_path, curve)
     ((first, lone, last),) = paths(svg)
     assert (len(first), len(lone), len(last)) == (2, 1, 2)
-    # A point between two gaps has no line; a stroke of no length shows it as a dot.
+    # A point between two gaps has no line; a stroke of length zero shows it as a dot.
     assert re.search(r"M[\d. ]+h0M[\d. ]+L[\d. ]+$", [p.get("d") for p in svg.iter("path")][-1])
     assert page(tmp_path, curve).text("small") == ["(2 of 7 points cannot be drawn)"]
     linear = LineChart("C", "", "x", "y", {"a": (range(7), ys)})
     assert page(tmp_path, linear).text("small") == ["(1 of 7 points cannot be drawn)"]
 
 
-def test_dense_curve_is_thinned_but_keeps_its_spikes(tmp_path: Path) -> None:
+def test_dense_curve_is_decimated_but_keeps_its_extrema(tmp_path: Path) -> None:
     ys = [math.sin(i / 50) for i in range(20_000)]
     ys[12_345], ys[4_321] = 9.0, -9.0
     ((piece,),) = paths(chart(tmp_path, LineChart("C", "", "x", "y", {"a": (range(20_000), ys)})))
@@ -336,7 +336,7 @@ def test_dense_curve_keeps_its_gaps(tmp_path: Path) -> None:
     assert (before[-1][0], after[0][0]) == pytest.approx(ends, abs=1.1)
 
 
-def test_every_series_has_a_line_of_its_own_style(tmp_path: Path) -> None:
+def test_every_series_has_its_own_line_style(tmp_path: Path) -> None:
     data = {name: ([0, 1], [k, k + 1]) for k, name in enumerate("abc")}
     curve = LineChart("C", "", "x", "y", data)
     svg = chart(tmp_path, curve)
@@ -355,19 +355,19 @@ def test_a_series_of_dots_has_no_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("value", [1.0, 250.0, 3e-9])
-def test_constant_curve_runs_through_the_middle(tmp_path: Path, value: float, log: bool) -> None:
+def test_constant_curve_is_in_the_middle(tmp_path: Path, value: float, log: bool) -> None:
     curve = LineChart("C", "", "x", "y", {"a": ([1, 2], [value, value])}, log_y=log)
     ((piece,),) = paths(chart(tmp_path, curve))
     assert [y for _, y in piece] == [160.0, 160.0]
 
 
 @pytest.mark.parametrize("data", [{}, {"a": ([], [])}, {"a": ([1, 2], [math.nan] * 2)}])
-def test_curve_without_points_says_so(tmp_path: Path, data: dict) -> None:
+def test_chart_without_points_has_a_message(tmp_path: Path, data: dict) -> None:
     svg = chart(tmp_path, LineChart("C", "", "x", "y", data))
     assert [text.text for text in svg.iter("text")] == ["There is no point to draw."]
 
 
-def test_large_numbers_are_grouped(tmp_path: Path) -> None:
+def test_tick_labels_group_digits_and_use_powers_of_ten(tmp_path: Path) -> None:
     svg = chart(tmp_path, LineChart("C", "", "x", "y", {"a": ([0, 200_000], [-2e-5, 2e-5])}))
     texts = [text.text for text in svg.iter("text")]
     assert [t.replace("\u202f", " ") for t in texts[5:10]] == [
@@ -389,7 +389,7 @@ def test_large_numbers_are_grouped(tmp_path: Path) -> None:
         (Picture("P", "", Path("missing.png")), FileNotFoundError, "missing.png"),
     ],
 )
-def test_bad_section_is_refused_and_the_old_page_stays(
+def test_invalid_section_is_an_error_and_keeps_the_old_page(
     tmp_path: Path, section: Section, error: type[Exception], message: str
 ) -> None:
     path = write_report(tmp_path / "report.html", "Old", "", [])
@@ -408,7 +408,7 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-def test_many_lone_dots_bear_their_names_and_none_covers_another(tmp_path: Path) -> None:
+def test_many_single_dots_have_labels_that_do_not_overlap(tmp_path: Path) -> None:
     data = {f"method {k}": ([100.0], [1 + k / 1000]) for k in range(9)} | {"far": ([1.0], [9.0])}
     curve = LineChart("C", "", "cost", "distance", data, log_x=True)
     svg = chart(tmp_path, curve)

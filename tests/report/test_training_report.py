@@ -24,7 +24,7 @@ paths: {output_dir: '${hydra:runtime.output_dir}'}
 
 @pytest.fixture
 def training(tmp_path: Path) -> Path:
-    """A run as training leaves it: 40 steps, a row in 2, two validations, 15 grids."""
+    """A run directory after 40 steps, with a row every 2 steps, two validations and 15 grids."""
     folder = tmp_path / "run"
     (folder / ".hydra" / "resumed-1").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(CONFIG)
@@ -54,7 +54,7 @@ def text(page: Path) -> str:
     return html.unescape(page.read_text())
 
 
-def test_a_training_in_one_page(training: Path) -> None:
+def test_training_report_has_all_sections(training: Path) -> None:
     page = text(write_training_report(training))
     assert "<title>Training of my_prior</title>" in page
     assert "40 steps so far; the training has not finished." in page
@@ -65,7 +65,7 @@ def test_a_training_in_one_page(training: Path) -> None:
         "Denoised validation images", "Noise schedule", "Learning rate", "my/own",
         "Figures", "Settings", "Configuration",
     ]  # fmt: skip
-    # The grids over the steps, twelve at most and with both ends; one picture stands still.
+    # The animation has at most twelve grids, including both ends; other images are static.
     labels = re.findall(r'data-label="step (\d+)"', page)
     assert len(labels) == 12 and (labels[0], labels[-1]) == ("1", "15")
     assert page.count("<img") == 12 + 2
@@ -78,9 +78,9 @@ def test_a_training_in_one_page(training: Path) -> None:
     assert '<p class="summary">40 steps. The' in text(write_training_report(training))
 
 
-def test_the_curves_are_those_of_the_file(training: Path) -> None:
+def test_curves_match_the_metrics_file(training: Path) -> None:
     metrics = read_metrics(training)
-    assert metrics["val/loss_ema"] == ([20, 40], [0.25, 0.5])  # after so many steps
+    assert metrics["val/loss_ema"] == ([20, 40], [0.25, 0.5])  # the number of completed steps
     assert metrics["train/loss"] == (list(range(2, 41, 2)), [1 / (1 + k) for k in range(1, 40, 2)])
     page = text(write_training_report(training))
     levels = page[page.index('id="validation-loss-by-noise-level"') :]
@@ -90,16 +90,17 @@ def test_the_curves_are_those_of_the_file(training: Path) -> None:
         [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)]
         for path in re.findall(r'class="line s\d" d="([^"]+)"><title>step', levels)
     ]
-    # From 4 to 2 and from 3 to 1 on a logarithmic axis whose plot is 260 high, 4 % of it free.
+    # From 4 to 2 and from 3 to 1 on a logarithmic axis; the plot has a height of 260 and 4%
+    # margins.
     octave = 260 / 1.08 / 2
     assert lines[0][1] - lines[0][0] == pytest.approx(octave, abs=0.2)
     assert lines[1][1] - lines[1][0] == pytest.approx(octave * 1.585, abs=0.2)
 
 
-def test_a_directory_that_is_no_run_is_named_with_the_way_out(
+def test_directory_without_a_run_is_an_error_with_advice(
     training: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (training / "metrics.csv").unlink()  # logger=none: pictures and settings remain
+    (training / "metrics.csv").unlink()  # logger=none: images and settings remain
     assert "Nothing has been logged" in text(write_training_report(training))
     (training / "multirun.yaml").write_text("")
     for path, said in (
@@ -115,7 +116,7 @@ def test_a_directory_that_is_no_run_is_named_with_the_way_out(
     assert exit.value.code == 0 and "newest finished training" in capsys.readouterr().out
 
 
-def test_every_command_leaves_a_report(tiny: Command, lab: Command, run: Path) -> None:
+def test_every_command_writes_a_report(tiny: Command, lab: Command, run: Path) -> None:
     page = run / "report.html"
     logged = read_metrics(run)["val/loss_ema"][1][-1]
     assert f"averaged weights is {logged:.4g}" in text(page)
@@ -127,7 +128,7 @@ def test_every_command_leaves_a_report(tiny: Command, lab: Command, run: Path) -
     assert lab("eval", "hydra.run.dir=e", *small).code == 0
     before = Path("e/report.html").read_bytes()
     assert main(["e"]) == 0 and Path("e/report.html").read_bytes() == before
-    assert before.count(b"data-label=") == 4  # of the film: three steps and the end
+    assert before.count(b"data-label=") == 4  # of the animation: three steps and the end
     Path("e/report.html").unlink()
     assert main(["e"]) == 1
     sweep = Path("sweep")
@@ -137,7 +138,7 @@ def test_every_command_leaves_a_report(tiny: Command, lab: Command, run: Path) -
     assert main(["sweep"]) == 0 and "2 jobs: 2 finished" in text(sweep / "report.html")
 
 
-def test_a_report_that_fails_is_no_failed_training(
+def test_failed_report_does_not_fail_the_training(
     tiny: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

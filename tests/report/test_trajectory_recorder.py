@@ -1,4 +1,4 @@
-"""TrajectoryRecorder: which states are kept, and the figures drawn from them."""
+"""`TrajectoryRecorder`: the recorded states, and the figures drawn from them."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +14,13 @@ from diffusion_lab.schedule import VE, Cosine
 
 
 def state(k: int, steps: int, value: float | None = None) -> State:
-    """State k of steps + 1, of three images; the grey level of x_t encodes k, denoised is -x_t."""
+    """State k of steps + 1, of three images; the grey level of x_t encodes k, and x̂ is -x_t."""
     x = torch.full((3, 3, 8, 8), 2 * k / steps - 1 if value is None else value)
     return State(t=1 - k / steps, x_t=x, denoised=-x)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 23, 24, 47, 48, 64, 100, 1000])
-def test_states_are_kept_evenly_with_both_ends(steps: int) -> None:
+def test_recorded_states_are_evenly_spaced_with_both_ends(steps: int) -> None:
     recorder = TrajectoryRecorder(Cosine(), rows=2)
     for k in range(steps + 1):
         recorder(state(k, steps))
@@ -30,17 +30,18 @@ def test_states_are_kept_evenly_with_both_ends(steps: int) -> None:
     assert times[0] == 1 and times[-1] == 0 and len(times) == len(set(times)) <= MAX_STATES
     assert len(times) >= min(MAX_STATES // 2, steps + 1)
     gaps = [round((a - b) * steps) for a, b in pairwise(times)]
-    assert max(gaps[:-1], default=1) <= 2 * min(gaps[:-1], default=1)  # the last may be shorter
+    # The last interval may be shorter.
+    assert max(gaps[:-1], default=1) <= 2 * min(gaps[:-1], default=1)
     assert trajectory["x_t"].shape == trajectory["denoised"].shape == (len(times), 2, 3, 8, 8)
     grey = to_uint8(torch.tensor([1 - 2 * t for t in times]))
     assert torch.equal(trajectory["x_t"][:, 1, 0, 0, 0], grey)
-    # Opposite values have levels that sum up to 255, up to the rounding of halves.
+    # Levels of opposite values add up to 255, up to the rounding of halves.
     both = trajectory["x_t"].int() + trajectory["denoised"].int()
     assert int((both - 255).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("steps", [4, 16, 17])
-def test_a_stride_keeps_every_nth_state_and_the_last(steps: int) -> None:
+def test_stride_keeps_every_nth_state_and_the_last(steps: int) -> None:
     recorder = TrajectoryRecorder(Cosine(), stride=4)
     for k in range(steps + 1):
         recorder(state(k, steps))
@@ -48,7 +49,7 @@ def test_a_stride_keeps_every_nth_state_and_the_last(steps: int) -> None:
     assert recorder.result()["t"] == [1 - k / steps for k in expected]
 
 
-def test_states_that_are_not_finite_are_skipped() -> None:
+def test_non_finite_states_are_skipped() -> None:
     recorder = TrajectoryRecorder(Cosine())
     for k in range(4):
         recorder(state(k, 3, value=float("nan") if k == 2 else None))
@@ -58,7 +59,7 @@ def test_states_that_are_not_finite_are_skipped() -> None:
     assert empty.result() == {} == TrajectoryRecorder(Cosine()).result()
 
 
-def test_x_t_is_divided_by_its_scale_under_ve() -> None:
+def test_x_t_is_scaled_to_unit_variance_under_ve() -> None:
     recorder = TrajectoryRecorder(VE())
     sigma = float(VE()(torch.tensor(1.0, dtype=torch.float64))[1])
     assert sigma > 10
@@ -66,10 +67,10 @@ def test_x_t_is_divided_by_its_scale_under_ve() -> None:
         State(t=1.0, x_t=torch.full((1, 3, 8, 8), 0.5 * sigma), denoised=torch.zeros(1, 3, 8, 8))
     )
     grey = recorder.result()["x_t"].unique().tolist()
-    assert grey == [191]  # of 0.5, but for α_t² = 1 beside σ_t²
+    assert grey == [191]  # the level of 0.5, up to the effect of α_t² = 1 relative to σ_t²
 
 
-def test_the_picture_has_nine_states_and_the_animation_all(tmp_path: Path) -> None:
+def test_image_has_nine_states_and_the_animation_has_all(tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(Cosine())
     for k in range(21):
         recorder(state(k, 20))
@@ -77,11 +78,11 @@ def test_the_picture_has_nine_states_and_the_animation_all(tmp_path: Path) -> No
     row, animation = trajectory_sections(recorder.result(), Cosine(), tmp_path, beside)
     labels = [label for label, _ in animation.frames]
     assert len(labels) == 21
-    # σ_t of the cosine schedule at t = 0.5 is that of its own formula
+    # The expected σ_t of the cosine schedule at t = 0.5 comes from the schedule.
     sigma_t = float(Cosine()(torch.tensor(0.5, dtype=torch.float64))[1])
     assert labels[10] == f"t = 0.50 σ = {sigma_t:.2f}"
     frame = animation.frames[5][1]
-    # tiles of 128 pixels after a margin: x_t, the estimate, the clean image
+    # Tiles of 128 pixels follow a margin: x_t, the estimate, the clean image.
     grey = [frame.getpixel((10 + 64 + 134 * k, frame.height - 74))[0] for k in range(3)]
     assert grey == [64, 191, 191]  # of -0.5, 0.5, 0.5
     with Image.open(row.path) as picture:
