@@ -161,7 +161,7 @@ def test_class_embedding_starts_at_zero_and_gets_gradients() -> None:
     unet = UNet(channels=8, multipliers=(1,), blocks=1, attention_levels=(), groups=4, classes=3)
     x = torch.randn(4, 3, 8, 8)
     assert torch.equal(unet(x, 10.0, 0), unet(x, 10.0))
-    assert torch.equal(unet(x, 10.0), unet(x, 10.0, 3))  # no label is the label K
+    assert torch.equal(unet(x, 10.0), unet(x, 10.0, 3))  # no label is equivalent to label K
     torch.nn.init.normal_(unet.conv_out.weight)
     torch.nn.init.normal_(unet.down[0].block[0].conv_2.weight)
     unet(x, 10.0, torch.tensor([0, 0, 2, 3])).square().sum().backward()

@@ -146,7 +146,7 @@ def test_bound_of_gaussian_pixels_matches_the_closed_form(schedule: str) -> None
         assert float(excess.mean()) < 0.1 + 4 * error
 
 
-def test_number_of_terms_changes_the_variance_of_the_bound_but_not_its_mean() -> None:
+def test_number_of_terms_changes_only_the_variance_of_the_bound() -> None:
     p = pixels(256)
     few, many = (
         bound(PRIOR.denoiser(SCHEDULES["vp"]), p, streams(256, seed), terms=terms)

@@ -419,7 +419,7 @@ def test_two_successive_posteriors_equal_the_joint_posterior() -> None:
     torch.testing.assert_close(twice.covariances, both.covariances, rtol=1e-9, atol=1e-9)
 
 
-def test_conditional_denoiser_matches_the_posterior_of_stacked_observations() -> None:
+def test_conditional_denoiser_matches_stacked_observations() -> None:
     """E[x_0 | x_t, y] is the mean given both observations, stacked and scaled to equal noise."""
     a, y, sigma_y, t = normal(2, 4, seed=7), normal(2, seed=8), 0.3, number(0.3)
     x_t, schedule = normal(3, 4), Linear()

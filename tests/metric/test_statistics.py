@@ -380,7 +380,7 @@ def test_features_are_stored_with_the_moments_in_one_pass(tmp_path: Path) -> Non
         keep(tmp_path)
 
 
-def test_at_most_kept_features_are_stored_at_regular_positions(
+def test_stored_features_are_limited_and_evenly_spaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "KEPT", 12)

@@ -227,7 +227,7 @@ def test_adjoint_is_the_transpose(case: Case) -> None:
 
 
 @every_case
-def test_v_is_orthogonal_and_u_is_orthogonal_onto_y(case: Case) -> None:
+def test_v_is_orthogonal_and_u_has_orthonormal_rows(case: Case) -> None:
     operator, vt = case.operator, case.coefficients
     d = len(vt)
     assert vt.ndim == 1 + len(case.shape), "a number for each image has to broadcast"
