@@ -100,7 +100,7 @@ def test_unknown_label_of_a_source_is_an_error(tmp_path: Path) -> None:
 # --- training -----------------------------------------------------------------------------------
 
 
-class Told(nn.Module):
+class LabelOutput(nn.Module):
     """A network whose output is the label times a scale."""
 
     classes = 3
@@ -116,7 +116,7 @@ class Told(nn.Module):
 
 def module(dropout: float) -> DiffusionModule:
     result = DiffusionModule(
-        Told(), Linear(), Epsilon(), Simple(),
+        LabelOutput(), Linear(), Epsilon(), Simple(),
         lambda parameters: torch.optim.SGD(parameters, 0.1),
         lambda optimizer, steps: Constant(optimizer, steps),
         label_dropout=dropout,
@@ -203,7 +203,7 @@ def test_classifier_free_score_is_the_score_of_the_tilted_density() -> None:
 
 def test_denoiser_passes_one_label_per_image_to_the_network() -> None:
     labels = torch.tensor([0, 2, 1])
-    denoiser = NetworkDenoiser(Told(), Linear(), Epsilon(), labels)
+    denoiser = NetworkDenoiser(LabelOutput(), Linear(), Epsilon(), labels)
     x_t, t = torch.zeros(3, 1, 2, 2), torch.tensor(0.5)
     output = denoiser.outputs(x_t, t)[0]
     assert output[:, 0, 0, 0].tolist() == [0, 2, 1]

@@ -31,14 +31,14 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 class Recorder(nn.Module):
     """Returns a given output and records its inputs."""
 
-    def __init__(self, says: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, output: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=dtype))
-        self.says = says
+        self.output = output
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         self.x, self.index = x, index
-        return self.says.to(x.dtype) * self.weight
+        return self.output.to(x.dtype) * self.weight
 
 
 def test_broadcast() -> None:

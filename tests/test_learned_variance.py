@@ -58,7 +58,7 @@ def levels(*shape: int, seed: int = 0) -> Tensor:
     return p.float() / 127.5 - 1
 
 
-def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
+def exact_fraction(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
     """The exact variance fraction for x_0 of variance c and steps of 1 / T, of t's shape.
 
     It is 1 for the last step.
@@ -72,7 +72,7 @@ def exact_share(schedule: DiscreteSchedule, t: Tensor, c: float) -> Tensor:
     return torch.where(last, 1.0, share)
 
 
-class Sharing(Denoiser):
+class WithFraction(Denoiser):
     """A given denoiser with a variance fraction that is a function of t."""
 
     def __init__(self, denoiser: Denoiser, share) -> None:
@@ -95,7 +95,7 @@ class Gaussians(GaussianDenoiser):
         self.c = c
 
     def with_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self(x_t, t), exact_share(self.schedule, t, self.c).expand(x_t.shape)
+        return self(x_t, t), exact_fraction(self.schedule, t, self.c).expand(x_t.shape)
 
 
 # --- the variance of a step ---------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Gaussians(GaussianDenoiser):
 def test_kl_is_minimal_at_the_exact_variance_of_the_step(c: float) -> None:
     """At each step of the chain, the minimal KL divergence is ½ log (Σ / β̃)."""
     t = torch.arange(2, 21, dtype=torch.float64) / 20
-    share = exact_share(TWENTY, t, c).requires_grad_()
+    share = exact_fraction(TWENTY, t, c).requires_grad_()
     assert bool(((share > 0) & (share < 1)).all())
     s = t - 1 / 20
     step = transition(TWENTY, t, s)
@@ -138,13 +138,13 @@ def test_fractions_zero_and_one_give_the_fixed_variances(
     prior, start = GaussianDenoiser(schedule), normal(16, 4, dtype=dtype)
     learned, fixed = (
         Ancestral(50, name)(
-            Sharing(prior, lambda t: share), start, generator=torch.Generator().manual_seed(1)
+            WithFraction(prior, lambda t: share), start, generator=torch.Generator().manual_seed(1)
         )
         for name in ("learned", variance)
     )
     assert learned.dtype == dtype and torch.equal(learned, fixed)
     other = Ancestral(50, "learned")(
-        Sharing(prior, lambda t: 0.5), start, generator=torch.Generator().manual_seed(1)
+        WithFraction(prior, lambda t: 0.5), start, generator=torch.Generator().manual_seed(1)
     )
     assert not torch.equal(other, fixed)
 
@@ -179,7 +179,7 @@ def test_fraction_interpolates_the_variances_of_the_actual_step_t_to_s(steps: in
     The prior mean is zero, so that each step is a known multiple of x_t and the noise.
     """
     schedule, states = Cosine(), list[State]()
-    still = Sharing(GaussianDenoiser(schedule, 0 * MEAN), lambda t: 0.3 + 0.4 * t)
+    still = WithFraction(GaussianDenoiser(schedule, 0 * MEAN), lambda t: 0.3 + 0.4 * t)
     start = normal(1, 4)
     Ancestral(steps, "learned")(
         still, start, generator=torch.Generator().manual_seed(0), callback=states.append
@@ -215,7 +215,7 @@ def test_step_with_learned_variance_matches_diffusers(index: int) -> None:
         output, index, x_t, generator=torch.Generator().manual_seed(3)
     ).prev_sample
     schedule = Linear()
-    denoiser = NetworkDenoiser(Says(output), schedule, kinds.Epsilon())
+    denoiser = NetworkDenoiser(FixedOutput(output), schedule, kinds.Epsilon())
     t, s = (torch.tensor(i / 1000, dtype=torch.float64) for i in (index + 1, index))
     denoised, share = denoiser.with_variance(x_t, t)
     state = State(float(t), x_t, denoised, variance_fraction=share)
@@ -227,23 +227,23 @@ def test_step_with_learned_variance_matches_diffusers(index: int) -> None:
 # --- denoisers ----------------------------------------------------------------------------------
 
 
-class Says(nn.Module):
+class FixedOutput(nn.Module):
     """A network with learned variance that returns a given output and counts its calls."""
 
     learn_variance = True
 
-    def __init__(self, says: Tensor) -> None:
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
-        self.says, self.calls = says, 0
+        self.output, self.calls = output, 0
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         self.calls += 1
-        return self.says
+        return self.output
 
 
 def test_second_half_of_the_output_is_the_variance_fraction() -> None:
     output, x_t, t = normal(2, 6, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor(0.3).double()
-    network = Says(output)
+    network = FixedOutput(output)
     denoiser = NetworkDenoiser(network, Cosine(), kinds.X0())
     denoised, share = denoiser.with_variance(x_t, t)
     assert network.calls == 1
@@ -253,7 +253,7 @@ def test_second_half_of_the_output_is_the_variance_fraction() -> None:
     clipped, kept = Clipped(denoiser).with_variance(x_t, t)
     assert torch.equal(clipped, denoised.clamp(-1, 1)) and torch.equal(kept, share)
 
-    other = NetworkDenoiser(Says(normal(2, 6, 4, 4, seed=2)), Cosine(), kinds.X0())
+    other = NetworkDenoiser(FixedOutput(normal(2, 6, 4, 4, seed=2)), Cosine(), kinds.X0())
     for strength in (1.0, 2.0):
         guided, kept = ClassifierFree(denoiser, other, strength).with_variance(x_t, t)
         expected = other(x_t, t) + strength * (denoised - other(x_t, t))
@@ -264,14 +264,14 @@ def test_second_half_of_the_output_is_the_variance_fraction() -> None:
 
 
 def test_sampler_calls_the_network_once_per_step_and_ddim_ignores_variance() -> None:
-    network = Says(0.5 * normal(2, 6, 4, 4))
+    network = FixedOutput(0.5 * normal(2, 6, 4, 4))
     denoiser, states = NetworkDenoiser(network, Linear(), kinds.X0()), list[State]()
     start = normal(2, 3, 4, 4)
     Ancestral(5, "learned", clip=True)(denoiser, start, callback=states.append)
     assert network.calls == 5
-    fraction = (network.says[:, 3:] + 1) / 2
+    fraction = (network.output[:, 3:] + 1) / 2
     assert all(torch.equal(s.variance_fraction, fraction) for s in states[:-1])
-    plain = Sharing(denoiser, lambda t: 9.9)
+    plain = WithFraction(denoiser, lambda t: 9.9)
     assert torch.equal(DDIM(5)(denoiser, start), DDIM(5)(plain, start))
 
 
@@ -476,7 +476,7 @@ def test_final_step_variance_interpolates_posterior_variance_and_beta_0() -> Non
 # --- the variational bound ----------------------------------------------------------------------
 
 
-class Chosen(KeyedGenerator):
+class FixedUniform(KeyedGenerator):
     """A generator that returns the same uniform number for every image, and zeros as noise."""
 
     def __init__(self, count: int, u: float) -> None:
@@ -498,7 +498,7 @@ class Shrink(Denoiser):
         return 0.9 * x_t / alpha_t
 
 
-def masses(schedule: DiscreteSchedule) -> Tensor:
+def cumulative_probabilities(schedule: DiscreteSchedule) -> Tensor:
     """Cumulative probabilities, from 0 to 1, with which the bound draws the T - 1 steps."""
     t = torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
     snr = schedule.ratio(t) ** -2
@@ -511,8 +511,8 @@ def test_terms_of_the_hybrid_loss_equal_the_terms_of_the_bound(schedule: Discret
     """Each term is drawn alone; their sum with KL(q(x_1 | x_0) ‖ p) equals the bound."""
     p = torch.randint(256, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
     x_0 = p.double() / 127.5 - 1
-    denoiser = Sharing(Shrink(schedule), lambda t: 0.2 + 0.6 * t)
-    mass, steps = masses(schedule), schedule.steps
+    denoiser = WithFraction(Shrink(schedule), lambda t: 0.2 + 0.6 * t)
+    mass, steps = cumulative_probabilities(schedule), schedule.steps
 
     def term(k: int) -> Tensor:
         """The loss term of the step at t = (k + 1) / T for x_t without noise."""
@@ -528,7 +528,7 @@ def test_terms_of_the_hybrid_loss_equal_the_terms_of_the_bound(schedule: Discret
     for k in range(1, steps):
         probability = float(mass[k] - mass[k - 1])
         middle = float(mass[k] + mass[k - 1]) / 2
-        found = (bound(denoiser, p, Chosen(3, middle), terms=1) - rest) * probability
+        found = (bound(denoiser, p, FixedUniform(3, middle), terms=1) - rest) * probability
         torch.testing.assert_close(found, term(k), rtol=1e-5, atol=1e-7)
         total += found
     expected = rest + sum(term(k) for k in range(1, steps))
@@ -540,7 +540,7 @@ def test_bound_with_zero_fraction_equals_the_bound_with_fixed_variance() -> None
     p = torch.randint(256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
     x_0, schedule = p.double() / 127.5 - 1, Linear()
     plain, key = Shrink(schedule), make_key(0, torch.arange(4))
-    learned = Sharing(plain, lambda t: 0.0)
+    learned = WithFraction(plain, lambda t: 0.0)
     with_variance, without = (bound(d, p, KeyedGenerator(key), terms=20) for d in (learned, plain))
     generator = KeyedGenerator(key)
     for _ in range(20):
@@ -574,7 +574,7 @@ def test_exact_fraction_lowers_the_bound_by_the_closed_form() -> None:
     level = mu + tau * normal(256, 3, 4, 4)
     p = ((level + 1) * 127.5).round().clamp(0, 255).byte()
     key, plain = make_key(0, torch.arange(256)), Pixels(schedule)
-    learned = Sharing(plain, lambda t: exact_share(schedule, t, tau**2))
+    learned = WithFraction(plain, lambda t: exact_fraction(schedule, t, tau**2))
     shorter = bound(learned, p, KeyedGenerator(key), terms=50)
     longer = bound(plain, p, KeyedGenerator(key), terms=50)
 
@@ -583,7 +583,7 @@ def test_exact_fraction_lowers_the_bound_by_the_closed_form() -> None:
     square = tau**2 / (1 + tau**2 / r[1:] ** 2)
     small = ((r[:-1] ** -2 - r[1:] ** -2) / 2 * square).sum()
     sigma = schedule(torch.arange(1, 1001, dtype=torch.float64) / 1000)[1]
-    gain = exact_share(schedule, t, tau**2) * torch.log(sigma[1:] ** 2 / sigma[:-1] ** 2)
+    gain = exact_fraction(schedule, t, tau**2) * torch.log(sigma[1:] ** 2 / sigma[:-1] ** 2)
     # The pixel term: the network uses N(x̂, β_0), the other bound a softmax over levels around x_t
     # / α_t.
     first = float(r[0])
@@ -688,7 +688,7 @@ def test_compatible_options_are_accepted() -> None:
 
 def test_module_and_loss_raise_errors_without_the_command_line() -> None:
     parts = (Linear(), kinds.Epsilon())
-    for network, loss in ((nn.Identity(), Hybrid()), (Says(torch.zeros(1)), Simple())):
+    for network, loss in ((nn.Identity(), Hybrid()), (FixedOutput(torch.zeros(1)), Simple())):
         with pytest.raises(ConfigError, match=r"loss=hybrid"):
             DiffusionModule(network, *parts, loss, lambda p: None, lambda o, n: None)
     x = torch.zeros(1, 3, 4, 4)

@@ -19,7 +19,7 @@ from diffusion_lab.training.module import DiffusionModule
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Poison(Callback):
+class InsertNaN(Callback):
     """Sets a pixel to NaN in the given batches, on one device only if `rank` is given."""
 
     def __init__(self, *batches: int, rank: int | None = None) -> None:
@@ -41,15 +41,15 @@ class InfiniteLoss(Simple):
         return loss + torch.where(target[:, 0, 0, 0] == self.mark, torch.inf, 0.0)
 
 
-class SpoiltGradient(Affine):
+class InfiniteGradient(Affine):
     """A network whose gradient is infinite in the third backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.passes = 0
-        self.v.register_hook(self.spoil)
+        self.v.register_hook(self.make_infinite)
 
-    def spoil(self, gradient):
+    def make_infinite(self, gradient):
         self.passes += 1
         return gradient * torch.inf if self.passes == 3 else gradient
 
@@ -109,14 +109,14 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 @pytest.mark.parametrize("left_out", [None, 0, 2, 7])
 def test_batch_with_nan_skips_only_its_own_step(left_out: int | None, fused: bool) -> None:
     """Weights, averages, moments and Adam's step count are bitwise those of the plain loop."""
-    poison = [] if left_out is None else [Poison(left_out)]
+    poison = [] if left_out is None else [InsertNaN(left_out)]
     module, trainer = trained(*poison, fused=fused)
     assert_equal(state(module, trainer), by_hand(left_out, fused))
     assert float(trainer.callback_metrics["train/skipped"]) == len(poison)
 
 
 def test_step_with_an_infinite_gradient_is_skipped() -> None:
-    module, trainer = trained(network=SpoiltGradient())
+    module, trainer = trained(network=InfiniteGradient())
     assert_equal(state(module, trainer), by_hand(2, True))
 
 
@@ -150,7 +150,7 @@ def test_one_micro_batch_with_nan_skips_the_whole_step() -> None:
             seen.append(module.network.w.item())
 
     module = make_module()
-    fit(module, Poison(5), Watch(), max_steps=9, max_epochs=1, accumulate_grad_batches=2)
+    fit(module, InsertNaN(5), Watch(), max_steps=9, max_epochs=1, accumulate_grad_batches=2)
     moved = [a != b for a, b in zip(seen[1::2], seen[3::2], strict=False)]
     assert moved == [True, False, True]
 
@@ -176,7 +176,7 @@ def test_power_ema_is_not_updated_in_a_skipped_step(tmp_path: Path) -> None:
             weights.append(module.network.w.item())
 
     module, power = make_module(), PowerEMA(str(tmp_path), [0.1], 100)
-    fit(module, Poison(2), Watch(), power, max_steps=9, max_epochs=1, limit_train_batches=4)
+    fit(module, InsertNaN(2), Watch(), power, max_steps=9, max_epochs=1, limit_train_batches=4)
     expected = 0.0
     for n, weight in enumerate(weights, start=1):
         beta = (1 - 1 / n) ** (power.gammas[0] + 1)
@@ -191,7 +191,7 @@ def test_patience_consecutive_skipped_steps_stop_the_run(tmp_path: Path) -> None
     last = LastCheckpoint(str(tmp_path), every_n_steps=1)
     guard, module = NaNGuard(3), make_module()
     with pytest.raises(RunError) as error:
-        fit(module, Poison(2, 3, 5, 6, 7), guard, last, max_steps=8, enable_checkpointing=True)
+        fit(module, InsertNaN(2, 3, 5, 6, 7), guard, last, max_steps=8, enable_checkpointing=True)
     text = str(error.value)
     for part in ("at step 8", "3 steps in a row", "nan_guard.patience=3", "resume="):
         assert part in text
@@ -206,7 +206,7 @@ def test_patience_consecutive_skipped_steps_stop_the_run(tmp_path: Path) -> None
 def test_count_of_skipped_steps_continues_after_a_resume() -> None:
     guard = NaNGuard(2)
     guard.load_state_dict({"total": 4})
-    fit(make_module(), Poison(1, 3), guard, max_steps=5)
+    fit(make_module(), InsertNaN(1, 3), guard, max_steps=5)
     assert guard.state_dict() == {"total": 6}
     with pytest.raises(ValueError, match="patience=0"):
         NaNGuard(0)
@@ -226,7 +226,7 @@ def two_devices(folder: Path, *callbacks: Callback) -> None:
 
 
 def test_all_devices_skip_a_step_that_is_invalid_on_one(tmp_path: Path) -> None:
-    two_devices(tmp_path, Poison(2, rank=1))
+    two_devices(tmp_path, InsertNaN(2, rank=1))
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert_equal(one, two)
     expected = by_hand(2, True)

@@ -265,7 +265,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     return semaphore
 
 
-class Held(Fake):
+class BlockedSource(Fake):
     """Completes its first read when `others` threads wait for it, or raises `error` then."""
 
     def __init__(self, waiting: threading.Semaphore, others: int, error: Exception | None) -> None:
@@ -302,7 +302,7 @@ def ask(images: SourceImages, count: int) -> list[np.ndarray | Exception]:
 
 
 def test_threads_that_need_the_same_group_read_it_once(waiting: threading.Semaphore) -> None:
-    source = Held(waiting, 5, None)
+    source = BlockedSource(waiting, 5, None)
     images = SourceImages(source, 10**6)
     expected = [module.decode(data, SIZE, "") for data in source.data]
     for actual, wanted in zip(ask(images, 6), expected, strict=False):
@@ -315,7 +315,7 @@ def test_threads_that_need_the_same_group_read_it_once(waiting: threading.Semaph
 def test_read_error_reaches_all_waiting_threads_and_is_not_cached(
     waiting: threading.Semaphore, error: Exception
 ) -> None:
-    source = Held(waiting, 5, error)
+    source = BlockedSource(waiting, 5, error)
     images = SourceImages(source, 10**6)
     assert ask(images, 6) == [error] * 6
     assert source.order == [0] and kept(images) == {}
@@ -327,7 +327,7 @@ def test_read_error_reaches_all_waiting_threads_and_is_not_cached(
 
 
 def test_read_error_of_one_group_keeps_the_other_groups(waiting: threading.Semaphore) -> None:
-    source = Held(waiting, 0, DataError("the network is down"))
+    source = BlockedSource(waiting, 0, DataError("the network is down"))
     images = SourceImages(source, 10**6)
     with pytest.raises(DataError, match="the network is down"):
         images.gather(np.array([7, 1]))

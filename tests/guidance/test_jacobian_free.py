@@ -85,7 +85,7 @@ METHODS = {
 every_method = pytest.mark.parametrize("guidance", METHODS.values(), ids=METHODS.keys())
 
 
-class Disguised(Operator):
+class UnmarkedLinear(Operator):
     """A linear operator that is not marked as linear."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -545,7 +545,7 @@ def test_langevin_steps_for_nonlinear_operators_sample_the_conditional(size, tol
     """
     centre, y, rho, sigma_y = numbers(D), numbers(3), 0.4, 0.3
     steps = round(40 / size)
-    mean, covariance = step_moments(Disguised(), centre, rho, y, sigma_y, steps, size)
+    mean, covariance = step_moments(UnmarkedLinear(), centre, rho, y, sigma_y, steps, size)
     expected = conditional(centre, rho, y, sigma_y)
     torch.testing.assert_close(mean, expected[0], rtol=1e-6, atol=1e-6)
     values = torch.linalg.eigvals(torch.linalg.solve(expected[1], covariance)).real
@@ -559,12 +559,12 @@ def test_langevin_steps_for_nonlinear_operators_sample_the_conditional(size, tol
 
 
 def test_red_gradient_of_a_row_is_independent_of_other_rows() -> None:
-    observation = Observation(numbers(5, 3), 0.3, Disguised((D,)))
+    observation = Observation(numbers(5, 3), 0.3, UnmarkedLinear((D,)))
     mu, target = numbers(5, D), numbers(2, 5, D)[1]
     whole = red_gradient(observation, mu, target, 0.25)
     linear = red_gradient(Observation(observation.y, 0.3, MATRIX), mu, target, 0.25)
     torch.testing.assert_close(whole, linear)
-    one = red_gradient(Observation(observation.y[3:4], 0.3, Disguised((D,))), mu[3:4],
+    one = red_gradient(Observation(observation.y[3:4], 0.3, UnmarkedLinear((D,))), mu[3:4],
                        target[3:4], 0.25)  # fmt: skip
     torch.testing.assert_close(one, whole[3:4], rtol=1e-14, atol=1e-14)
 
@@ -732,7 +732,7 @@ def test_pnpdm_is_the_same_under_any_schedule() -> None:
 
 
 @every_method
-@pytest.mark.parametrize("operator", [MATRIX, Disguised((D,))], ids=["linear", "not"])
+@pytest.mark.parametrize("operator", [MATRIX, UnmarkedLinear((D,))], ids=["linear", "not"])
 def test_samples_do_not_depend_on_the_batch(guidance: Guidance, operator: Operator) -> None:
     if guidance.requires == "svd" and operator is not MATRIX:
         return
@@ -840,11 +840,13 @@ def test_unsupported_operators_and_noise_are_an_error(guidance: Guidance) -> Non
         return guidance(denoiser, Ancestral(2), Observation(y, sigma_y, operator))
 
     if guidance.requires == "svd":
-        with pytest.raises(ValueError, match="Disguised is not linear; choose another guidance"):
-            draw(0.3, Disguised((D,)))
+        with pytest.raises(
+            ValueError, match="UnmarkedLinear is not linear; choose another guidance"
+        ):
+            draw(0.3, UnmarkedLinear((D,)))
     elif guidance.stochastic:
         with pytest.raises(ValueError, match=r"sigma_y=0.0: .* set sigma_y above 0"):
-            draw(0.0, Disguised((D,)))
+            draw(0.0, UnmarkedLinear((D,)))
     draw(torch.tensor(0.3))
     if guidance.requires_scalar_noise:
         with pytest.raises(ValueError, match="noise of one standard deviation"):

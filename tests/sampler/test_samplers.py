@@ -57,7 +57,7 @@ def time(index: float, steps: int = 1000) -> Tensor:
     return torch.tensor((index + 1) / steps, dtype=torch.float64)
 
 
-class Silent(Denoiser):
+class NotCalled(Denoiser):
     """A denoiser that must not be called, for steps that are given their estimate."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def one_step(
         return draws.pop()
 
     state = State(float(t), x_t, denoised)
-    return sampler.step(Silent(schedule), state, s.double(), noise)
+    return sampler.step(NotCalled(schedule), state, s.double(), noise)
 
 
 class Isotropic(Denoiser):
@@ -545,7 +545,7 @@ def test_large_finite_states_are_no_error() -> None:
 def test_ancestral_sampling_under_sub_vp_is_an_error(variance: str) -> None:
     """The error is raised before the denoiser is called."""
     with pytest.raises(ValueError, match=r"the sub-VP SDE has none. Use euler_maru"):
-        Ancestral(3, variance)(Silent(SubVP()), normal(2, 4))
+        Ancestral(3, variance)(NotCalled(SubVP()), normal(2, 4))
 
 
 @pytest.mark.parametrize(
