@@ -76,7 +76,7 @@ def test_flow_likelihood_of_gaussian_pixels_is_exact(schedule: str) -> None:
 
 
 def test_flow_likelihood_is_the_density_of_x_t_over_alpha_at_t_min() -> None:
-    """Here α_t = 0.994, and the noise in x_t / α_t is 0.11, beside τ = 0.25."""
+    """Here α_t = 0.994, and the noise in x_t / α_t is 0.11, in addition to τ = 0.25."""
     schedule, p = VP(t_min=0.03), pixels(16, shift=1.0, spread=0.3)
     bits = flow(PRIOR.denoiser(schedule), ProbabilityFlow(), p, streams(16))
     expected = exact_bits(p, math.hypot(TAU, float(schedule.ratio(0.03))))

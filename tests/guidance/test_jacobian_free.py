@@ -236,7 +236,7 @@ def test_diffpir_matches_the_paper(schedule, sigma_y: float, strength: float, ze
             hat = hat - (hat @ A.T - y.numpy()) @ PINV.T
         epsilon = (x - alpha_t * hat) / sigma_t
         x = alpha_s * hat + sigma_s * ((1 - zeta) ** 0.5 * epsilon + zeta**0.5 * draw())
-    # If ρ is 1e-6 of A's smallest squared singular value, the reference loses six digits.
+    # For a very small ρ, the normal equations of the reference lose about six digits.
     close(run(DiffPIR(strength, zeta), DDIM(N), schedule, y, sigma_y), x, 1e-6)
 
 
