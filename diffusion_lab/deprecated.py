@@ -78,6 +78,10 @@ NAMES: dict[str, str] = {
     "diffusion_lab.guidance.fused.Fused": "diffusion_lab.guidance.PrecisionWeighted",
     "diffusion_lab.guidance.precision_weighted.Fused": "diffusion_lab.guidance.PrecisionWeighted",
     "diffusion_lab.guidance.truncated.Truncated": "diffusion_lab.guidance.TruncatedReverseSDE",
+    "diffusion_lab.operator.separable.AveragePool": "diffusion_lab.operator.AveragePool",
+    "diffusion_lab.operator.separable.Bicubic": "diffusion_lab.operator.Bicubic",
+    "diffusion_lab.operator.separable.GaussianBlur": "diffusion_lab.operator.GaussianBlur",
+    "diffusion_lab.operator.separable.UniformBlur": "diffusion_lab.operator.UniformBlur",
 }
 
 # Old key -> new key. `guidance[dps].strength` is the key under guidance=dps.

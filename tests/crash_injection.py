@@ -61,7 +61,7 @@ def _arm(cue: str) -> None:
     count, number = int(count), signal.Signals[kind]
     from diffusion_lab import atomic_io
     from diffusion_lab.callback import checkpoint
-    from diffusion_lab.data import cache
+    from diffusion_lab.data.packing import Packer
     from diffusion_lab.runs import checkpoint as checkpoint_file
     from diffusion_lab.task.restoration import Restoration
     from diffusion_lab.training.module import DiffusionModule
@@ -110,7 +110,7 @@ def _arm(cue: str) -> None:
     around(DiffusionModule, "validation_step", before="validation")
     around(DiffusionModule, "on_validation_epoch_end", after="validated")
     around(checkpoint_file.AtomicCheckpointIO, "save_checkpoint", after="written")
-    around(cache._Packer, "_write", before="packed")
+    around(Packer, "_write", before="packed")
     around(Restoration, "compute", after="computed")
     around(Restoration, "test_step", after="kept")
     around(Restoration, "finish", after="finished")

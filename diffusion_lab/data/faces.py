@@ -18,225 +18,20 @@ the dark, the plain and the light tone of a colour.
 
 __all__ = ["HAIR_STYLES", "draw_faces", "face_factors", "render_faces"]
 
-import copy
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_lab.rng import KeyedGenerator, make_key
+from diffusion_lab.data.face_canvas import Canvas, bump, make_palette
+from diffusion_lab.data.face_factors import HAIR_STYLES, face_factors
 
 CHUNK = 1 << 17  # pixels drawn at once: the overhead of a call is small, the planes take 15 MiB
 SIZES = tuple(1 << k for k in range(3, 11))
 
-# The random numbers of a face. A new one is appended, so that the others keep their values.
-UNIFORM = """
-    shift_x shift_y scale tilt yaw width jaw chin feminine age tone undertone light_x light_y
-    hair_style hair_colour hair_shade volume part hairline length strand_x strand_y
-    eye_distance eye_size eye_open eye_tilt eye_colour gaze_x gaze_y brow_height brow_width
-    brow_tilt nose_width nose_length smile mouth_open mouth_width lips lip_colour blush
-    glasses rim_shape rim_size rim_colour rim_width beard beard_kind beard_length
-    neckline neck_depth shoulder cloth_hue cloth_chroma cloth_value
-    back_hue back_chroma back_value back_angle back_contrast back_shift blob_x blob_y blob
-""".split()
 
-# Colours of skin (from light to dark), hair (the last two are grey and white) and irises, and
-# their probabilities for fair, dark and old people.
-SKIN = ("f8dbc8", "eec4a8", "dba884", "b67e5a", "855840", "58392c")
-HAIR = "1e1919 3a281f 5c3e2b 845e3e c49c64 e0c292 843c24 b66036 848282 cecbc8".split()
-HAIR_FAIR = (0.08, 0.17, 0.22, 0.17, 0.16, 0.08, 0.07, 0.05, 0.0, 0.0)
-HAIR_DARK = (0.68, 0.26, 0.06, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-HAIR_OLD = (0.12, 0.1, 0.1, 0.08, 0.1, 0.0, 0.0, 0.0, 0.3, 0.2)
-IRIS = ("3e261a", "684226", "80683a", "567452", "547ea4", "788c96")
-IRIS_FAIR = (0.12, 0.22, 0.14, 0.16, 0.24, 0.12)
-IRIS_DARK = (0.72, 0.26, 0.02, 0.0, 0.0, 0.0)
-
-HAIR_STYLES = ("bald", "receding", "crop", "swept", "curly", "bob", "long", "wavy", "bun")
-STYLES_MASCULINE = (0.08, 0.12, 0.32, 0.28, 0.1, 0.02, 0.05, 0.03, 0.0)
-STYLES_FEMININE = (0.0, 0.0, 0.04, 0.06, 0.14, 0.24, 0.24, 0.18, 0.1)
-STYLE_SHAPE = {  # one number per style, in the order of HAIR_STYLES; lengths in face units
-    "top": (0.0, 0.0, 0.08, 0.15, 0.22, 0.1, 0.09, 0.11, 0.06),  # rise over the crown
-    "side": (0.0, 0.025, 0.025, 0.04, 0.17, 0.09, 0.07, 0.11, 0.01),  # width beyond the cheek
-    "bottom": (-9.0, 0.13, 0.06, 0.06, 0.32, 0.5, 1.3, 1.2, 0.0),  # where it ends
-    "flare": (0.0, 0.0, -0.1, -0.1, 0.0, 0.1, 0.06, 0.1, 0.0),  # widening on the way down
-    "front": (-9.0, -0.72, -0.4, -0.4, -0.36, -0.2, -0.42, -0.42, -0.44),  # hairline, at the part
-    "arch": (0.0, 0.1, 0.06, 0.1, 0.08, 0.0, 0.16, 0.18, 0.12),  # its fall away from the part
-    "drop": (0.0, 0.62, 0.36, 0.36, 0.38, 0.75, 0.75, 0.6, 0.3),  # its fall at the temples
-    "part": (0.0, 0.0, 0.05, 0.17, 0.0, 0.04, 0.1, 0.09, 0.0),  # largest shift of the part
-    "knot": (-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 0.21),  # its radius
-    "curl": (0.0, 0.3, 0.3, 0.0, 1.0, 0.0, 0.0, 0.3, 0.0),  # rings instead of strands
-    "wave": (0.0, 0.0, 0.005, 0.01, 0.035, 0.006, 0.01, 0.045, 0.004),  # roughness of its edge
-}
-
-
-def _hue(hue: Tensor, chroma: Tensor, value: Tensor) -> Tensor:
-    """RGB (N, 3) of a hue (in turns) on a smooth colour wheel."""
-    wheel = torch.cos(2 * math.pi * (hue[:, None] - torch.arange(3, device=hue.device) / 3))
-    return value[:, None] * (1 - chroma[:, None] * (0.5 - 0.5 * wheel))
-
-
-def _choose(u: Tensor, weights: Tensor) -> Tensor:
-    """The category (N,) in which u ~ U[0, 1) falls, for weights (N, K) that sum to 1."""
-    return (u[:, None] >= weights.cumsum(1)[:, :-1]).sum(1)
-
-
-def _rgb(names: Sequence[str], like: Tensor) -> Tensor:
-    """Colours (K, 3) in [0, 1] from hexadecimal names."""
-    return like.new_tensor([list(bytes.fromhex(name)) for name in names]) / 255
-
-
-def _mix(first: tuple[float, ...], second: tuple[float, ...], share: Tensor) -> Tensor:
-    a, b = share.new_tensor(first), share.new_tensor(second)
-    return a + (b - a) * share[:, None]
-
-
-def face_factors(index: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-    """Returns the factors of each face, for `render_faces`, for labels and for tests.
-
-    Arguments:
-        index: Indices of the faces, int64, of shape (N,).
-        seed: Seed of the dataset.
-
-    Returns:
-        Colours (N, 3) in [0, 1]: skin, hair, iris, lip, rim, cloth, collar, background. Bool (N,):
-        glasses, sunglasses, beard, moustache, feminine. Category (N,), int64: hair_style, in
-        `HAIR_STYLES`. All others are (N,): fractions in [0, 1), shapes and pose in [-1, 1).
-    """
-    draw = KeyedGenerator(make_key(seed, "faces", index)).uniform(len(UNIFORM))
-    u = dict(zip(UNIFORM, draw.unbind(1), strict=True))
-    f = {name: 2 * value - 1 for name, value in u.items()}  # most are symmetric
-    f |= {name: u[name] for name in ("age", "tone", "mouth_open", "blush", "blob", "beard_length")}
-
-    f["feminine"] = feminine = u["feminine"] < 0.5
-    fair = (1.35 - 2.2 * u["tone"]).clamp(0, 1)  # dark skin comes with dark hair and eyes
-    old = (u["age"] > 0.82).float()[:, None]
-    hair = _mix(HAIR_DARK, HAIR_FAIR, fair)
-    hair = _choose(u["hair_colour"], hair + old * (hair.new_tensor(HAIR_OLD) - hair))
-    eyes = _choose(u["eye_colour"], _mix(IRIS_DARK, IRIS_FAIR, fair))
-    f["hair_style"] = _choose(
-        u["hair_style"], _mix(STYLES_MASCULINE, STYLES_FEMININE, feminine.float())
-    )
-    f["glasses"] = u["glasses"] < 0.22
-    f["sunglasses"] = u["glasses"] < 0.02
-    beard = (u["beard"] < 0.4) & ~feminine
-    f["moustache"] = beard & (u["beard_kind"] < 0.7)
-    f["beard"] = beard & (u["beard_kind"] > 0.2)
-    f["smile"] = 1.1 * u["smile"] ** 0.7 - 0.1
-
-    skin = _rgb(SKIN, draw)
-    place = u["tone"] * (len(SKIN) - 1)
-    low = place.long()
-    skin = torch.lerp(skin[low], skin[low + 1], (place - low)[:, None])
-    f["skin"] = skin * (1 + 0.035 * f["undertone"][:, None] * draw.new_tensor((1.0, 0.1, -1.4)))
-    f["hair"] = _rgb(HAIR, draw)[hair] * (1 + 0.15 * f["hair_shade"][:, None])
-    f["iris"] = _rgb(IRIS, draw)[eyes]
-    natural = f["skin"] * draw.new_tensor((0.84, 0.6, 0.6))
-    made_up = _hue(0.04 * f["lip_colour"] - 0.02, 0.62 + 0 * place, 0.5 + 0.25 * (1 - u["tone"]))
-    make_up = (feminine * u["lip_colour"] * 0.8)[:, None]
-    f["lip"] = torch.lerp(natural, made_up, make_up)
-    f["rim"] = _hue(u["rim_shape"] * 7, 0.5 * u["rim_width"], 0.08 + 0.3 * u["rim_colour"] ** 2)
-    f["cloth"] = _hue(u["cloth_hue"], 0.65 * u["cloth_chroma"], 0.2 + 0.7 * u["cloth_value"])
-    f["collar"] = _hue(u["back_shift"], 0.2 * u["cloth_hue"], 0.75 + 0.2 * u["blob"])
-    f["background"] = _hue(u["back_hue"], 0.5 * u["back_chroma"], 0.3 + 0.55 * u["back_value"])
-    return f
-
-
-PALETTE = """
-    skin- skin skin+ hair- hair hair+ cloth- cloth cloth+ lip- lip lip+ iris- iris iris+
-    white- white white+ back- back back+ brow dark rim beard blush collar mouth
-""".split()
-
-
-def _palette(f: dict[str, Tensor]) -> Tensor:
-    """The colours (N, K, 3) of `PALETTE`; - and + are the dark and the light tone."""
-    skin, hair, cloth, lip, iris = (f[k] for k in ("skin", "hair", "cloth", "lip", "iris"))
-    back, cream = f["background"], skin.new_tensor((1.0, 0.96, 0.88))
-    warm, mouth = skin.new_tensor((0.6, 0.49, 0.46)), skin.new_tensor((0.3, 0.16, 0.16))
-    one = torch.ones_like(f["age"])
-    glow = _hue(0.5 * f["back_hue"] + 0.5 + 0.12 * f["back_shift"], 0.4 * one, one)
-    skin_light = skin + (cream - skin) * (0.2 + 0.3 * skin.mean(1, keepdim=True))
-    sclera = skin + (0.95 * cream - skin) * 0.84
-    colours = [skin * warm, skin, skin_light, hair * 0.44, hair, hair * 1.35 + 0.09]
-    colours += [cloth * 0.55, cloth, cloth * 0.8 + 0.2, lip * (warm + 0.08), lip]
-    colours += [lip + (cream - lip) * 0.4, iris * 0.5, iris, iris * 1.4 + 0.05, sclera * 0.66]
-    colours += [sclera, torch.ones_like(skin), back * 0.62, back, back + (glow - back) * 0.4]
-    colours += [hair * 0.62 + 0.1 * skin, 0.26 * skin * warm + 0.03, f["rim"], hair * 0.8]
-    colours += [skin * skin.new_tensor((1.0, 0.7, 0.7)), f["collar"], skin * mouth + 0.04]
-    return torch.stack(colours, dim=1).clamp(0, 1)
-
-
-class _Canvas:
-    """A part of the frame: coordinates, weights of the palette, and the area not yet covered."""
-
-    window: tuple[slice, slice, slice]
-    s: Tensor
-
-    def __init__(self, f: dict[str, Tensor], size: int) -> None:
-        self.f = {k: v.float()[:, None, None] for k, v in f.items() if v.ndim == 1}
-        count, device = len(f["skin"]), f["skin"].device
-        style = f["hair_style"]
-        self.style = {
-            k: torch.tensor(v, device=device)[style][:, None, None] for k, v in STYLE_SHAPE.items()
-        }
-        f = self.f
-        f["wide"] = 0.465 + 0.03 * f["width"] - 0.012 * f["feminine"]
-        f["eye"] = 0.2 + 0.012 * f["eye_distance"]
-        f["tip"] = 0.27 + 0.02 * f["nose_length"]
-        f["mouth"] = f["tip"] + 0.155 + 0.012 * f["chin"]
-        scale = 1.02 + 0.06 * f["scale"]
-        self.px = 2 / (size * scale)
-        axis = (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
-        self.x = (axis[None, None, :] - 0.05 * f["shift_x"]) / scale
-        self.y = (axis[None, :, None] + 0.06 - 0.04 * f["shift_y"]) / scale
-        cos, sin = torch.cos(0.13 * f["tilt"]), torch.sin(0.13 * f["tilt"])
-        self.u = self.x * cos + self.y * sin
-        self.v = self.y * cos - self.x * sin
-        self.left = torch.ones(count, size, size, device=device)
-        self.weight = torch.zeros(count, len(PALETTE), size, size, device=device)
-
-    def crop(self, top: float, bottom: float, side: float) -> "_Canvas":
-        """The rows from top to bottom and |x| < side, as fractions of the frame."""
-        size = self.left.shape[-1]
-        rows = slice(math.floor(top * size), math.ceil(bottom * size))
-        columns = slice(math.floor((0.5 - side) * size), math.ceil((0.5 + side) * size))
-        part = copy.copy(self)
-        part.window = (slice(None), rows, columns)
-        part.x, part.y = self.x[..., columns], self.y[:, rows]
-        part.u, part.v, part.left = (z[part.window] for z in (self.u, self.v, self.left))
-        part.weight = self.weight[:, :, rows, columns]
-        # A turned head moves the features sideways, but not the outline.
-        part.s = part.u - 0.05 * self.f["yaw"] * (1 - (part.u / self.f["wide"]).square())
-        return part
-
-    def inside(self, distance: Tensor, soft: float = 0.0) -> Tensor:
-        """Coverage of the region of negative distance, with an edge `soft` face units wide."""
-        return (distance * (-1 / (self.px + soft))).add_(0.5).clamp_(0, 1)
-
-    def band(self, v: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
-        """Coverage of top < v < bottom, also correct for bands much thinner than a pixel."""
-        return (self.inside(top - v) + self.inside(v - bottom) - 1).clamp_(min=0)
-
-    def paint(self, name: str, cover: Tensor, shade: Tensor | None = None) -> None:
-        """Paints behind all earlier parts; shade < 0 is the dark tone and shade > 0 the light."""
-        taken = cover * self.left
-        self.left -= taken
-        plane = PALETTE.index(name)
-        if shade is not None:
-            dark, light = shade.clamp(-1, 0).mul_(taken), shade.clamp(0, 1).mul_(taken)
-            self.weight[:, plane - 1] -= dark
-            self.weight[:, plane + 1] += light
-            taken.add_(dark).sub_(light)
-        self.weight[:, plane] += taken
-
-
-def _bump(x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
-    """A soft hill of height 1 that ends at the ellipse of the given half axes."""
-    return (1 - (x / width).square() - (y / height).square()).clamp_(min=0).square_()
-
-
-def _head(c: _Canvas) -> tuple[Tensor, Tensor]:
+def _head(c: Canvas) -> tuple[Tensor, Tensor]:
     """Distance to the outline of the head, and a radius: 0 in its middle, 1 on the outline."""
     f = c.f
     down = (c.v.clamp(min=0) / (0.66 + 0.03 * f["chin"] - 0.02 * f["feminine"])).square_()
@@ -248,7 +43,7 @@ def _head(c: _Canvas) -> tuple[Tensor, Tensor]:
     return (radius - 1) * (narrow + 0.15 * fall), radius
 
 
-def _strands(c: _Canvas) -> Tensor:
+def _strands(c: Canvas) -> Tensor:
     """Waves in [-1, 1] along the hair, as sums of products, which need few sines."""
     f = c.f
     bend = 2.5 * torch.sin(5 * c.y + 3 * f["strand_y"]) * (0.3 + c.style["wave"] * 15)
@@ -261,7 +56,7 @@ def _strands(c: _Canvas) -> Tensor:
     return waves + c.style["curl"] * (0.7 * curls - 0.8 * waves)
 
 
-def _hair(c: _Canvas) -> tuple[Tensor, Tensor, Tensor]:
+def _hair(c: Canvas) -> tuple[Tensor, Tensor, Tensor]:
     """Distance to the hair in front, coverage of the hair behind the face, and shade of both."""
     f, s, wide = c.f, c.style, c.f["wide"]
     strands = _strands(c)
@@ -291,7 +86,7 @@ def _hair(c: _Canvas) -> tuple[Tensor, Tensor, Tensor]:
     return front, c.inside(torch.minimum(back, knot)), shade
 
 
-def _glasses(c: _Canvas) -> None:
+def _glasses(c: Canvas) -> None:
     """Rims, bridge, temples and the tint of the lenses."""
     f = c.f
     side = c.s.abs()
@@ -309,14 +104,14 @@ def _glasses(c: _Canvas) -> None:
     gap = ((side < f["eye"] + 0.01 - half_x) | (side > outer)) & (side < f["wide"])
     cover = torch.maximum(cover, bar * gap)
     inner = c.inside(lens)
-    glare = inner * (0.5 * _bump(c.s - f["eye"] - 0.06, c.v + 0.02, 0.14, 0.12))
-    glare += inner * (0.5 * _bump(c.s + f["eye"] - 0.06, c.v + 0.02, 0.14, 0.12))
+    glare = inner * (0.5 * bump(c.s - f["eye"] - 0.06, c.v + 0.02, 0.14, 0.12))
+    glare += inner * (0.5 * bump(c.s + f["eye"] - 0.06, c.v + 0.02, 0.14, 0.12))
     c.paint("rim", cover * f["glasses"])
     c.paint("white", 0.5 * glare * f["glasses"])
     c.paint("rim", inner * (0.82 * f["sunglasses"]))
 
 
-def _brows(c: _Canvas) -> None:
+def _brows(c: Canvas) -> None:
     f = c.f
     t = (c.s.abs() - f["eye"] - 0.005) / 0.15
     thick = (0.03 - 0.008 * f["feminine"] + 0.008 * f["brow_width"]) * (1 - t.square())
@@ -325,7 +120,7 @@ def _brows(c: _Canvas) -> None:
     c.paint("brow", c.band(c.v, middle - thick, middle + thick) * 0.9)
 
 
-def _eyes(c: _Canvas) -> None:
+def _eyes(c: Canvas) -> None:
     """Lashes, catchlights, pupils, irises and whites."""
     f = c.f
     sign = torch.where(c.s < 0, -1.0, 1.0)
@@ -351,7 +146,7 @@ def _eyes(c: _Canvas) -> None:
     c.paint("skin-", crease * (0.5 * arch.clamp(0, 1)))
 
 
-def _nose(c: _Canvas) -> None:
+def _nose(c: Canvas) -> None:
     """Nostrils and the line of the wings; the shading is part of the skin."""
     f, side = c.f, c.s.abs()
     wide = 0.092 + 0.014 * f["nose_width"] - 0.01 * f["feminine"] + 0.012 * f["tone"]
@@ -362,7 +157,7 @@ def _nose(c: _Canvas) -> None:
     c.paint("skin-", c.band(wing, wing * 0 - 0.016, wing * 0 + 0.012) * (0.5 * (y.abs() < 0.06)))
 
 
-def _mouth(c: _Canvas) -> None:
+def _mouth(c: Canvas) -> None:
     f = c.f
     half = 0.175 + 0.02 * f["mouth_width"] + 0.03 * f["smile"]
     t = c.s / half
@@ -382,7 +177,7 @@ def _mouth(c: _Canvas) -> None:
     c.paint("lip", c.band(c.v, middle, middle + gap + pout), 1.2 * y * (1 - y) * arch - 0.1)
 
 
-def _beard(c: _Canvas, outline: Tensor) -> None:
+def _beard(c: Canvas, outline: Tensor) -> None:
     """A moustache above the mouth and a beard along the jaw, from stubble to full."""
     f = c.f
     t = c.s / 0.2
@@ -395,35 +190,35 @@ def _beard(c: _Canvas, outline: Tensor) -> None:
     c.paint("beard", torch.maximum(lip * f["moustache"], jaw * f["beard"]) * dense)
 
 
-def _relief(c: _Canvas, radius: Tensor) -> Tensor:
+def _relief(c: Canvas, radius: Tensor) -> Tensor:
     """Light on the face: its direction, the curvature of the head and the relief of the parts."""
     f = c.f
     u, tip, place = c.s, f["tip"], f["mouth"]
     lx, side = f["light_x"], u.abs()
     shade = 0.12 + 0.75 * lx * c.u - (0.25 + 0.1 * f["light_y"]) * c.v
     shade -= 0.55 * radius.square().square_()
-    shade += 0.35 * _bump(u - 0.1 * lx, c.v + 0.34, 0.3, 0.2)  # forehead
-    shade += 0.4 * _bump(side - 0.24, c.v - 0.22, 0.16, 0.12)  # cheekbones
-    shade -= 0.4 * _bump(side - 0.16, c.v + 0.03, 0.2, 0.13)  # sockets
-    shade += 0.45 * _bump(u - 0.02 * lx, c.v - 0.6 * tip, 0.055, 0.3)  # bridge
-    shade += 0.4 * _bump(u - 0.02 * lx, c.v - tip + 0.06, 0.06, 0.07)  # tip
-    shade -= 0.5 * _bump(u + 0.07 * (lx + 0.3 * torch.sign(lx)), c.v - 0.6 * tip, 0.07, 0.32)
-    shade -= 0.55 * _bump(u, c.v - tip - 0.03, 0.13, 0.05)  # below the nose
-    shade -= 0.4 * _bump(u, c.v - place - 0.11, 0.15, 0.06)  # below the lip
-    shade += 0.25 * _bump(u, c.v - place - 0.19, 0.13, 0.09)  # chin
+    shade += 0.35 * bump(u - 0.1 * lx, c.v + 0.34, 0.3, 0.2)  # forehead
+    shade += 0.4 * bump(side - 0.24, c.v - 0.22, 0.16, 0.12)  # cheekbones
+    shade -= 0.4 * bump(side - 0.16, c.v + 0.03, 0.2, 0.13)  # sockets
+    shade += 0.45 * bump(u - 0.02 * lx, c.v - 0.6 * tip, 0.055, 0.3)  # bridge
+    shade += 0.4 * bump(u - 0.02 * lx, c.v - tip + 0.06, 0.06, 0.07)  # tip
+    shade -= 0.5 * bump(u + 0.07 * (lx + 0.3 * torch.sign(lx)), c.v - 0.6 * tip, 0.07, 0.32)
+    shade -= 0.55 * bump(u, c.v - tip - 0.03, 0.13, 0.05)  # below the nose
+    shade -= 0.4 * bump(u, c.v - place - 0.11, 0.15, 0.06)  # below the lip
+    shade += 0.25 * bump(u, c.v - place - 0.19, 0.13, 0.09)  # chin
     fold = (side - 0.12 - 0.6 * (c.v - tip)).square_() * 900
     fold = (1 - fold).clamp_(min=0) * ((c.v > tip - 0.04) & (c.v < place))
     shade -= fold * (0.3 * f["age"].square() + 0.1 * f["smile"].clamp(min=0))
     return shade
 
 
-def _skin(c: _Canvas, hair: Tensor) -> None:
+def _skin(c: Canvas, hair: Tensor) -> None:
     """Beard, cheeks, head and ears; the hair, given by its distance, casts a soft shadow."""
     f = c.f
     outline, radius = _head(c)
     _beard(c, outline)
     head = c.inside(outline)
-    blush = _bump(c.s.abs() - 0.27, c.v - 0.25, 0.17, 0.14) * (0.08 + 0.35 * f["blush"])
+    blush = bump(c.s.abs() - 0.27, c.v - 0.25, 0.17, 0.14) * (0.08 + 0.35 * f["blush"])
     c.paint("blush", blush * head)
     shade = _relief(c, radius) - 0.5 * c.inside(hair - 0.04, 0.1)
     c.paint("skin", head, shade)
@@ -431,7 +226,7 @@ def _skin(c: _Canvas, hair: Tensor) -> None:
     c.paint("skin", c.inside((ear.sqrt_() - 1) * 0.08), -0.5 + 0.5 * f["light_x"] * c.u)
 
 
-def _body(c: _Canvas, hair: Tensor, shade: Tensor) -> None:
+def _body(c: Canvas, hair: Tensor, shade: Tensor) -> None:
     """Neck and clothes, and the hair behind them, which falls over the shoulders."""
     f = c.f
     low = c.crop(0.6, 1, 0.5)
@@ -445,7 +240,7 @@ def _body(c: _Canvas, hair: Tensor, shade: Tensor) -> None:
     cloth = low.inside(edge)
     neck = 0.27 - 0.045 * f["feminine"] + 0.7 * (y - 0.68).clamp(min=0).square()
     skin = torch.maximum(low.inside(side - neck), low.inside(top - y) * (deep > top)) * (1 - cloth)
-    drop = 0.7 * _bump(low.u, low.v - 0.62, 0.4, 0.28)  # shadow of the chin
+    drop = 0.7 * bump(low.u, low.v - 0.62, 0.4, 0.28)  # shadow of the chin
     low.paint("skin", skin, -0.35 + 0.5 * f["light_x"] * x - drop - side.square())
     over = low.inside(0.19 + 0.3 * (y - 0.85) - side)
     hair[low.window] *= torch.maximum(over, 1 - cloth)
@@ -455,17 +250,17 @@ def _body(c: _Canvas, hair: Tensor, shade: Tensor) -> None:
     low.paint("cloth", cloth, 0.5 * f["light_x"] * x - 0.9 * (side - 0.25).square() + folds * side)
 
 
-def _background(c: _Canvas) -> None:
+def _background(c: Canvas) -> None:
     f = c.f
     angle = math.pi * f["back_angle"]
     ramp = (torch.cos(angle) * c.x + torch.sin(angle) * c.y) * (0.3 + 0.2 * f["back_contrast"])
-    spot = _bump(c.x - 0.8 * f["blob_x"], c.y - 0.8 * f["blob_y"], 0.9, 0.9) * (0.9 * f["blob"])
+    spot = bump(c.x - 0.8 * f["blob_x"], c.y - 0.8 * f["blob_y"], 0.9, 0.9) * (0.9 * f["blob"])
     c.paint("back", torch.ones_like(c.left), ramp + spot)
 
 
 def _draw(f: dict[str, Tensor], size: int) -> Tensor:
     """One chunk of `render_faces`."""
-    c = _Canvas(f, max(size, 32))  # smaller images are averaged, since their pixels are too large
+    c = Canvas(f, max(size, 32))  # smaller images are averaged, since their pixels are too large
     hair_front, hair_back, hair_shade = _hair(c)
     eyes, mouth, head = c.crop(0.27, 0.62, 0.32), c.crop(0.52, 0.85, 0.2), c.crop(0.12, 0.92, 0.35)
     _glasses(eyes)
@@ -477,7 +272,7 @@ def _draw(f: dict[str, Tensor], size: int) -> Tensor:
     _skin(head, hair_front[head.window])
     _body(c, hair_back, hair_shade)
     _background(c)
-    image = torch.bmm(_palette(f).transpose(1, 2), c.weight.flatten(2))
+    image = torch.bmm(make_palette(f).transpose(1, 2), c.weight.flatten(2))
     image = image.reshape(*image.shape[:2], *c.left.shape[1:])
     if size < 32:
         image = F.adaptive_avg_pool2d(image, size)

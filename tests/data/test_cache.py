@@ -1,5 +1,6 @@
 """Packed cache: created once, atomic, resumable, verified, independent of the source."""
 
+import hashlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from diffusion_lab.command.data import main
-from diffusion_lab.data import cache as module
+from diffusion_lab.data import packing
 from diffusion_lab.data.cache import PackedCache, fingerprint, ingest, verify
 from diffusion_lab.data.faces_source import FacesSource
 from diffusion_lab.data.folder_source import FolderSource
@@ -88,10 +89,10 @@ def test_cache_contains_the_images_of_the_source(tmp_path: Path, kind: str) -> N
     assert cache.names == names and cache.native_splits == ["train", "train", "test", "val", "val"]
     for name, image, digest in zip(names, everything(cache), cache.sha256, strict=True):
         assert np.array_equal(image, expected[name]), name
-        assert digest.tobytes() == module.hashlib.sha256(expected[name].tobytes()).digest()
+        assert digest.tobytes() == hashlib.sha256(expected[name].tobytes()).digest()
     manifest = cache.manifest
     digests = b"".join(digest.tobytes() for digest in cache.sha256)
-    assert manifest["content"] == module.hashlib.sha256(digests).hexdigest()
+    assert manifest["content"] == hashlib.sha256(digests).hexdigest()
     assert manifest["count"] == 5 and manifest["kind"] == kind and manifest["skipped"] == []
     assert manifest["description"]["source"] == str(tmp_path / "in")
     assert Image.__version__ in manifest["decoder"]
@@ -207,7 +208,7 @@ def test_failure_after_the_last_image_reads_no_image_again(
     tmp_path: Path, step: str, kind: str, whole: dict, monkeypatch
 ) -> None:
     """The process is interrupted in one of the final steps, after all images were packed."""
-    owner = {"replace": module.os, "dump": module.json}.get(step, module)
+    owner = {"replace": packing.os, "dump": packing.json}.get(step, packing)
     original = getattr(owner, step)
 
     def stop(*args, **kwargs) -> None:
@@ -247,7 +248,7 @@ def test_packing_resumes_from_the_valid_part_after_a_crash(
     tmp_path: Path, what: str, kind: str, whole: dict
 ) -> None:
     partial = stopped(tmp_path, kind, at=550)
-    data, journal = partial / module.DATA[kind], partial / "journal.jsonl"
+    data, journal = partial / packing.DATA[kind], partial / "journal.jsonl"
     assert journal.read_bytes().count(b"\n") == 2
     tear, first = TORN[what]
     torn = tear(data.read_bytes(), journal.read_bytes())
@@ -290,7 +291,7 @@ def test_partial_cache_with_a_missing_file_is_packed_again(
     tmp_path: Path, missing: str, kind: str, whole: dict
 ) -> None:
     partial = stopped(tmp_path, kind, at=550)
-    for name, path in (("data", module.DATA[kind]), ("journal", "journal.jsonl")):
+    for name, path in (("data", packing.DATA[kind]), ("journal", "journal.jsonl")):
         if missing in (name, "both"):
             (partial / path).unlink()
     again = Drawn(COUNT)
@@ -523,7 +524,7 @@ def test_array_of_another_shape_is_an_error(tmp_path: Path, kind: str, name: str
 def test_verify_names_the_images_with_a_changed_byte(tmp_path: Path, kind: str) -> None:
     cache = pack(Drawn(20), tmp_path, kind)
     assert verify(cache, progress=False) == []
-    path = cache.directory / module.DATA[kind]
+    path = cache.directory / packing.DATA[kind]
     if kind == "uint8":
         edges = 128 + 48 * np.arange(21)  # a header, then 4x4 pixels per image
     else:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lab.data import faces
+from diffusion_lab.data.face_canvas import Canvas
 from diffusion_lab.data.faces import HAIR_STYLES, draw_faces, face_factors, render_faces
 
 COUNT = 2000
@@ -135,10 +136,10 @@ def test_windows_do_not_cut_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part drawn on a window of the frame only is the part drawn on all of it."""
     index = torch.arange(1000)
     expected = draw_faces(index)
-    crop = faces._Canvas.crop
+    crop = Canvas.crop
 
-    def whole(canvas: faces._Canvas, top: float, bottom: float, side: float) -> faces._Canvas:
+    def whole(canvas: Canvas, top: float, bottom: float, side: float) -> Canvas:
         return crop(canvas, top, bottom, side) if bottom == 1 else crop(canvas, 0, 1, 0.5)
 
-    monkeypatch.setattr(faces._Canvas, "crop", whole)
+    monkeypatch.setattr(Canvas, "crop", whole)
     assert (draw_faces(index).int() - expected.int()).abs().max() <= 1
