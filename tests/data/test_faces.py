@@ -22,7 +22,7 @@ def factors() -> dict[str, Tensor]:
 
 
 def change(name: str, before: Tensor | float, after: Tensor | float, size: int = 32) -> Tensor:
-    """Mean absolute change (H, W), in grey levels, of 200 faces when one factor is edited."""
+    """Mean absolute change (H, W) of 200 faces, in grey levels, when one factor is edited."""
     f = face_factors(torch.arange(200))
     pair = []
     for value in (before, after):
@@ -44,7 +44,7 @@ def test_shape_and_range(images: Tensor) -> None:
     assert draw_faces(torch.arange(0), size=8).shape == (0, 8, 8, 3)
 
 
-def test_a_face_is_the_same_in_any_batch_and_chunk(
+def test_face_does_not_depend_on_the_batch_or_the_chunk_size(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = torch.cat([draw_faces(torch.tensor([i])) for i in range(40)])
@@ -55,7 +55,7 @@ def test_a_face_is_the_same_in_any_batch_and_chunk(
     assert torch.equal(draw_faces(torch.arange(100)), images[:100])
 
 
-def test_faces_differ(images: Tensor) -> None:
+def test_faces_of_different_indices_and_seeds_differ(images: Tensor) -> None:
     assert len(images.flatten(1).unique(dim=0)) == COUNT
     other = draw_faces(torch.arange(100), seed=1)
     distance = (other.float() - images[:100].float()).abs().mean(dim=(1, 2, 3))
@@ -64,7 +64,7 @@ def test_faces_differ(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 16, 64, 128])
-def test_sizes_show_the_same_face(size: int, images: Tensor) -> None:
+def test_all_sizes_show_the_same_face(size: int, images: Tensor) -> None:
     small = min(size, 32)
     a = draw_faces(torch.arange(32), size=size).permute(0, 3, 1, 2).float()
     b = images[:32].permute(0, 3, 1, 2).float()
@@ -75,12 +75,12 @@ def test_sizes_show_the_same_face(size: int, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [48, 4, 2048, 0])
-def test_sizes_that_are_no_power_of_two_are_refused(size: int) -> None:
+def test_size_that_is_not_a_supported_power_of_two_is_an_error(size: int) -> None:
     with pytest.raises(ValueError, match=rf"size={size} .*8, 16, 32.*1024"):
         draw_faces(torch.arange(1), size=size)
 
 
-def test_frequencies(factors: dict[str, Tensor]) -> None:
+def test_factors_have_their_frequencies(factors: dict[str, Tensor]) -> None:
     def expect(name: str, value: Tensor, p: float) -> None:
         sigma = (p * (1 - p) / COUNT) ** 0.5
         assert abs(value.float().mean().item() - p) < 4 * sigma, name
@@ -94,7 +94,7 @@ def test_frequencies(factors: dict[str, Tensor]) -> None:
     assert factors["tone"].min() < 0.01 and factors["tone"].max() > 0.99
 
 
-def test_colours_are_those_of_the_factors(images: Tensor, factors: dict[str, Tensor]) -> None:
+def test_colours_match_the_factors(images: Tensor, factors: dict[str, Tensor]) -> None:
     pixels = images.float() / 255
     corners = pixels[:, :2, [0, 1, 30, 31]].mean(dim=(1, 2))
     assert correlation(corners, factors["background"]) > 0.85
@@ -106,7 +106,7 @@ def test_colours_are_those_of_the_factors(images: Tensor, factors: dict[str, Ten
     assert correlation(crown, factors["hair"][factors["hair_style"] == 6]) > 0.85
 
 
-def test_parts_are_where_they_belong() -> None:
+def test_factors_change_only_their_part_of_the_face() -> None:
     glasses = change("glasses", False, True)
     assert glasses[10:19, 7:25].mean() > 5
     assert glasses[:8].max() == 0 and glasses[21:].max() == 0
@@ -122,7 +122,7 @@ def test_parts_are_where_they_belong() -> None:
     assert hair[5:8, 12:20].mean() > 25 and hair[:2].max() == 0
 
 
-def test_light_comes_from_its_side() -> None:
+def test_light_brightens_the_side_that_it_comes_from() -> None:
     f = face_factors(torch.arange(200))
     lit = [
         render_faces(f | {"light_x": torch.full((200,), x), "yaw": torch.zeros(200)}).float()
@@ -132,8 +132,8 @@ def test_light_comes_from_its_side() -> None:
     assert gain[:, 9:13].mean() < -5 and gain[:, 19:23].mean() > 5
 
 
-def test_windows_do_not_cut_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part drawn on a window of the frame only is the part drawn on all of it."""
+def test_windows_do_not_crop_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts drawn on a window of the frame equal parts drawn on the whole frame."""
     index = torch.arange(1000)
     expected = draw_faces(index)
     crop = Canvas.crop
