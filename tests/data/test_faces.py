@@ -39,7 +39,7 @@ def test_shape_and_range(images: Tensor) -> None:
     assert images.shape == (COUNT, 32, 32, 3) and images.dtype == torch.uint8
     values = images.float()
     assert images.min() < 10 and images.max() > 245
-    assert 40 < values.std() < 80  # neither washed out nor black and white
+    assert 40 < values.std() < 80  # neither low contrast nor saturated
     assert 90 < values.mean() < 150
     assert draw_faces(torch.arange(0), size=8).shape == (0, 8, 8, 3)
 
@@ -71,7 +71,7 @@ def test_all_sizes_show_the_same_face(size: int, images: Tensor) -> None:
     a, b = (torch.nn.functional.adaptive_avg_pool2d(x, small) for x in (a, b))
     difference = (a - b).abs().mean(dim=(1, 2, 3))
     assert difference.max() < 3
-    assert (a - b.roll(1, 0)).abs().mean() > 20  # another face is far away
+    assert (a - b.roll(1, 0)).abs().mean() > 20  # other faces differ much more
 
 
 @pytest.mark.parametrize("size", [48, 4, 2048, 0])
