@@ -60,6 +60,7 @@ def test_a_handful_is_the_first_of_the_split(tiny: Command, monkeypatch) -> None
     assert seen[0] == seen[1] and len(seen[0]) == 8
 
 
+@pytest.mark.slow
 def test_limit_is_a_whole_run_made_small(lab: Command) -> None:
     result = lab("train", "debug=limit", *SMALL, "hydra.run.dir=a")
     assert result.code == 0, result.text
@@ -72,6 +73,7 @@ def test_limit_is_a_whole_run_made_small(lab: Command) -> None:
     assert json.loads(Path("a/finished.json").read_text())["step"] == 20
 
 
+@pytest.mark.slow
 def test_profiler_writes_where_the_time_goes(lab: Command) -> None:
     result = lab("train", "debug=profiler", *SMALL, "data.batch_size=8", "hydra.run.dir=a")
     assert result.code == 0, result.text
@@ -108,6 +110,7 @@ def test_every_figure_is_in_the_table_of_a_run(tiny: Command) -> None:
     assert sorted(bins) == [f"train/loss_bin/{k / 10:.1f}" for k in range(1, 11)]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_two_rows_has_the_rows_of_one_that_was_not(
     tiny: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

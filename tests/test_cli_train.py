@@ -76,7 +76,8 @@ def test_a_loaded_run_is_the_averaged_network(tiny: Command) -> None:
     assert not averaged.training
 
 
-@pytest.mark.parametrize("stop", [5, 8])  # in the middle of an epoch of 8 batches, and at its end
+# In the middle of an epoch of 8 batches, and at its end.
+@pytest.mark.parametrize("stop", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_one_that_never_stopped(
     tiny: Command, trained: Trained, stop: int
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert Path("b/.hydra/resumed-1/config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_accumulation_resumes_exactly_too(tiny: Command) -> None:
     common = ["trainer.accumulate_grad_batches=2", "lr_schedule=constant", "lr_schedule.warmup=0"]
     tiny(*common, "trainer.max_steps=7", "hydra.run.dir=a")
@@ -144,6 +146,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained: Trained) -> None:
     assert not list(checkpoint.parent.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_a_directory(tiny: Command) -> None:
     result = tiny("-m", "schedule=linear,cosine", "trainer.max_steps=2", "hydra.sweep.dir=s")
     assert result.code == 0, result.text

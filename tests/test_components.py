@@ -146,6 +146,13 @@ def test_every_option_of_conf_passes_its_grader(option: str) -> None:
     CHECKS[option.split("=")[0]](option)
 
 
+@pytest.mark.parametrize("group", ["schedule", "parameterization", "loss", "sampler", "guidance"])
+def test_every_option_has_a_class_of_its_own(group: str) -> None:
+    before = ["sampler=ancestral"] if group == "guidance" else []  # methods override the sampler
+    targets = [composed(*before, option)[group]._target_ for option in options(group)]
+    assert len(set(targets)) == len(targets)
+
+
 def test_exceptions_name_files_of_conf() -> None:
     listed = [*EXEMPT, *SETTINGS, *ISOTROPIC, *APPROXIMATE]
     missing = [k for k in listed if not (CONF / f"{k.replace('=', '/')}.yaml").exists()]

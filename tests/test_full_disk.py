@@ -76,6 +76,7 @@ def test_a_run_survives_a_full_disk(
     assert metrics(run) == metrics(whole / "run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_packing_is_named(disk: Callable[[str], Path], tmp_path: Path) -> None:
     directory, small = tmp_path / "work", disk("64m")
     overrides = [*TINY, f"data.cache_dir={small}/cache", "trainer.max_steps=1", "hydra.run.dir=a"]

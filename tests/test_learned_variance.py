@@ -733,6 +733,7 @@ def test_run_trains_and_samples_with_learned_variance(lab: Command, tiny: Comman
     assert "bound" in result.text
 
 
+@pytest.mark.slow
 def test_old_run_without_learn_variance_loads_and_resumes(
     lab: Command, tiny: Command, trained: Trained
 ) -> None:

@@ -117,6 +117,6 @@ def test_the_oldest_versions_that_are_allowed_work(tmp_path: Path) -> None:
     done = run(
         bin_ / "python", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider",
         "tests/test_cli_train.py", "tests/data/test_decode.py", "tests/data/test_source.py",
-        "tests/test_schema.py", cwd=ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+        "tests/test_validation.py", cwd=ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]

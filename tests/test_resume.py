@@ -46,6 +46,7 @@ def test_a_directory_may_have_any_name(tiny: Command) -> None:
     assert result.code == 1 and "Cosine -> diffusion_lab.schedule.Linear" in result.text
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_goes_on_like_any_run(tiny: Command) -> None:
     common = ["trainer.max_steps=2", "lr_schedule=constant"]
     assert tiny("-m", *common, "schedule=linear,cosine", "hydra.sweep.dir=s").code == 0

@@ -93,6 +93,7 @@ def test_the_summary_of_an_evaluation_has_the_means_of_its_results(
     assert "psnr over sigma_t" in Path("e/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_with_optuna_minimizes_the_validation_loss(tiny: Command) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

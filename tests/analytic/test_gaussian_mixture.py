@@ -567,6 +567,7 @@ COUNT = 20_000
 LOWEST = cache(lambda: floor(SEPARATE, COUNT, seed=0))
 
 
+@pytest.mark.slow
 def test_distance_of_exact_samples_is_at_the_floor() -> None:
     lowest = LOWEST()
     assert lowest < 0.02

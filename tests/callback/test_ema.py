@@ -146,6 +146,7 @@ def test_first_update_discards_the_initial_weights(tmp_path: Path) -> None:
         assert torch.equal(callback.averages[width]["a"], torch.tensor([1.0, 2.0, 3.0]))
 
 
+@pytest.mark.slow
 def test_average_of_100000_steps_is_accurate_in_float32(tmp_path: Path) -> None:
     """The last steps have weights of 1e-4 to 1e-3, far above the float32 precision of 6e-8."""
     steps = 100_000

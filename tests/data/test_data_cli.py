@@ -1,7 +1,7 @@
 """The command `python -m diffusion_lab.command.data`: its output and exit codes."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -232,15 +232,18 @@ def test_unknown_command_is_an_error(arguments: list[str], capsys) -> None:
     assert out == "" and err.startswith("usage: python -m diffusion_lab.command.data")
 
 
-@pytest.mark.parametrize("module", ["diffusion_lab.command.data", "diffusion_lab.data"])
-def test_help_lists_the_commands(module: str) -> None:
-    """The module name of the previous release works too."""
-    result = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("usage: python -m diffusion_lab.command.data")
-    assert all(command in result.stdout for command in ("ingest", "verify", "stats"))
+def test_help_lists_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = "diffusion_lab.command.data"
+    monkeypatch.setattr(sys, "argv", ["python -m", "--help"])
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith("usage: python -m diffusion_lab.command.data")
+    assert all(command in output for command in ("ingest", "verify", "stats"))
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_ingest_command_handles_every_bad_file(tmp_path: Path) -> None:
     )
     assert skips.returncode == 0, skips.stderr
     assert f"images     {len(good)} of 16x16, uint8\n" in skips.stdout
-    assert f"left out   {len(bad)}\n" in skips.stdout
+    assert f"skipped    {len(bad)}\n" in skips.stdout
     for name, reason in bad.items():
         assert re.search(re.escape(f"{tmp_path}/in/{name}: ") + ".*" + reason, skips.stdout), name
 

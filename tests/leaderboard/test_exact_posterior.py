@@ -134,6 +134,7 @@ def test_row_overrides_the_settings_of_its_option() -> None:
     assert isinstance(jfps, JFPS) and torch.equal(jfps.covariance, problem.covariance)
 
 
+@pytest.mark.slow
 def test_command_writes_a_leaderboard(lab: Command) -> None:
     result = lab(
         "eval", "benchmark=exact_posterior", "benchmark.problems=[gaussian_denoise,atoms_clip]",

@@ -93,6 +93,7 @@ def test_crash_is_a_failed_run_and_can_be_resumed(
     assert first.run.run_id == second.run.run_id == Path("a/wandb_id").read_text()
 
 
+@pytest.mark.slow
 def test_dashboard_has_exactly_the_logged_keys(tiny: Command, lab: Command) -> None:
     options = ["fid.every_n_steps=10", "fid.num_samples=4", "fid.sampler.steps=1"]
     options += ["samples.every_n_steps=20"]
@@ -184,6 +185,7 @@ def offline(init: object, **options: object) -> object:
     return init(**{**options, "mode": "offline", "resume": None})
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_keys(tiny: Command, lab: Command) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -103,6 +103,7 @@ class Listed(torch.utils.data.Dataset):
         return self.images[k]
 
 
+@pytest.mark.slow
 def test_all_metrics_match_torch_fidelity_and_torchmetrics(
     faces: torch.Tensor, halves: tuple[torch.Tensor, ...], efficientnet: EfficientNetLite0
 ) -> None:
@@ -191,6 +192,7 @@ def test_frechet_distance_detects_truncated_gray_levels(
 # --- Inception ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_inception_matches_torch_fidelity(weights: Path, faces: torch.Tensor) -> None:
     extractor = Inception(str(weights)).train()
     assert not any(module.training for module in extractor.modules())

@@ -70,6 +70,7 @@ def test_efficientnet_classifies_two_photos_correctly() -> None:
         assert int(scores.argmax()) in classes
 
 
+@pytest.mark.slow
 def test_features_detect_noise_and_do_not_depend_on_the_batch() -> None:
     network = EfficientNetLite0().train()
     faces = draw_faces(torch.arange(32), seed=0, size=32)

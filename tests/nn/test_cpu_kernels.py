@@ -286,6 +286,7 @@ def test_failed_allocation_raises_memory_error() -> None:
         kernels.convolve(x, weight)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_library_is_compiled_once_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
