@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from crash_injection import TEXT, seen, train
-from test_killed import RUN, metrics, state
+from test_interrupted import RUN, metrics, state
 
 from diffusion_lab.runs import load_checkpoint
 
