@@ -19,7 +19,7 @@ FOUR = [*SMALL, "num_samples=4", "num_images=3", "sampler.steps=2"]
 
 
 class Batches:
-    """The sizes of the batches of a command, which a memory of `limit` images may have."""
+    """Records batch sizes, and simulates a device whose memory holds `limit` images."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -57,10 +57,10 @@ METHODS = {
         for task in METHODS
     ],
 )
-def test_the_samples_of_all_images_are_one_batch_and_a_derivative_no_new_call(
+def test_all_samples_are_one_batch_and_gradients_need_no_extra_call(
     lab: Command, run: Path, batches: Batches, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3 images of 4 samples, in 2 steps: a call a step, however many backward passes it has."""
+    """Each of the 2 steps calls the network once for 3 x 4 samples; gradients add no calls."""
     guidance, count = METHODS[task]
     backward: list[Tensor] = []
     grad = torch.autograd.grad
@@ -73,21 +73,21 @@ def test_the_samples_of_all_images_are_one_batch_and_a_derivative_no_new_call(
     option = type(guidance).__name__.lower().removesuffix("reversesde")
     result = lab("eval", f"task={task}", f"guidance={option}", *FOUR)
     assert result.code == 0, result.text
-    # Beside them E[x_0 | y] of a noisy image, of one row for each, and the Stein discrepancy.
+    # Further calls: E[x_0 | y] with one row per noisy image, and the Stein discrepancy.
     once = [3] if task == "denoise" else []
     assert batches.sizes == [12, 12, *once, 12]
     assert len(backward) == 2 * count + (task != "denoise")
 
 
-def test_more_samples_than_the_batch_size_go_through_in_parts(
+def test_samples_above_the_batch_size_are_processed_in_parts(
     lab: Command, run: Path, batches: Batches
 ) -> None:
     result = lab("eval", "task=inpaint_box", "batch_size=3", *FOUR)
     assert result.code == 0, result.text
-    assert batches.sizes == 3 * [3, 3, 1, 1, 3, 1]  # two steps of each part, then Stein's
+    assert batches.sizes == 3 * [3, 3, 1, 1, 3, 1]  # two steps per part, Stein discrepancy
 
 
-def test_auto_takes_what_fits_and_gives_the_same(
+def test_auto_batch_size_fits_the_memory_and_gives_the_same_results(
     lab: Command, run: Path, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files: list[int] = []
@@ -103,12 +103,12 @@ def test_auto_takes_what_fits_and_gives_the_same(
     batches.limit, files[:] = 2, []
     result = lab("eval", "batch_size=auto", "hydra.run.dir=auto", *SMALL)
     assert result.code == 0, result.text
-    assert files == [5]  # the group of images of a file stays
+    assert files == [5]  # the number of images per file does not change
     assert result.text.count("batch_size=auto: the device's memory holds 2 at once") == 1
     assert Path("auto/results.csv").read_text() == Path("two/results.csv").read_text()
 
 
-def test_a_memory_that_is_too_small_is_named(lab: Command, run: Path, batches: Batches) -> None:
+def test_out_of_memory_error_suggests_settings(lab: Command, run: Path, batches: Batches) -> None:
     batches.limit = 2
     result = lab("eval", "batch_size=4", *SMALL)
     assert result.code == 1 and "does not hold batch_size=4 (CUDA out of memory" in result.text
@@ -118,8 +118,7 @@ def test_a_memory_that_is_too_small_is_named(lab: Command, run: Path, batches: B
     assert result.code == 1 and "batch_size=1" in result.text and "bfloat16" in result.text
 
 
-def test_a_network_in_bfloat16(lab: Command, run: Path) -> None:
-    """It is said in the report; figures are all but the same."""
+def test_bfloat16_is_reported_and_changes_results_slightly(lab: Command, run: Path) -> None:
     assert lab("eval", "sigma_t=0.2", "hydra.run.dir=a", *SMALL).code == 0
     reduced = lab("eval", "sigma_t=0.2", "precision=bfloat16", "hydra.run.dir=b", *SMALL)
     assert reduced.code == 0, reduced.text
@@ -131,8 +130,8 @@ def test_a_network_in_bfloat16(lab: Command, run: Path) -> None:
     assert "in bfloat16" not in Path("a/report.html").read_text()
 
 
-def test_the_precision_of_training_is_not_that_of_operators(lab: Command, run: Path) -> None:
-    """trainer.precision would have them under autocast; the numbers are those of float32."""
+def test_trainer_precision_does_not_change_the_results(lab: Command, run: Path) -> None:
+    """Operators run in float32, not under the autocast of trainer.precision."""
     for name, extra in (("a", []), ("b", ["trainer.precision=bf16-mixed"])):
         result = lab("eval", "task=super_resolution", f"hydra.run.dir={name}", *SMALL, *extra)
         assert result.code == 0, result.text
@@ -140,7 +139,7 @@ def test_the_precision_of_training_is_not_that_of_operators(lab: Command, run: P
 
 
 @pytest.mark.parametrize("key", ["precision=bfloat16", "compile=true"])
-def test_a_network_without_blocks_is_refused(
+def test_precision_and_compile_are_errors_for_other_networks(
     lab: Command, run: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rebuild = runs.rebuild

@@ -11,7 +11,7 @@ from lightning import Trainer
 from diffusion_lab.callback import LastCheckpoint, OverfitSubset, TrainingInterrupted
 from diffusion_lab.runs import load_checkpoint
 
-SMALL = [  # what a debug configuration does not set itself
+SMALL = [  # keys that a debug configuration does not set
     "network=unet_tiny", "data.size=16", "data.splits={train: 64, val: 16, test: 16}",
     "trainer.accelerator=cpu", "lr_schedule.warmup=0",
 ]  # fmt: skip
@@ -24,8 +24,8 @@ def rows(run: str) -> list[dict[str, str]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-def test_overfit_learns_eight_images(lab: Command) -> None:
-    """An epoch is one batch of eight; the loss falls from that of a network that predicts 0."""
+def test_overfit_reduces_the_loss_of_eight_images(lab: Command) -> None:
+    """An epoch is one batch of 8 images. The loss starts near 1: a new network predicts 0."""
     quick = ["sampler.steps=2", "optimizer.lr=1e-2", "trainer.max_steps=160",
              "trainer.log_every_n_steps=1"]  # fmt: skip
     result = lab("train", "debug=overfit", *SMALL, *quick)
@@ -39,14 +39,14 @@ def test_overfit_learns_eight_images(lab: Command) -> None:
     assert float(logged[-1]["train/images"]) == 8 * 160
 
 
-def test_a_handful_that_makes_no_batch_is_refused(tiny: Command) -> None:
+def test_overfit_subset_smaller_than_a_batch_is_refused(tiny: Command) -> None:
     result = tiny("debug=overfit", "data.batch_size=16", "hydra.run.dir=a")
     assert result.code == 1
     for part in ("callbacks.overfit_subset.count=8", "data.batch_size=16", "Traceback"):
         assert (part in result.text) == (part != "Traceback")
 
 
-def test_a_handful_is_the_first_of_the_split(tiny: Command, monkeypatch) -> None:
+def test_overfit_subset_is_the_first_images_of_the_split(tiny: Command, monkeypatch) -> None:
     seen: list[list[int]] = []
     setup = OverfitSubset.setup
 
@@ -61,7 +61,7 @@ def test_a_handful_is_the_first_of_the_split(tiny: Command, monkeypatch) -> None
 
 
 @pytest.mark.slow
-def test_limit_is_a_whole_run_made_small(lab: Command) -> None:
+def test_limit_is_a_short_but_complete_run(lab: Command) -> None:
     result = lab("train", "debug=limit", *SMALL, "hydra.run.dir=a")
     assert result.code == 0, result.text
     logged = rows("a")
@@ -74,18 +74,18 @@ def test_limit_is_a_whole_run_made_small(lab: Command) -> None:
 
 
 @pytest.mark.slow
-def test_profiler_writes_where_the_time_goes(lab: Command) -> None:
+def test_profiler_writes_a_table_of_operations(lab: Command) -> None:
     result = lab("train", "debug=profiler", *SMALL, "data.batch_size=8", "hydra.run.dir=a")
     assert result.code == 0, result.text
     table = Path("a/fit-profile.txt").read_text()
     lines = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
-    assert lines["ProfilerStep*"][-1] == "3"  # steps that were recorded
+    assert lines["ProfilerStep*"][-1] == "3"  # number of recorded steps
     assert int(lines["aten::convolution"][-1]) > 3
     assert "validation_step" not in table
     assert "aten::convolution_backward" in lines
 
 
-def test_a_run_without_a_logger_trains(lab: Command) -> None:
+def test_run_without_a_logger_trains(lab: Command) -> None:
     without_csv = [text for text in TINY if not text.startswith("logger")]
     result = lab("train", *without_csv, "logger=none", "trainer.max_steps=2", "hydra.run.dir=a")
     assert result.code == 0, result.text
@@ -94,8 +94,8 @@ def test_a_run_without_a_logger_trains(lab: Command) -> None:
     assert metrics["train/images"] == 16 and metrics["val/loss_ema"] > 0
 
 
-def test_every_figure_is_in_the_table_of_a_run(tiny: Command) -> None:
-    """Also in the last, incomplete row: steps 3, 6 and 7."""
+def test_every_row_of_the_metrics_file_has_all_values(tiny: Command) -> None:
+    """The rows are written at steps 3, 6 and 7; the last row covers a single step."""
     result = tiny("trainer.max_steps=7", "trainer.log_every_n_steps=3", "hydra.run.dir=a")
     assert result.code == 0, result.text
     logged = [row for row in rows("a") if row["train/loss"]]
@@ -111,10 +111,13 @@ def test_every_figure_is_in_the_table_of_a_run(tiny: Command) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_between_two_rows_has_the_rows_of_one_that_was_not(
+def test_run_resumed_between_log_rows_has_the_same_rows(
     tiny: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After 6 steps, rows of 4: the losses by noise level are of images before the stop, too."""
+    """The run stops after step 6, with a row every 4 steps.
+
+    The losses by noise level in the row of step 8 include images from before the stop.
+    """
     common = ["trainer.log_every_n_steps=4", "trainer.max_steps=8", "checkpoint.every_n_steps=6"]
     tiny(*common, "hydra.run.dir=a")
 

@@ -1,4 +1,4 @@
-"""eval.py: tables, pictures and reports of a run, and rejected input."""
+"""Evaluation command: tables, images and reports of a run, and rejected input."""
 
 import csv
 import os
@@ -32,7 +32,7 @@ def table(directory: str) -> dict[tuple[str, str], tuple[float, float, int]]:
         }  # fmt: skip
 
 
-def test_denoise_writes_a_table_pictures_and_a_report(lab: Command, run: Path) -> None:
+def test_denoise_writes_a_table_images_and_a_report(lab: Command, run: Path) -> None:
     result = lab("eval", "task=denoise", "sigma_t=0.5", "hydra.run.dir=e", *SMALL)
     assert result.code == 0, result.text
     results = table("e")
@@ -43,8 +43,8 @@ def test_denoise_writes_a_table_pictures_and_a_report(lab: Command, run: Path) -
     assert results["sample", "nonfinite"][0] == 0
     for metric in ("crps", "energy_score", "coverage_90", "spread_skill", "rank_chi2_pixels"):
         assert 0 < results["posterior", metric][0] < 1e4
-    # After three steps the network knows nothing: hardly any truth is among the samples.
-    assert results["posterior", "coverage_90"][0] <= 0.5  # of 3 samples, ideally
+    # After three training steps the network is nearly random, so the coverage is low.
+    assert results["posterior", "coverage_90"][0] <= 0.5  # the ideal value for 3 samples
     # y = x_0 + 0.577 n has an expected PSNR of 10 log10(4 / 0.577²) = 10.79 dB
     assert results["noisy", "psnr"][0] == pytest.approx(10.79, abs=0.3)
     for name in ("grid", "denoising", "diffusion"):
@@ -57,8 +57,8 @@ def test_denoise_writes_a_table_pictures_and_a_report(lab: Command, run: Path) -
     assert not re.search(r"""(src|href)=["']https?:""", page)
 
 
-def test_the_noisy_image_is_the_one_that_the_keys_name(lab: Command, run: Path) -> None:
-    """PSNR of y from the noise of (seed, image): 10 log10(4 / mean square of σ_y n)."""
+def test_noise_of_the_measurement_depends_on_seed_and_image_index(lab: Command, run: Path) -> None:
+    """The PSNR of y is 10 log10(4 / mean((σ_y n)²)) with the noise n of (seed, image index)."""
     lab("eval", "sigma_y=0.3", "seed=7", "hydra.run.dir=e", *SMALL)
     noise = KeyedGenerator(make_key(7, "observation", torch.arange(5))).normal(3, 16, 16)
     psnr = 10 * torch.log10(4 / (0.3 * noise).square().flatten(1).mean(1))
@@ -75,12 +75,12 @@ def test_results_do_not_depend_on_the_batch_size(lab: Command, run: Path) -> Non
 
 
 @pytest.mark.parametrize("guidance", ["truncated", "mmse", "residual"])
-def test_every_method_runs_by_command(lab: Command, run: Path, guidance: str) -> None:
+def test_every_denoising_method_runs(lab: Command, run: Path, guidance: str) -> None:
     steps = ["sampler.steps=1"] if guidance == "mmse" else []
     result = lab("eval", f"guidance={guidance}", "hydra.run.dir=e", *SMALL, *steps)
     assert result.code == 0, result.text
     results = table("e")
-    if guidance == "mmse":  # its one sample is the estimate itself
+    if guidance == "mmse":  # its only sample is the estimate itself
         assert results["sample", "psnr"] == pytest.approx(results["mmse", "psnr"])
     else:
         assert results["sample", "psnr"][0] != results["mmse", "psnr"][0]
@@ -95,11 +95,11 @@ def test_generate_writes_the_images(lab: Command, run: Path) -> None:
     assert images.dtype == np.uint8 and images.shape == (5, 16, 16, 3)
     assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
     difference = images.astype(int) - np.load("g2/samples.npy").astype(int)
-    assert abs(difference).max() <= 1  # of rounding
+    assert abs(difference).max() <= 1  # due to rounding
     assert Path("g64/report.html").is_file() and Path("g64/samples/grid.png").is_file()
 
 
-def test_the_newest_finished_run_is_taken(lab: Command, run: Path, trained: Trained) -> None:
+def test_newest_finished_run_is_the_default(lab: Command, run: Path, trained: Trained) -> None:
     newest = trained("outputs/train/other/x", "trainer.max_steps=2")
     now = time.time()
     for path, age in ((run, 60), (newest, 30)):
@@ -115,7 +115,7 @@ def test_the_newest_finished_run_is_taken(lab: Command, run: Path, trained: Trai
     assert result.code == 0 and "best.ckpt" in result.text
 
 
-def test_without_a_run_it_says_which_command_makes_one(lab: Command) -> None:
+def test_missing_run_is_an_error_that_names_the_training_command(lab: Command) -> None:
     result = lab("eval", "task=denoise", "sigma_t=0.5")
     assert result.code == 1
     assert "python train.py" in result.text and "Traceback" not in result.text
@@ -139,7 +139,7 @@ BAD = [
     (["schedule=ve", "schedule.sigma_min=9", "schedule.sigma_max=1"], "must be below"),
     (["sampler=heun", "sampler/grid=karras", "sampler.grid.rho=0"], "sampler.grid.rho=0"),
 ]
-BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the command finds
+BAD_BY_COMMAND = [  # one case of each kind in BAD, and errors that only the command detects
     (["sigma_t=0.5", "t=0.25"], "sigma_t=0.5 and t=0.25"),
     (["sampler=ddmi"], "sampler/ddmi"),
     (["model=pretrained"], "needs model.path=<folder>"),
@@ -149,17 +149,17 @@ BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the com
 
 
 @pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_a_bad_value_is_named(overrides: list[str], named: str) -> None:
+def test_invalid_value_is_named(overrides: list[str], named: str) -> None:
     assert named in find_refusal("eval", *overrides)
 
 
 @pytest.mark.parametrize(
     ("overrides", "named"), BAD_BY_COMMAND, ids=[" ".join(b[0]) for b in BAD_BY_COMMAND]
 )
-def test_a_command_that_is_refused_shows_the_message_alone(
+def test_refused_command_shows_only_the_message(
     lab: Command, overrides: list[str], named: str
 ) -> None:
-    """Before a run is searched for; there is none here."""
+    """The error occurs before the command searches for a run; none exists here."""
     result = lab("eval", *overrides)
     assert result.code == 1
     assert named in result.text
@@ -182,7 +182,7 @@ def test_a_command_that_is_refused_shows_the_message_alone(
         (["task=interpolate", "num_images=9"], "num_images=18 is more than the 16 test images"),
     ],
 )
-def test_what_does_not_fit_the_run_is_named(
+def test_settings_that_do_not_fit_the_run_are_named(
     lab: Command, run: Path, overrides: list[str], named: str
 ) -> None:
     result = lab("eval", *overrides)
@@ -191,7 +191,7 @@ def test_what_does_not_fit_the_run_is_named(
 
 
 def test_likelihood_writes_bits_per_dimension(lab: Command, run: Path) -> None:
-    """Of a network that knows nothing they are about those of its noise, and the same in parts."""
+    """The values are in a plausible range, and do not depend on the batch size."""
     options = ["task=likelihood", "num_images=3", "sampler.rtol=1e-2", "sampler.atol=1e-2",
                "task.terms=5", "trainer.accelerator=cpu"]  # fmt: skip
     for size in (1, 3):
@@ -204,7 +204,7 @@ def test_likelihood_writes_bits_per_dimension(lab: Command, run: Path) -> None:
     assert "KL(q(x_1) ‖ prior)" in Path("e1/report.html").read_text()
 
 
-def test_interpolation_ends_at_the_images(lab: Command, run: Path) -> None:
+def test_interpolation_reconstructs_the_images_at_its_ends(lab: Command, run: Path) -> None:
     result = lab("eval", "task=interpolate", "num_images=2", "task.points=2", "hydra.run.dir=e",
                  "sampler.rtol=1e-4", "sampler.atol=1e-4", "trainer.accelerator=cpu")  # fmt: skip
     assert result.code == 0, result.text
@@ -213,8 +213,8 @@ def test_interpolation_ends_at_the_images(lab: Command, run: Path) -> None:
         assert picture.width > picture.height > 128
 
 
-def test_a_prior_can_be_sampled_under_another_schedule(lab: Command, run: Path) -> None:
-    """The posterior at one noise level is the same question under every schedule."""
+def test_prior_can_be_used_with_another_schedule(lab: Command, run: Path) -> None:
+    """E[x_0 | y] at a given σ_y does not depend on the schedule."""
     small = ["guidance=mmse", *SMALL, "sampler.steps=1"]
     lab("eval", "sigma_y=0.7", "hydra.run.dir=own", *small)
     result = lab("eval", "sigma_y=0.7", "hydra.run.dir=ve", "schedule=ve",
@@ -223,8 +223,8 @@ def test_a_prior_can_be_sampled_under_another_schedule(lab: Command, run: Path) 
     assert table("ve")["mmse", "psnr"][0] == pytest.approx(table("own")["mmse", "psnr"][0], 1e-4)
 
 
-def test_a_folder_in_the_format_of_diffusers_is_a_prior(lab: Command, run: Path) -> None:
-    """The same weights, the same table; and training starts from them."""
+def test_diffusers_folder_is_a_prior_and_initializes_a_training(lab: Command, run: Path) -> None:
+    """The same weights give the same table, and a training can start from them."""
     unet = load_run(run).network
     save_unet(unet, "folder")
     diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained("folder")
@@ -252,13 +252,13 @@ def test_a_folder_in_the_format_of_diffusers_is_a_prior(lab: Command, run: Path)
 
 
 class Code:
-    """An object that would run a command when unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("broken-in"),))
 
 
-def test_a_bad_checkpoint_is_refused(lab: Command, run: Path) -> None:
+def test_invalid_checkpoint_is_refused(lab: Command, run: Path) -> None:
     whole = (run / "checkpoints/last.ckpt").read_bytes()
     Path("short.ckpt").write_bytes(whole[: len(whole) // 2])
     Path("text.ckpt").write_text("<html>not found</html>")

@@ -1,4 +1,4 @@
-"""eval.py task=fid: results do not depend on interruptions or the number of processes."""
+"""Evaluation with task=fid: metrics, resuming after a kill, and rejected input."""
 
 import math
 import multiprocessing
@@ -34,7 +34,7 @@ FEW = [
 ]  # fmt: skip
 
 
-def test_the_figures_are_those_of_the_images_that_generate_writes(lab: Command, run: Path) -> None:
+def test_metrics_are_those_of_the_images_written_by_generate(lab: Command, run: Path) -> None:
     result = lab("eval", *FEW, "batch_size=4", "hydra.run.dir=e")
     assert result.code == 0, result.text
     common = ["sampler.steps=2", "trainer.accelerator=cpu", "batch_size=4"]
@@ -66,21 +66,21 @@ def test_the_figures_are_those_of_the_images_that_generate_writes(lab: Command, 
         assert found["std", title][0] == pytest.approx(std, rel=1e-3, abs=1e-9)
         if name in ("frechet", "kernel"):
             assert found["min", title][0] == pytest.approx(min(each), rel=1e-3)
-    # Real images are closer to the others of their split than an untrained network's are.
+    # Samples of a nearly untrained network are farther from the training images than real ones.
     assert found["train", "frechet_pixels8_9"][0] < min(values["frechet"])
     page = Path("e/report.html").read_text()
     for text in ("pixels8, 198 features", "64 images of the train split", "Ancestral", "averaged"):
         assert text in page
     with Image.open("e/samples/grid.png") as grid:
         assert min(grid.size) > 16
-    # Other batches give the same images up to rounding.
+    # Another batch size gives the same images up to rounding.
     lab("eval", *FEW, "hydra.run.dir=whole")
     for key, (value, _, _) in table("whole").items():
         assert value == pytest.approx(found[key][0], rel=1e-3, abs=1e-6, nan_ok=True), key
 
 
 def killed(group: int, *overrides: str) -> None:
-    """Runs eval.py in a process that kills itself when so many groups are kept."""
+    """Runs eval.py in a process that kills itself after a number of groups is saved."""
     step, kept = FID.test_step, []
 
     def last(task: FID, *arguments: object) -> None:
@@ -100,7 +100,7 @@ def killed(group: int, *overrides: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_killed_and_resumed_it_has_the_same_table(lab: Command, run: Path) -> None:
+def test_killed_and_resumed_evaluation_has_the_same_table(lab: Command, run: Path) -> None:
     few = [*FEW, "batch_size=4", "reference=test"]
     lab("eval", *few, "hydra.run.dir=whole")
     killed(2, *few, "hydra.run.dir=e")
@@ -123,12 +123,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "named"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_bad_input_is_named(overrides: list[str], named: str) -> None:
-    """Before a run is searched for; there is none here."""
+def test_invalid_value_is_named(overrides: list[str], named: str) -> None:
+    """The error occurs before the command searches for a run; none exists here."""
     assert named in find_refusal("eval", "task=fid", *overrides)
 
 
-def test_what_only_the_images_tell_is_named(lab: Command, run: Path) -> None:
+def test_too_few_samples_and_missing_weights_are_named(lab: Command, run: Path) -> None:
     for overrides, named in (
         (["num_samples=7"], "num_samples=7 is not allowed; it must be an integer >= 8"),
         (["extractor=inception", "extractor.weights=nowhere"], "extractor.weights=nowhere is no"),

@@ -1,4 +1,4 @@
-"""Restoration by command: user images, divergence, rejected input, prior pairs."""
+"""Restoration tasks of eval.py: user images, divergence, rejected input, prior pairs."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ TASKS = ("inpaint_box super_resolution deblur colorize compressed_sensing hdr to
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_runs_with_its_own_method(lab: Command, run: Path, task: str) -> None:
+def test_task_runs_with_its_default_method(lab: Command, run: Path, task: str) -> None:
     result = lab("eval", f"task={task}", "hydra.run.dir=e", *SMALL)
     assert result.code == 0, result.text
     found = table("e")
@@ -38,7 +38,7 @@ def test_a_task_runs_with_its_own_method(lab: Command, run: Path, task: str) -> 
         assert min(grid.size) >= 128
 
 
-def test_a_user_image_is_graded(lab: Command, run: Path) -> None:
+def test_user_image_is_degraded_and_evaluated(lab: Command, run: Path) -> None:
     """The noise is that of image 0; the PSNR of y does not depend on the network."""
     pixels = picture("own.png", (16, 16))
     assert torch.equal(
@@ -53,8 +53,8 @@ def test_a_user_image_is_graded(lab: Command, run: Path) -> None:
     assert mean == pytest.approx(psnr, abs=1e-3) and count == 1
 
 
-def test_a_user_observation_is_used_unchanged(lab: Command, run: Path) -> None:
-    """E[x_0 | y] is the same as from a truth of that very y; nothing can be graded."""
+def test_user_observation_is_restored_without_a_reference(lab: Command, run: Path) -> None:
+    """The table contains only the number of non-finite samples, since x_0 is unknown."""
     picture("noisy.png", (16, 16))
     result = lab("eval", "observation=noisy.png", "sigma_y=0.3", "hydra.run.dir=e", *SMALL)
     assert result.code == 0, result.text
@@ -65,7 +65,7 @@ def test_a_user_observation_is_used_unchanged(lab: Command, run: Path) -> None:
     assert result.code == 0, result.text
 
 
-def test_poisson_noise_is_that_of_its_rate(lab: Command, run: Path) -> None:
+def test_poisson_noise_has_the_variance_of_its_rate(lab: Command, run: Path) -> None:
     """y = 2 K / rate - 1: E (y - x_0)² = 2 (x_0 + 1) / rate."""
     image = np.full((16, 16, 3), 191, dtype=np.uint8)
     Image.fromarray(image).save("flat.png")
@@ -73,13 +73,13 @@ def test_poisson_noise_is_that_of_its_rate(lab: Command, run: Path) -> None:
         "eval", "task=deblur", "image=flat.png", "poisson_rate=50", "hydra.run.dir=e", *SMALL
     )
     assert result.code == 0, result.text
-    expected = 10 * np.log10(4 / (2 * (191 / 127.5) / 50))  # a blur leaves a flat image alone
+    expected = 10 * np.log10(4 / (2 * (191 / 127.5) / 50))  # a blur does not change a flat image
     assert table("e")["noisy", "psnr"][0] == pytest.approx(expected, abs=0.8)
     refused = lab("eval", "task=denoise", "poisson_rate=50", *SMALL)
     assert refused.code == 1 and "noise of one standard deviation" in refused.text
 
 
-def test_a_method_that_diverges_says_so_in_its_row(lab: Command, run: Path) -> None:
+def test_divergence_is_counted_in_the_table(lab: Command, run: Path) -> None:
     options = ["guidance=residual", "guidance.gain=1e30", "sampler.clip=false"]
     result = lab("eval", "hydra.run.dir=e", *options, *SMALL)
     assert result.code == 0, result.text
@@ -89,7 +89,7 @@ def test_a_method_that_diverges_says_so_in_its_row(lab: Command, run: Path) -> N
     assert "an image is skipped" in result.text
 
 
-def test_samples_that_share_particles_do_not_depend_on_the_batch(
+def test_shared_particles_do_not_depend_on_the_batch_size(
     lab: Command,
     run: Path,
 ) -> None:
@@ -127,7 +127,7 @@ def test_samples_that_share_particles_do_not_depend_on_the_batch(
         (["resume=nowhere"], "is not the directory of an evaluation"),
     ],
 )
-def test_what_does_not_go_together_is_named(
+def test_invalid_images_and_incompatible_settings_are_named(
     lab: Command,
     run: Path,
     overrides: list[str],
@@ -140,22 +140,22 @@ def test_what_does_not_go_together_is_named(
     assert result.code == 1 and named in result.text and "Traceback" not in result.text
 
 
-def test_a_large_image_is_cropped_to_the_middle_and_scaled(lab: Command) -> None:
+def test_large_image_is_center_cropped_and_scaled(lab: Command) -> None:
     image = np.zeros((40, 80, 3), dtype=np.uint8)
     image[:, 20:60] = (200, 100, 0)  # the middle square
     Image.fromarray(image).save("wide.png")
     x = read_image("image", "wide.png", (3, 16, 16), True)
-    inner = x[0, :, :, 2:-2].permute(1, 2, 0)  # the filter sees a little beyond the crop's edge
+    inner = x[0, :, :, 2:-2].permute(1, 2, 0)  # the filter also reads pixels outside of the crop
     expected = (torch.tensor([200, 100, 0]) / 127.5 - 1).expand_as(inner)
     torch.testing.assert_close(inner, expected, atol=0.02, rtol=0)
 
 
-def test_a_photo_that_a_phone_took_is_turned_upright(
+def test_photo_is_rotated_by_its_exif_orientation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     upright = picture("upright.png", (16, 16))
-    lying = Image.fromarray(np.rot90(upright))  # anticlockwise: tag 6 says, turn it back
+    lying = Image.fromarray(np.rot90(upright))  # counterclockwise; orientation 6 is the inverse
     exif = lying.getexif()
     exif[0x0112] = 6
     lying.save("photo.png", exif=exif)
@@ -167,8 +167,8 @@ def test_a_photo_that_a_phone_took_is_turned_upright(
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 @pytest.mark.parametrize("t", [0.2, 0.6])
-def test_pairs_of_the_chain_are_pairs_of_the_prior(schedule, t: float) -> None:
-    """x_t ~ N(0, α² C + σ²) and Cov(x_0, x_t) = α C, as of the forward process."""
+def test_prior_pairs_have_the_moments_of_the_forward_process(schedule, t: float) -> None:
+    """x_t ~ N(0, α² C + σ² I) and Cov(x_0, x_t) = α C."""
     variances = torch.tensor([0.05, 0.4, 1.5], dtype=torch.float64)
     prior = Gaussian(torch.zeros(3), torch.diag(variances))
     x_t, x_0 = sample_prior_pairs(prior.denoiser(schedule), (3,), t, 0, torch.arange(4000))
@@ -179,5 +179,5 @@ def test_pairs_of_the_chain_are_pairs_of_the_prior(schedule, t: float) -> None:
         (both[:3, :3].diagonal(), total), (both[3:, 3:].diagonal(), variances),
         (both[:3, 3:].diagonal(), alpha_t * variances),
     ):  # fmt: skip
-        error = 5 * (total * variances / 4000).sqrt() + 0.03 * wanted  # of draws; of 200 steps
+        error = 5 * (total * variances / 4000).sqrt() + 0.03 * wanted  # 4000 draws; 200 steps
         assert bool(((found - wanted).abs() < error).all()), (found, wanted)

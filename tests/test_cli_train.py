@@ -1,4 +1,4 @@
-"""train.py: runs, resumes, and error messages."""
+"""Training command: new runs, resumed runs, and error messages."""
 
 import csv
 import multiprocessing
@@ -41,7 +41,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_holds_what_the_design_says(tiny: Command) -> None:
+def test_run_directory_has_all_files_and_metrics(tiny: Command) -> None:
     result = tiny("trainer.max_steps=6", "hydra.run.dir=a")
     assert result.code == 0, result.text
     run = Path("a")
@@ -59,7 +59,7 @@ def test_a_run_holds_what_the_design_says(tiny: Command) -> None:
     assert sum(bool(last[f"val/loss_bin/{k / 10:.1f}"]) for k in range(1, 11)) == 10
 
 
-def test_a_loaded_run_is_the_averaged_network(tiny: Command) -> None:
+def test_load_run_returns_the_averaged_network(tiny: Command) -> None:
     tiny("trainer.max_steps=4", "hydra.run.dir=a", "optimizer.lr=0.01")
     weights = load_checkpoint(Path("a/checkpoints/last.ckpt"))["state_dict"]
     averaged, raw = load_run("a"), load_run("a/checkpoints/last.ckpt", ema=False)
@@ -76,9 +76,9 @@ def test_a_loaded_run_is_the_averaged_network(tiny: Command) -> None:
     assert not averaged.training
 
 
-# In the middle of an epoch of 8 batches, and at its end.
+# The run stops in the middle of an epoch of 8 batches, or at its end.
 @pytest.mark.parametrize("stop", [5, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_resumed_run_equals_one_that_never_stopped(
+def test_resumed_run_equals_an_uninterrupted_run(
     tiny: Command, trained: Trained, stop: int
 ) -> None:
     common = ["trainer.val_check_interval=3", "lr_schedule=constant", "lr_schedule.warmup=0"]
@@ -93,7 +93,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 
 
 @pytest.mark.slow
-def test_accumulation_resumes_exactly_too(tiny: Command) -> None:
+def test_run_with_gradient_accumulation_resumes_exactly(tiny: Command) -> None:
     common = ["trainer.accumulate_grad_batches=2", "lr_schedule=constant", "lr_schedule.warmup=0"]
     tiny(*common, "trainer.max_steps=7", "hydra.run.dir=a")
     tiny(*common, "trainer.max_steps=3", "hydra.run.dir=b")
@@ -102,11 +102,11 @@ def test_accumulation_resumes_exactly_too(tiny: Command) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
+def test_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
     common = ["trainer.max_steps=40", "checkpoint.every_n_steps=5", "sampler.steps=1"]
     tiny(*common, "hydra.run.dir=a")
     command = [sys.executable, str(TRAIN), *TINY, *common, "hydra.run.dir=b"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums depend on the number
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums depend on it
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread
     )
@@ -122,8 +122,8 @@ def test_a_killed_run_resumes_exactly(tiny: Command, tmp_path: Path) -> None:
     assert_same(Path("a/checkpoints/last.ckpt"), checkpoint)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(trained: Trained) -> None:
-    """RLIMIT_FSIZE makes writing beyond a size fail, as a full disk does."""
+def test_full_disk_keeps_the_previous_checkpoint(trained: Trained) -> None:
+    """RLIMIT_FSIZE simulates a full disk: writes beyond this file size fail."""
     trained("a", "trainer.max_steps=2")
     checkpoint = Path("a/checkpoints/last.ckpt")
     before = checkpoint.read_bytes()
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trained: Trained) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_each_job_a_directory(tiny: Command) -> None:
+def test_each_job_of_a_sweep_has_a_directory(tiny: Command) -> None:
     result = tiny("-m", "schedule=linear,cosine", "trainer.max_steps=2", "hydra.sweep.dir=s")
     assert result.code == 0, result.text
     kinds = {type(load_run(f"s/{job}").schedule).__name__ for job in (0, 1)}
@@ -185,7 +185,7 @@ BAD = [
     ("schedule.s=-1", "schedule.s=-1", "a number > 0"),
     ("trainer.max_step=5", "max_step", "trainer"),
 ]
-BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the command finds
+BAD_BY_COMMAND = [  # one case of each kind in BAD, and errors that only the command detects
     ("optimizer.lr=-1", "optimizer.lr=-1", "a number > 0"),
     ("schedule=liner", "schedule/liner", "linear"),
     ("data.batch_size=65", "data.batch_size=65", "the 64 training images"),
@@ -195,7 +195,7 @@ BAD_BY_COMMAND = [  # one of each kind that BAD has, and those that only the com
 
 
 @pytest.mark.parametrize(("override", "named", "hint"), BAD, ids=[b[0] for b in BAD])
-def test_a_bad_value_is_named_with_the_way_out(override: str, named: str, hint: str) -> None:
+def test_invalid_value_is_named_with_a_hint(override: str, named: str, hint: str) -> None:
     message = find_refusal("train", *TINY, *override.split())
     assert named in message
     assert hint in message
@@ -204,7 +204,7 @@ def test_a_bad_value_is_named_with_the_way_out(override: str, named: str, hint: 
 @pytest.mark.parametrize(
     ("override", "named", "hint"), BAD_BY_COMMAND, ids=[b[0] for b in BAD_BY_COMMAND]
 )
-def test_a_command_that_is_refused_shows_the_message_alone(
+def test_refused_command_shows_only_the_message(
     tiny: Command, override: str, named: str, hint: str
 ) -> None:
     result = tiny(*override.split(), "hydra.run.dir=a")
@@ -215,7 +215,7 @@ def test_a_command_that_is_refused_shows_the_message_alone(
     assert not Path("a/checkpoints").exists()
 
 
-def test_a_directory_with_a_run_is_refused(tiny: Command, trained: Trained) -> None:
+def test_directory_that_contains_a_run_is_refused(tiny: Command, trained: Trained) -> None:
     trained("a", "trainer.max_steps=2")
     before = Path("a/checkpoints/last.ckpt").read_bytes()
     result = tiny("trainer.max_steps=2", "hydra.run.dir=a")
@@ -224,7 +224,7 @@ def test_a_directory_with_a_run_is_refused(tiny: Command, trained: Trained) -> N
     assert Path("a/checkpoints/last.ckpt").read_bytes() == before
 
 
-def test_a_resume_with_another_model_shows_the_difference(tiny: Command, trained: Trained) -> None:
+def test_resume_with_another_model_shows_the_difference(tiny: Command, trained: Trained) -> None:
     trained("a", "trainer.max_steps=2")
     result = tiny("resume=a", "schedule=linear", "trainer.max_steps=4")
     assert result.code == 1
@@ -233,7 +233,7 @@ def test_a_resume_with_another_model_shows_the_difference(tiny: Command, trained
     )
 
 
-def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> None:
+def test_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> None:
     make_photos(tmp_path / "photos", 40, 16)
     shares = "data.splits={train: 0.6, val: 0.2, test: 0.2}"
     common = [f"data.source={tmp_path / 'photos'}", shares, "hydra.run.dir=a"]
@@ -248,7 +248,7 @@ def test_a_resume_on_other_images_is_refused(tiny: Command, tmp_path: Path) -> N
     assert "added, removed, renamed" in result.text and "Traceback" not in result.text
 
 
-def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command, trained: Trained) -> None:
+def test_resume_with_another_seed_or_order_shows_both(tiny: Command, trained: Trained) -> None:
     trained("a", "trainer.max_steps=2")
     for override, shown in (
         ("seed=1", "seed: 0 -> 1"),
@@ -259,7 +259,7 @@ def test_a_resume_with_another_seed_or_order_shows_both(tiny: Command, trained: 
         assert shown in result.text and "Traceback" not in result.text
 
 
-def test_a_resume_on_the_same_images_from_elsewhere_is_welcome(
+def test_resume_on_the_same_images_in_another_folder_is_allowed(
     tiny: Command, tmp_path: Path
 ) -> None:
     make_photos(tmp_path / "photos", 40, 16)
@@ -274,16 +274,14 @@ def test_a_resume_on_the_same_images_from_elsewhere_is_welcome(
     assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
 
 
-def test_a_finished_run_says_how_to_go_on(tiny: Command, trained: Trained) -> None:
+def test_resume_of_a_finished_run_names_trainer_max_steps(tiny: Command, trained: Trained) -> None:
     trained("a", "trainer.max_steps=2")
     result = tiny("resume=a")
     assert result.code == 1
     assert "trainer.max_steps" in result.text
 
 
-def test_a_folder_without_images_and_a_corrupt_image_are_named(
-    tiny: Command, tmp_path: Path
-) -> None:
+def test_folder_without_images_and_corrupt_image_are_named(tiny: Command, tmp_path: Path) -> None:
     from PIL import Image
 
     folder = tmp_path / "photos"
@@ -306,7 +304,7 @@ def test_a_folder_without_images_and_a_corrupt_image_are_named(
 
 
 @pytest.mark.slow
-def test_the_full_network_trains_on_photographs_and_resumes(lab: Command, tmp_path: Path) -> None:
+def test_full_network_trains_on_photographs_and_resumes(lab: Command, tmp_path: Path) -> None:
     """experiment=ddpm_celeba unchanged: 113.7 M parameters, 256x256 images read from disk."""
     torch.set_num_threads(os.cpu_count() or 1)
     make_photos(tmp_path / "photos", 30, 256)
@@ -325,5 +323,5 @@ def test_the_full_network_trains_on_photographs_and_resumes(lab: Command, tmp_pa
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
     losses = [float(row["train/loss"]) for row in rows(Path("a")) if row["train/loss"]]
     assert len(losses) == 3
-    assert all(0.9 < loss < 1.1 for loss in losses)  # the rate is 2e-5 and warming up
+    assert all(0.9 < loss < 1.1 for loss in losses)  # the learning rate is 2e-5 with warm-up
     torch.set_num_threads(1)
