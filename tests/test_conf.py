@@ -22,20 +22,20 @@ EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 
 
 @pytest.mark.parametrize("option", ["sampler", "trainer", "launcher"])
-def test_what_both_commands_have_suits_the_evaluation_too(option: str) -> None:
-    """test_validation.py composes every option of every group, these for a training."""
+def test_groups_shared_by_both_commands_are_valid_in_eval(option: str) -> None:
+    """test_validation.py composes the options of these groups for a training only."""
     for group, name in OPTIONS:
         if group == option:
             check_eval(compose("eval", [f"{group}={name}", "++paths.output_dir=out"]))
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
+def test_no_mandatory_value_is_missing() -> None:
     for command in ("train", "eval"):
         config = compose(command, ["++paths.output_dir=out"])
         assert OmegaConf.missing_keys(config) == set()
 
 
-def test_a_task_picks_its_method_and_the_method_its_sampler() -> None:
+def test_task_selects_its_method_and_method_selects_its_sampler() -> None:
     def choice(*overrides: str) -> tuple[str, str]:
         config = compose("eval", list(overrides))
         guidance = config.guidance._target_.rsplit(".", 1)[1] if config.guidance else None
@@ -48,11 +48,11 @@ def test_a_task_picks_its_method_and_the_method_its_sampler() -> None:
     assert choice("sampler=ancestral") == ("TruncatedReverseSDE", "Ancestral")
 
 
-def test_an_experiment_gives_way_to_the_command_line() -> None:
+def test_command_line_overrides_the_experiment() -> None:
     config = compose("train", ["experiment=ddpm_celeba", "schedule=cosine", "trainer=ddp"])
     assert config.schedule._target_.endswith("Cosine")
     assert config.trainer.strategy == "ddp"
-    assert config.trainer.max_steps == 500000  # the experiment's, not the trainer's
+    assert config.trainer.max_steps == 500000  # from the experiment, not from the trainer
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
@@ -67,9 +67,9 @@ def test_every_key_has_a_comment(path: Path) -> None:
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(experiment: str, full: bool, lab: Command, tmp_path: Path) -> None:
-    """With a tiny network and two sampler steps; one batch of everything.
+    """The network is tiny, the sampler has two steps, and each loop has one batch.
 
-    In full with its own size and number of images, otherwise with small and few ones.
+    If full, the experiment keeps its image size and number of images.
     """
     overrides = ["data.batch_size=1", "sampler.steps=2", "samples.num_samples=1"]
     if experiment.endswith("celeba"):
@@ -95,7 +95,7 @@ def test_every_experiment_runs(experiment: str, full: bool, lab: Command, tmp_pa
 
 
 def make_photos(folder: Path, count: int, size: int) -> None:
-    """Crops of the photographs of scikit-image, as JPEG and PNG files."""
+    """Writes crops of photographs from scikit-image as JPEG and PNG files."""
     from PIL import Image
     from skimage import data
 
@@ -109,7 +109,7 @@ def make_photos(folder: Path, count: int, size: int) -> None:
         photo.crop((left, top, left + size, top + size)).save(folder / f"{k:03d}.{suffix}")
 
 
-def test_a_misspelt_key_or_option_is_refused() -> None:
+def test_misspelled_key_or_option_is_refused() -> None:
     with pytest.raises(HydraException, match="schedul"):
         compose("train", ["schedule=liner"])
     with pytest.raises(HydraException, match="max_step"):

@@ -1,4 +1,4 @@
-"""Two processes on one CPU agree with one, also for numbers of images they do not divide."""
+"""Distributed training and evaluation: several processes on one CPU agree with one."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ from diffusion_lab.runs import load_checkpoint
 from diffusion_lab.runs.ranks import set_up_ddp
 
 ROOT = Path(__file__).parent.parent
-OWN = ("data.splits", "data.batch_size", "trainer.accelerator")  # set below instead
+OWN = ("data.splits", "data.batch_size", "trainer.accelerator")  # set by the tests
 SPLITS = "data.splits={train: 64, val: 15, test: 15}"
 
 
@@ -36,7 +36,7 @@ def command(script: str, *overrides: str) -> str:
 
 
 def elastic(tmp_path: Path, *overrides: str) -> None:
-    """One stretch of a run, noting the images of each rank."""
+    """Runs train.py in a separate process and records the images of each rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / "crash_injection.py"
     result = subprocess.run(
@@ -51,10 +51,10 @@ def elastic(tmp_path: Path, *overrides: str) -> None:
     [(False, "shuffle"), (True, "interleave")],
 )
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_numbers_of_devices(
+def test_run_can_be_resumed_with_another_number_of_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop_last: bool, order: str
 ) -> None:
-    """2 -> 1 -> 3 devices of 4 images each, all within the first epoch of 62 images."""
+    """The run has 2, 1, then 3 devices with 4 images each; both changes are in the first epoch."""
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     tiny = [text for text in TINY if not text.startswith(OWN)]
     splits = "data.splits={train: 62, val: 16, test: 16}"
@@ -72,11 +72,11 @@ def test_a_run_goes_on_with_other_numbers_of_devices(
         epochs.setdefault(epoch, []).extend(ids)
     first, second = sorted(epochs[0]), sorted(epochs[1])
     assert len(set(first)) == len(first) and len(set(second)) == len(second)
-    if not drop_last:  # 3 x 8, 3 x 4, and 26 as 12 + 7 + 7; then 62 as 4 x 12 + 7 + 7
+    if not drop_last:  # batches: 3 x 8, 3 x 4, 12 + 7 + 7; then 4 x 12 + 7 + 7
         assert first == second == list(range(62))
-    else:  # 26 as 12 + 12, and 62 as 5 x 12
+    else:  # batches: 3 x 8, 3 x 4, 12 + 12; then 5 x 12
         assert (len(first), len(second)) == (60, 60)
-    # Within a batch each rank has its share, and none is without an image.
+    # The ranks share each batch equally, up to one image, and every rank has at least one.
     sizes: dict[tuple[int, int], list[int]] = {}
     for (_, epoch, batch), ids in places.items():
         sizes.setdefault((epoch, batch), []).append(len(ids))
@@ -91,8 +91,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.slow)])
-def test_losses_of_two_processes_are_those_of_one(lab: Command, steps: int) -> None:
-    """Also over the ends of epochs of 8 steps, whose last batch the devices share unequally."""
+def test_losses_of_two_processes_equal_those_of_one(lab: Command, steps: int) -> None:
+    """An epoch has 8 steps; the devices share the 5 images of its last batch unequally."""
     tiny = [text for text in TINY if not text.startswith(OWN)]
     splits = "data.splits={train: 61, val: 15, test: 15}"
     common = [*tiny, splits, "data.drop_last=false", "optimizer.lr=2e-4"]
@@ -122,7 +122,9 @@ def last_row(path: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_and_evaluation_agree_with_one_and_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     tiny = [text for text in TINY if not text.startswith(OWN)]
@@ -139,7 +141,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert last_row("two/metrics.csv") == pytest.approx(validation, rel=1e-5)
 
     small = ["run=one", "num_images=5", "num_samples=3", "sampler.steps=2"]
-    denoising = [[], ["num_images=1"]]  # one image: a rank has none
+    denoising = [[], ["num_images=1"]]  # with one image, one rank has none
     restorations = [
         ["task=inpaint_box", "guidance=tds", f"guidance.share_particles={shares}"]
         for shares in ("true", "false")
@@ -160,7 +162,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Travel(Callback):
-    """Records the communication between devices, and where training ends."""
+    """Records the communication between devices, and saves the final weights."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.batch = path, 0
@@ -168,7 +170,7 @@ class Travel(Callback):
         self.others: list[tuple[int, str]] = []  # batch, collective
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        def summed(_, bucket):  # torch wants its own annotations or none
+        def summed(_, bucket):  # torch requires its own annotations or none
             gradients = bucket.buffer()
             self.buckets.append((self.batch, gradients.numel() * gradients.element_size()))
             work = torch.distributed.all_reduce(gradients.div_(2), async_op=True)
@@ -198,7 +200,7 @@ class Travel(Callback):
 
 
 class Halves(Dataset):
-    """Four of eight images for each of two devices; all eight for one."""
+    """Batches of eight images, of which each of two devices has four."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -213,8 +215,8 @@ class Halves(Dataset):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("micro", [1, 2])
-def test_gradients_travel_once_a_step_and_nothing_else_does(tmp_path: Path, micro: int) -> None:
-    """4 bytes a parameter, with the last micro-batch; and the weights are those of one device."""
+def test_only_gradients_are_communicated_and_once_per_step(tmp_path: Path, micro: int) -> None:
+    """The last micro-batch sends 4 bytes per parameter; the weights equal those of one device."""
 
     def trained(name: str, world: int) -> dict:
         torch.manual_seed(0)

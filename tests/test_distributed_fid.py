@@ -1,4 +1,4 @@
-"""Two processes on one CPU measure the same quality of images as one."""
+"""Distributed FID: two processes on one CPU give the values of one."""
 
 import csv
 import shutil
@@ -17,12 +17,14 @@ def rows(path: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_two_processes_measure_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """21 images in batches of 4: one process has three of the six batches, and one image less.
+def test_fid_of_two_processes_equals_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """21 images in batches of 4 give six batches, the last of them with a single image.
 
-    In the task the images' features are put in order, so that the tables are the same to the last
-    digit; in training moments are merged, and the weights must not move: two processes add their
-    gradients in another order.
+    The task sorts the features of the images, so the tables are equal in every digit. Training
+    merges moments. Its learning rate is nearly zero, because two processes add gradients in
+    another order.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
@@ -34,7 +36,7 @@ def test_two_processes_measure_as_one(tmp_path: Path, monkeypatch: pytest.Monkey
     for trainer, batch_size in (("cpu", 8), ("ddp_sim", 4)):
         command("train.py", *common, f"trainer={trainer}", f"data.batch_size={batch_size}",
                 f"hydra.run.dir=train-{trainer}")  # fmt: skip
-        # Each computes the reference itself: the file of the other would hide a difference.
+        # Each run computes the reference statistics itself: a shared file would hide a difference.
         shutil.rmtree("cache/statistics")
         column = "val/frechet_pixels8_21"
         found += [float(r[column]) for r in rows(f"train-{trainer}/metrics.csv") if r.get(column)]

@@ -13,7 +13,7 @@ from diffusion_lab.runs import load_checkpoint
 
 
 def fill(path: Path, leave: int) -> Path:
-    """Fills the disk but for some bytes; returns the file that does it."""
+    """Fills the disk except for `leave` bytes; returns the file that occupies it."""
     ballast = path / "ballast"
     with open(ballast, "wb") as file:
         try:
@@ -27,7 +27,7 @@ def fill(path: Path, leave: int) -> Path:
     return ballast
 
 
-# The first write that fails: the first checkpoint, or without one a row of metrics.csv.
+# The first write that fails is a checkpoint, or, if none is due, a row of metrics.csv.
 CASES = {
     "at a checkpoint": (150_000, [], "cannot write the checkpoint"),
     "at logging": (
@@ -42,12 +42,12 @@ CASES = {
 }
 
 
-@pytest.mark.slow  # test_cli_train.py has one that is fast
+@pytest.mark.slow  # test_cli_train.py has a fast one
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_survives_a_full_disk(
+def test_run_can_be_resumed_after_a_full_disk(
     case: str, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The run's directory is on the small disk; it is filled after the first checkpoint."""
+    """The run directory is on a small disk, which is filled after the first checkpoint."""
     leave, more, what = CASES[case]
     small = disk("64m")
     directory, run = tmp_path / "work", small / "run"
@@ -65,7 +65,7 @@ def test_a_run_survives_a_full_disk(
     assert checkpoint.read_bytes() == before
     assert not list(run.rglob("*.partial"))
     ballast.unlink()
-    for path in directory.glob("seen-*"):  # of the run that stopped, if it went further
+    for path in directory.glob("seen-*"):  # the stopped run may be ahead of its checkpoint
         path.unlink()
     assert train("", directory, f"resume={run}") == 0, (directory / TEXT).read_text()
     whole = tmp_path / "whole"
@@ -77,7 +77,7 @@ def test_a_run_survives_a_full_disk(
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_the_packing_is_named(disk: Callable[[str], Path], tmp_path: Path) -> None:
+def test_full_disk_during_packing_is_named(disk: Callable[[str], Path], tmp_path: Path) -> None:
     directory, small = tmp_path / "work", disk("64m")
     overrides = [*TINY, f"data.cache_dir={small}/cache", "trainer.max_steps=1", "hydra.run.dir=a"]
     ballast = fill(small, 40_000)  # 96 images of 768 bytes do not fit

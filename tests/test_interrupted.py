@@ -17,7 +17,7 @@ from diffusion_lab.runs import load_checkpoint
 
 SCRIPT = Path(__file__).parent / "crash_injection.py"
 
-# 8 batches an epoch and 21 in all, a validation in the middle of an epoch, every 5 batches.
+# The run has 21 steps of one batch; an epoch has 8 batches. Validation runs every 5 batches.
 RUN = [
     *TINY, "hydra.run.dir=run", "trainer.max_steps=21", "trainer.val_check_interval=5",
     "checkpoint.every_n_steps=3", "samples.every_n_steps=10", "lr_schedule.warmup=2",
@@ -32,15 +32,14 @@ VARIANTS = {
     ],
     "accumulation": ["trainer.accumulate_grad_batches=2", "trainer.max_steps=11"],
 }
-# Each place is a call in the life of the process; with 4 images of a validation batch there are
-# 2 validation batches of 8 images.
+# Crash points, see crash_injection.py. A validation has 2 batches of 8 images.
 CUES = [
     "step:1", "step:2", "step:4", "step:5", "step:8", "step:9", "step:12", "step:16", "step:17",
     "step:20", "stepped:3", "stepped:8", "stepped:16", "validation:1", "validation:2",
     "validation:4", "validated:1", "validated:3", "write:1", "write:2", "write:5", "replace:1",
     "replace:3", "written:1", "written:4", "packed:1",
 ]  # fmt: skip
-FEW = ["step:17", "write:2"]  # all of them, in every variant, are slow
+FEW = ["step:17", "write:2"]  # for the fast tests
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +56,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict[str, str]]:
     with open(run / "metrics.csv", newline="") as file:
-        rows = [  # without the figures that are times
+        rows = [  # without measurements of speed
             {k: v for k, v in row.items() if v and not k.startswith("perf/")}
             for row in csv.DictReader(file)
         ]
@@ -82,7 +81,7 @@ def check(cue: str, variant: str, whole: Whole, tmp_path: Path) -> None:
         assert torch.equal(actual[name], value), name
     assert seen(directory) == seen(expected)
     rows, target = metrics(run), metrics(expected / "run")
-    if cue.startswith("written"):  # the checkpoint is there, what that step logged is not yet
+    if cue.startswith("written"):  # the checkpoint is written before the row of its step
         missing = [row for row in target if row not in rows]
         assert len({row["step"] for row in missing}) <= 1
         assert not any("val/loss" in row for row in missing)
@@ -96,7 +95,7 @@ def check(cue: str, variant: str, whole: Whole, tmp_path: Path) -> None:
     "variant",
     [pytest.param(name, marks=pytest.mark.slow if name != "plain" else ()) for name in VARIANTS],
 )
-def test_an_uninterrupted_run_sees_every_image_once_an_epoch(variant: str, whole: Whole) -> None:
+def test_uninterrupted_run_uses_every_image_once_per_epoch(variant: str, whole: Whole) -> None:
     directory = whole(*RUN, *VARIANTS[variant])
     places = seen(directory)
     for epoch in (0, 1):
@@ -107,19 +106,23 @@ def test_an_uninterrupted_run_sees_every_image_once_an_epoch(variant: str, whole
 
 
 @pytest.mark.parametrize("cue", FEW)
-def test_killed_and_resumed(cue: str, whole: Whole, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_equals_an_uninterrupted_run(
+    cue: str, whole: Whole, tmp_path: Path
+) -> None:
     check(cue, "plain", whole, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cue", CUES)
-def test_killed_anywhere(cue: str, variant: str, whole: Whole, tmp_path: Path) -> None:
+def test_run_killed_at_any_crash_point_resumes_exactly(
+    cue: str, variant: str, whole: Whole, tmp_path: Path
+) -> None:
     check(cue, variant, whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_three_times_in_one_epoch(whole: Whole, tmp_path: Path) -> None:
+def test_run_killed_three_times_resumes_exactly(whole: Whole, tmp_path: Path) -> None:
     directory = tmp_path / "killed"
     expected = whole(*RUN, *VARIANTS["threads"])
     assert train("step:12", directory, *RUN, *VARIANTS["threads"]) == -9
@@ -145,8 +148,13 @@ EVALUATION = ["num_images=7", "num_samples=2", "batch_size=4", "sampler.steps=3"
         ),
     ],
 )
-def test_an_evaluation_goes_on_to_the_same_table(whole: Whole, tmp_path: Path, cue: str) -> None:
-    """Four groups of images; the last kill is after the report, before the parts are removed."""
+def test_killed_and_resumed_evaluation_has_the_same_table(
+    whole: Whole, tmp_path: Path, cue: str
+) -> None:
+    """The evaluation has four groups of images, each saved in a file until the end.
+
+    The last crash point is between writing the report and removing these files.
+    """
     plain = whole(*RUN)
     (tmp_path / "run").symlink_to(plain / "run")
     (tmp_path.parent / "cache").exists() or (tmp_path.parent / "cache").symlink_to(
@@ -156,7 +164,7 @@ def test_an_evaluation_goes_on_to_the_same_table(whole: Whole, tmp_path: Path, c
     assert train(cue, tmp_path, *EVALUATION, command="eval") == -9
     parts = len(list((tmp_path / "e/partial").glob("*.pt")))
     assert parts == {"computed:1": 0, "kept:1": 1, "computed:3": 2}.get(cue, 4)
-    if parts:  # not by mistake once more
+    if parts:  # the same command does not start again
         assert train("", tmp_path, *EVALUATION, command="eval") == 1
         assert f"resume={tmp_path / 'e'}" in (tmp_path / TEXT).read_text()
     assert train("", tmp_path, "resume=e", "seed=1", command="eval") == 1
@@ -173,7 +181,7 @@ def test_an_evaluation_goes_on_to_the_same_table(whole: Whole, tmp_path: Path, c
 # --- signals of a cluster ------------------------------------------------------------------------
 
 
-# Steps 5, 10, ... are followed by a validation, whose checkpoint is that of the next step.
+# A validation follows steps 5, 10, ...; a signal during it saves the checkpoint of the next step.
 @pytest.mark.parametrize(
     ("cue", "step"),
     [
@@ -187,7 +195,7 @@ def test_an_evaluation_goes_on_to_the_same_table(whole: Whole, tmp_path: Path, c
         ),
     ],
 )  # fmt: skip
-def test_a_signal_saves_the_step_and_ends_cleanly(
+def test_signal_saves_a_checkpoint_and_ends_the_run(
     cue: str, step: int, whole: Whole, tmp_path: Path
 ) -> None:
     directory, uninterrupted = tmp_path / "stopped", whole(*RUN)
@@ -205,7 +213,7 @@ def test_a_signal_saves_the_step_and_ends_cleanly(
 
 
 @pytest.mark.slow
-def test_a_signal_in_a_validation_whose_step_is_saved_does_not_wait(tmp_path: Path) -> None:
+def test_signal_in_a_validation_after_a_checkpoint_stops_at_once(tmp_path: Path) -> None:
     directory = tmp_path / "stopped"
     overrides = [*RUN, "checkpoint.every_n_steps=5"]
     assert train("validation:1:SIGTERM", directory, *overrides) == 0
@@ -218,7 +226,7 @@ def test_a_signal_in_a_validation_whose_step_is_saved_does_not_wait(tmp_path: Pa
     ]  # fmt: skip
 
 
-def test_a_signal_ends_a_sweep(tmp_path: Path) -> None:
+def test_signal_ends_a_sweep(tmp_path: Path) -> None:
     directory = tmp_path / "swept"
     overrides = [text for text in RUN if not text.startswith("hydra.run.dir")]
     code = train(
@@ -231,7 +239,7 @@ def test_a_signal_ends_a_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_devices_stop_at_the_same_step(tmp_path: Path) -> None:
-    """The signal reaches one process; it arrives between two steps that are logged."""
+    """The signal is sent to one process; all devices stop at the next logged step."""
     rest = [text for text in TINY if not text.startswith(("trainer.", "data.batch_size"))]
     command = [
         sys.executable, str(SCRIPT), *rest, "trainer=ddp_sim", "data.batch_size=4",

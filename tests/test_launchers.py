@@ -40,7 +40,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def sweep(*overrides: str, **environment: str) -> None:
-    """A sweep in a separate process, because launchers leave processes behind."""
+    """Runs a sweep in a separate process, because launchers leave processes behind."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     result = subprocess.run(
         [sys.executable, str(TRAIN), "-m", *overrides],
@@ -68,11 +68,11 @@ def sweep(*overrides: str, **environment: str) -> None:
         ("sweep=optuna", "hydra-optuna-sweeper", "optuna"),
     ],
 )
-def test_a_missing_plugin_names_its_extra(
+def test_missing_plugin_is_an_error_that_names_its_extra(
     choice: str, plugin: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything composes without it: the stand-ins take the places of those installed here."""
-    Plugins.instance()  # found now, and not into the copy that is dropped at the end
+    """The configuration composes without plugins; placeholders replace the installed ones."""
+    Plugins.instance()  # plugins register in the original repository, not in the temporary copy
     repo = ConfigStore.instance().repo
     monkeypatch.setattr(ConfigStore.instance(), "repo", {**repo, "hydra": _copy(repo["hydra"])})
     monkeypatch.setattr(plugins, "installed", lambda package: False)
@@ -90,14 +90,14 @@ def _copy(tree: dict) -> dict:
 
 
 @pytest.mark.skipif(plugins.installed("hydra_ray_launcher"), reason="Ray is installed here")
-def test_a_sweep_with_a_missing_plugin_is_refused(tiny: Command) -> None:
+def test_sweep_with_a_missing_plugin_is_refused(tiny: Command) -> None:
     result = tiny("-m", "launcher=ray", "seed=0,1", "hydra.sweep.dir=s")
     assert result.code == 1
     assert "launcher=ray needs hydra-ray-launcher; pip install 'diffusion-lab[ray]'" in result.text
     assert "Traceback" not in result.text and not Path("s").exists()
 
 
-def test_slurm_starts_a_task_for_each_device(tiny: Command) -> None:
+def test_slurm_starts_one_task_per_device(tiny: Command) -> None:
     for overrides, tasks, gpus in (
         (["trainer=ddp", "trainer.devices=4"], 4, 4),
         (["trainer=ddp_sim"], 2, 0),
@@ -114,7 +114,7 @@ def test_slurm_starts_a_task_for_each_device(tiny: Command) -> None:
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, code: str, count: int = 2) -> None:
-    """Launches ranks that are a few lines of Python; k is the rank, folder their meeting place."""
+    """Launches ranks that execute `code`; in it, k is the rank and folder a shared directory."""
     head = (
         "import os, signal, sys, time; k = int(os.environ['LOCAL_RANK']); folder = sys.argv[2]\n"
     )
@@ -124,7 +124,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, code: str, count: int = 2) -> None
     launcher.launch("train", OmegaConf.create({"a": 1, "b": "${a}"}), count)
 
 
-def test_each_rank_finds_what_lightning_looks_for(
+def test_each_rank_has_the_environment_variables_of_lightning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
@@ -144,7 +144,7 @@ def test_each_rank_finds_what_lightning_looks_for(
         assert text.endswith("a: 1\nb: 1\n")
 
 
-def test_a_rank_that_is_killed_takes_those_along_that_wait_for_it(
+def test_killed_rank_ends_the_ranks_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launcher, "TERMINATE_TIMEOUT", 0.2)
@@ -153,7 +153,7 @@ def test_a_rank_that_is_killed_takes_those_along_that_wait_for_it(
         launched(monkeypatch, code)
 
 
-def test_the_first_message_of_a_rank_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_error_message_of_a_rank_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "time.sleep(0 if k else 0.3)\n"
         "open(f'{folder}/error-{k}', 'w').write(f'reason {k}')\nsys.exit(1)"
@@ -165,7 +165,7 @@ def test_the_first_message_of_a_rank_is_the_reason(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 1)])
-def test_a_signal_goes_to_every_rank(
+def test_signal_is_sent_to_every_rank(
     number: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = (
@@ -194,7 +194,7 @@ def _follower(pid: int) -> None:
     time.sleep(600)
 
 
-def test_a_job_ends_when_its_sweep_is_gone() -> None:
+def test_job_ends_when_its_parent_process_ends() -> None:
     context = multiprocessing.get_context("fork")
     leader = subprocess.Popen(["sleep", "600"])
     follower = context.Process(target=_follower, args=(leader.pid,))
@@ -212,7 +212,7 @@ def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> N
     rank_zero_only.rank = k
     rank_info._store.cache_clear()
     queue.put((k, rank_info.broadcast_from_rank_zero(f"directory of {k}")))
-    everyone.wait()  # the others may still be asking rank 0
+    everyone.wait()  # rank 0 must not exit before the others have read
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> N
     ],
     ids=["variables", "slurm"],
 )  # fmt: skip
-def test_ranks_from_outside_take_the_directory_of_rank_0(variables: dict[str, str]) -> None:
+def test_externally_started_ranks_use_the_directory_of_rank_0(variables: dict[str, str]) -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     port = {"MASTER_PORT": str(launcher._free_port())}
@@ -252,12 +252,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_joblib(here: Path) -> None:
+def test_joblib_runs_a_sweep(here: Path) -> None:
     sweep("launcher=joblib", *JOBS)
 
 
 @pytest.mark.slow
-def test_submitit_local_with_two_devices_a_job(here: Path) -> None:
+def test_submitit_local_runs_jobs_with_two_devices(here: Path) -> None:
     sweep("launcher=submitit_local", "trainer=ddp_sim", *SMALL)
     logs = [path.read_text() for path in here.glob("s/.submitit/*/*_log.out")]
     assert len(logs) == 2 and all("finished: " in text for text in logs)
@@ -265,13 +265,13 @@ def test_submitit_local_with_two_devices_a_job(here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not plugins.installed("hydra_ray_launcher"), reason="Ray is not installed")
-def test_ray(here: Path) -> None:
+def test_ray_runs_a_sweep(here: Path) -> None:
     sweep("launcher=ray", *JOBS, RAY_USAGE_STATS_ENABLED="0", HOME=str(here))
 
 
 @pytest.mark.slow
-def test_slurm_with_two_devices_a_job(here: Path) -> None:
-    """On a cluster of three commands, as far as submitit and Lightning look."""
+def test_slurm_runs_jobs_with_two_devices(here: Path) -> None:
+    """The cluster is simulated by the commands of fake_slurm.py."""
     for name in ("sbatch", "srun", "sacct"):
         program = here / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -291,8 +291,8 @@ def test_slurm_with_two_devices_a_job(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_makes_one_directory(here: Path) -> None:
-    """The second rank starts in another second."""
+def test_torchrun_creates_one_directory(here: Path) -> None:
+    """The second rank starts 1.5 s later, so its own directory name would differ."""
     late = "import os, runpy, sys, time; time.sleep(1.5 * int(os.environ['RANK'])); "
     run = f"sys.argv = {[str(TRAIN), *TINY, 'trainer=ddp_sim', 'trainer.max_steps=2']}; "
     (here / "late.py").write_text(f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')")
@@ -308,7 +308,7 @@ def test_torchrun_makes_one_directory(here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_sweep_that_is_ended_leaves_no_process(launcher: str, here: Path) -> None:
+def test_terminated_sweep_leaves_no_process(launcher: str, here: Path) -> None:
     if not find_spec("hydra_plugins"):
         pytest.skip("no plugin is installed")
     jobs = [text for text in JOBS if not text.startswith("trainer.max_steps")]
@@ -332,7 +332,7 @@ def test_a_sweep_that_is_ended_leaves_no_process(launcher: str, here: Path) -> N
 
 
 def _marked(mark: str) -> list[int]:
-    """The processes that have inherited $MARK."""
+    """Returns the ids of the processes that have inherited $MARK."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -15,7 +15,7 @@ def saved(run: str) -> dict:
     return load_checkpoint(Path(run) / "checkpoints/last.ckpt")["diffusion_lab"]["config"]
 
 
-def test_overrides_lie_on_top_of_the_runs_own_configuration(tiny: Command) -> None:
+def test_overrides_are_merged_into_the_configuration_of_the_run(tiny: Command) -> None:
     own = ["optimizer.lr=3e-4", "ema.decay=0.9", "name=mine", "lr_schedule=constant"]
     assert tiny(*own, "trainer.max_steps=2", "hydra.run.dir=a").code == 0
     before, text = saved("a"), Path("a/.hydra/config.yaml").read_text()
@@ -35,8 +35,8 @@ def test_overrides_lie_on_top_of_the_runs_own_configuration(tiny: Command) -> No
     assert steps == [0, 1, 2, 3]
 
 
-def test_a_directory_may_have_any_name(tiny: Command) -> None:
-    """Those of a sweep whose subdirectories bear the overrides, for example."""
+def test_run_directory_name_can_have_special_characters(tiny: Command) -> None:
+    """Sweeps can name their subdirectories after the overrides, for example."""
     name = "lr=1e-3, a (copy)"
     assert tiny("trainer.max_steps=2", f"hydra.run.dir='{name}'").code == 0
     result = tiny(f"resume='{name}'", "trainer.max_steps=3")
@@ -47,7 +47,7 @@ def test_a_directory_may_have_any_name(tiny: Command) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_of_a_sweep_goes_on_like_any_run(tiny: Command) -> None:
+def test_job_of_a_sweep_can_be_resumed(tiny: Command) -> None:
     common = ["trainer.max_steps=2", "lr_schedule=constant"]
     assert tiny("-m", *common, "schedule=linear,cosine", "hydra.sweep.dir=s").code == 0
     assert tiny("resume=s/0", "trainer.max_steps=3").code == 0
@@ -57,7 +57,7 @@ def test_a_job_of_a_sweep_goes_on_like_any_run(tiny: Command) -> None:
     assert load_checkpoint(Path("s/1/checkpoints/last.ckpt"))["global_step"] == 2
 
 
-def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
+def test_resumed_run_keeps_its_wandb_id(tiny: Command) -> None:
     assert tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a").code == 0
     identity = Path("a/wandb_id").read_text()
     result = tiny("resume=a", "trainer.max_steps=3")
@@ -68,9 +68,7 @@ def test_the_run_on_the_dashboard_is_the_same(tiny: Command) -> None:
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
 
 
-def test_overrides_of_a_resumed_run_hold_for_the_next_resume(
-    trained: Trained, lab: Command
-) -> None:
+def test_overrides_of_a_resume_apply_to_later_resumes(trained: Trained, lab: Command) -> None:
     trained("a", "trainer.max_steps=2")
     refused = lab("train", "resume=a", "trainer.max_steps=1", "ema.decay=0.1")
     assert refused.code == 1 and "above that (now 1)" in refused.text
@@ -82,14 +80,19 @@ def test_overrides_of_a_resumed_run_hold_for_the_next_resume(
     config = saved("a")
     assert config["checkpoint"]["every_n_steps"] == 3 and config["ema"]["decay"] != 0.1
     assert config["trainer"]["max_steps"] == 6
-    asked = ["trainer.max_steps=4", "ema.decay=0.5"]  # what was asked for before counts again
+    asked = ["trainer.max_steps=4", "ema.decay=0.5"]  # an earlier override is recorded again
     with runs.remember_overrides(Path("a"), ["resume=a", *asked]):
         pass
     assert OmegaConf.load("a/.hydra/continued.yaml")[-2:] == asked
 
 
-def test_a_refused_command_changes_nothing(trained: Trained, tiny: Command, lab: Command) -> None:
-    """Hydra writes its record before; and whose record is changed by hand, is refused, too."""
+def test_refused_command_does_not_change_the_run(
+    trained: Trained, tiny: Command, lab: Command
+) -> None:
+    """Hydra writes its files before the check; those of a refused command are in .hydra/refused.
+
+    A run whose configuration file was edited to another model is also refused.
+    """
     trained("a", "trainer.max_steps=2")
     record = [Path("a/.hydra", name) for name in ("config.yaml", "overrides.yaml")]
     before = [path.read_text() for path in record]
@@ -104,13 +107,13 @@ def test_a_refused_command_changes_nothing(trained: Trained, tiny: Command, lab:
     assert load_checkpoint(Path("a/checkpoints/last.ckpt"))["global_step"] == 3
 
 
-def test_a_run_that_goes_on_is_not_finished(
+def test_resumed_run_is_not_marked_finished(
     trained: Trained, lab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained("a", "trainer.max_steps=2")
     evaluated = lab("eval", "run=a", "task=generate", "hydra.run.dir=a")
     assert evaluated.code == 1 and "a holds a training" in evaluated.text
     assert Path("a/finished.json").exists()
-    monkeypatch.setattr(runs, "mark_finished", lambda *_, **__: None)  # cut off before it
+    monkeypatch.setattr(runs, "mark_finished", lambda *_, **__: None)  # as after an interruption
     assert lab("train", "resume=a", "trainer.max_steps=3").code == 0
     assert not Path("a/finished.json").exists()

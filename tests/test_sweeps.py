@@ -21,7 +21,7 @@ def summary(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tiny: Command) -> None:
+def test_failed_job_is_named_and_does_not_affect_the_others(tiny: Command) -> None:
     result = tiny("-m", "optimizer.lr=1e-3,-1,1e-4", "trainer.max_steps=2", "hydra.sweep.dir=s")
     assert result.code == 1
     reason = "optimizer.lr=-1 is not allowed; it must be a number > 0"
@@ -42,7 +42,7 @@ def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tiny: Command) ->
         assert load_checkpoint(Path(f"s/{k}/checkpoints/last.ckpt"))["global_step"] == 2
     page = Path("s/report.html").read_text()
     assert "val/loss_ema over optimizer.lr" in page and reason.replace(">", "&gt;") in page
-    # A job that is resumed, and then finishes, has not failed.
+    # The summary reads the current files: job 2 is resumed, and the failure of job 1 is removed.
     assert tiny("resume=s/2", "trainer.max_steps=3").code == 0
     Path("s/1/failed.json").unlink()
     assert summarize(Path("s")) == 0
@@ -50,7 +50,7 @@ def test_a_job_that_fails_leaves_the_others_alone_and_is_named(tiny: Command) ->
     assert [row["step"] for row in summary(Path("s"))] == ["2", "", "3"]
 
 
-def test_a_resume_in_a_sweep_is_refused_before_anything_is_made(tiny: Command) -> None:
+def test_resume_in_a_sweep_is_refused_before_files_are_written(tiny: Command) -> None:
     for values in ("a,b", "a"):
         result = tiny("-m", f"resume={values}", "seed=0,1", "hydra.sweep.dir=s")
         assert result.code == 1
@@ -59,7 +59,7 @@ def test_a_resume_in_a_sweep_is_refused_before_anything_is_made(tiny: Command) -
     assert Sweep.directory is None
 
 
-def test_a_sweep_into_the_directory_of_another_is_refused(tiny: Command) -> None:
+def test_sweep_into_the_directory_of_another_sweep_is_refused(tiny: Command) -> None:
     done = Path("s/0/finished.json")
     done.parent.mkdir(parents=True)
     done.write_text("{}")
@@ -71,9 +71,7 @@ def test_a_sweep_into_the_directory_of_another_is_refused(tiny: Command) -> None
     assert [path for path in Path("s").rglob("*") if path.is_file()] == [done]
 
 
-def test_the_summary_of_an_evaluation_has_the_means_of_its_results(
-    lab: Command, run: Path
-) -> None:
+def test_summary_of_an_evaluation_sweep_has_the_mean_results(lab: Command, run: Path) -> None:
     result = lab(
         "eval", "-m", "task=denoise", "sigma_t=0.3,0.5", "num_images=2", "num_samples=2",
         "sampler.steps=2", "trainer.accelerator=cpu", "hydra.sweep.dir=e",
@@ -94,7 +92,7 @@ def test_the_summary_of_an_evaluation_has_the_means_of_its_results(
 
 
 @pytest.mark.slow
-def test_a_sweep_with_optuna_minimizes_the_validation_loss(tiny: Command) -> None:
+def test_sweep_with_optuna_minimizes_the_validation_loss(tiny: Command) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     result = tiny(
@@ -111,8 +109,8 @@ def test_a_sweep_with_optuna_minimizes_the_validation_loss(tiny: Command) -> Non
 
 
 @pytest.mark.slow
-def test_two_devices_in_one_job_leave_the_next_one_alone(tiny: Command) -> None:
-    """The first job has two processes, the second none but this one."""
+def test_job_with_two_devices_does_not_affect_the_next_job(tiny: Command) -> None:
+    """The first job starts two processes; the second runs in this process."""
     before, threads = dict(os.environ), torch.get_num_threads()
     common = ["data.batch_size=4", "lr_schedule=constant", "seed=5", "trainer.max_steps=2"]
     result = tiny("-m", *common, "trainer.devices=2,1", "hydra.sweep.dir=s")
@@ -139,7 +137,7 @@ def test_two_devices_in_one_job_leave_the_next_one_alone(tiny: Command) -> None:
 
 
 @pytest.mark.slow
-def test_every_job_of_a_sweep_may_have_two_devices(tiny: Command, lab: Command) -> None:
+def test_every_job_of_a_sweep_can_use_two_devices(tiny: Command, lab: Command) -> None:
     result = tiny(
         "-m", "trainer=ddp_sim", "schedule=linear,cosine", "data.batch_size=4",
         "trainer.max_steps=2", "pretrained=null,nowhere", "hydra.sweep.dir=s",
@@ -162,8 +160,8 @@ def test_every_job_of_a_sweep_may_have_two_devices(tiny: Command, lab: Command) 
         assert a.figures == pytest.approx(b.figures, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-def test_a_summary_is_made_of_the_directories_alone(tmp_path: Path) -> None:
-    """Jobs in the order of their numbers, and one that left nothing but its overrides."""
+def test_summary_needs_only_the_job_directories(tmp_path: Path) -> None:
+    """Jobs are in numerical order; one of them has only its overrides."""
     for k in (0, 2, 10):
         folder = tmp_path / str(k)
         (folder / ".hydra").mkdir(parents=True)
