@@ -30,13 +30,13 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 
 @pytest.fixture
 def my_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The files of the page in an empty directory; its Python module."""
+    """Writes the files of the page to an empty directory and returns its Python module."""
     for kind, text in BLOCKS:
         if kind != "bash":
             path = tmp_path / re.search(r"^# (\S+\.\w+)$", text, flags=re.M)[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             before = path.read_text() if path.exists() else ""
-            path.write_text(before + text)  # the classes are one module
+            path.write_text(before + text)  # the classes form one module
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_lab", None)
     yield __import__("my_lab")
@@ -44,7 +44,7 @@ def my_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "make_" not in c])
-def test_a_command_of_the_examples_runs(
+def test_command_of_an_example_runs(
     command: str, my_lab: ModuleType, lab: Command, trained: Trained, tmp_path: Path
 ) -> None:
     words = shlex.split(command.removeprefix("PYTHONPATH=. "))
@@ -63,7 +63,7 @@ def test_a_command_of_the_examples_runs(
     assert result.code == 0, result.text
 
 
-def test_the_schedule_of_the_examples_is_what_it_says(my_lab: ModuleType) -> None:
+def test_example_schedule_has_the_stated_formula(my_lab: ModuleType) -> None:
     alpha_t, sigma_t = my_lab.Power(p=3)(torch.tensor([0.25, 0.5], dtype=torch.float64))
     expected = 1 - torch.tensor([0.25, 0.5], dtype=torch.float64) ** 3
     torch.testing.assert_close(alpha_t**2, expected)
@@ -76,23 +76,23 @@ def gaussian() -> GaussianMixture:
     return GaussianMixture(torch.ones(1), torch.zeros(1, 4), torch.eye(4)[None] * 0.25)
 
 
-def test_the_sampler_of_the_examples_is_ddim_without_noise(my_lab: ModuleType) -> None:
+def test_example_sampler_is_deterministic_ddim(my_lab: ModuleType) -> None:
     denoiser = gaussian().denoiser(Cosine())
     start = torch.randn(8, 4, dtype=torch.float64)
     ours = my_lab.Euler(steps=20, grid=LogSNR())(denoiser, start)
     torch.testing.assert_close(ours, DDIM(steps=20, grid=LogSNR())(denoiser, start))
 
 
-def test_the_method_of_the_examples_fits_what_was_seen(my_lab: ModuleType) -> None:
+def test_example_method_reproduces_the_measurement(my_lab: ModuleType) -> None:
     operator = Inpainting((4,), torch.tensor([True, False, True, False]))
     y = torch.tensor([[0.5, -0.25]], dtype=torch.float64).repeat(8, 1)
     observation = Observation(y, 0.0, operator)
     x_0 = my_lab.Projection()(gaussian().denoiser(Cosine()), EulerMaruyama(steps=16), observation)
     torch.testing.assert_close(operator(x_0), y)
-    assert float(x_0[:, 1].std()) > 0.1  # what was not seen is drawn
+    assert float(x_0[:, 1].std()) > 0.1  # unobserved coordinates are sampled
 
 
-def test_the_operator_of_the_examples_is_linear_with_its_decomposition(my_lab: ModuleType) -> None:
+def test_example_operator_has_a_correct_adjoint_and_pseudoinverse(my_lab: ModuleType) -> None:
     operator = my_lab.Columns((3, 4, 6), every=2)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     y = torch.randn(2, 3, 4, 3, dtype=torch.float64)
@@ -101,12 +101,12 @@ def test_the_operator_of_the_examples_is_linear_with_its_decomposition(my_lab: M
     torch.testing.assert_close(operator(operator.pseudo_inverse(y)), y)
 
 
-def test_the_metric_of_the_examples_is_a_value_per_image(my_lab: ModuleType) -> None:
+def test_example_metric_has_one_value_per_image(my_lab: ModuleType) -> None:
     x = torch.tensor([[[1.0, 2.0]], [[0.0, -1.0]]])
     assert my_lab.mean_absolute_error(x, torch.zeros(2, 1, 2)).tolist() == [1.5, 0.5]
 
 
-def test_the_mathematics_names_every_choice() -> None:
+def test_mathematics_page_names_every_choice() -> None:
     text = (DOCS / "mathematics.md").read_text()
     for group in ("schedule", "sampler", "guidance"):
         for path in (reference.CONF / group).glob("*.yaml"):
@@ -114,12 +114,12 @@ def test_the_mathematics_names_every_choice() -> None:
 
 
 @pytest.mark.slow
-def test_the_configuration_reference_is_up_to_date() -> None:
+def test_configuration_reference_is_up_to_date() -> None:
     page = (DOCS / "configuration.md").read_text()
     assert page == reference.configuration(), "conf/ or a constructor changed: run make reference"
 
 
-def test_the_configuration_reference_describes_every_key() -> None:
+def test_configuration_reference_describes_every_key() -> None:
     rows = (DOCS / "configuration.md").read_text().splitlines()
     for path in reference.files():
         for entry in reference.entries(path):
@@ -130,14 +130,14 @@ def test_the_configuration_reference_describes_every_key() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_exists(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if not target.startswith(("http", "mailto")):
             assert (page.parent / target).exists(), target
 
 
 @pytest.mark.slow
-def test_the_pages_build_without_a_warning_and_without_a_network(tmp_path: Path) -> None:
+def test_pages_build_without_warnings_or_external_resources(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS)]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -149,7 +149,7 @@ def test_the_pages_build_without_a_warning_and_without_a_network(tmp_path: Path)
     assert 'id="diffusion_lab.schedule.Cosine"' in (tmp_path / "api.html").read_text()
 
 
-def test_the_lambda_that_the_page_holds_the_rule_against() -> None:
+def test_mathematics_page_has_the_computed_values_of_lambda() -> None:
     """β_t / (α_t (σ_y² + r_t²)) on the linear schedule, for sigma_t = 0.5."""
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     schedule = Linear()

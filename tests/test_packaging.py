@@ -19,11 +19,11 @@ from diffusion_lab.runs.compose import CONFIG_PATH
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PLATFORM = {"torch", "torchvision"}  # gigabytes, and bound to the machine
+PLATFORM = {"torch", "torchvision"}  # several gigabytes, and specific to the machine
 
 
 def bounds() -> dict[str, str]:
-    """The oldest version of each dependency that a user may have."""
+    """Returns the oldest allowed version of each dependency."""
     wanted = [*PROJECT["dependencies"]]
     for extra in ("parquet", "fast", "features"):
         wanted += PROJECT["optional-dependencies"][extra]
@@ -32,10 +32,10 @@ def bounds() -> dict[str, str]:
 
 
 def environment(folder: Path) -> Path:
-    """An environment that finds what this one has, but not the checkout; its programs."""
+    """Creates an environment with the packages of this one except the checkout; returns bin/."""
     venv.create(folder, with_pip=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # The .pth file of an editable install is not followed from here: only the wheel is found.
+    # Python ignores further .pth files in that folder, such as that of an editable install.
     (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin"
 
@@ -48,7 +48,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.Complet
     )  # fmt: skip
 
 
-def test_the_version_is_said_once() -> None:
+def test_version_is_defined_once() -> None:
     assert "version" not in PROJECT and "version" in PROJECT["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", diffusion_lab.__version__)
 
@@ -66,7 +66,7 @@ def test_every_dependency_has_a_bound_and_a_reason() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_and_evaluates_outside_of_a_checkout(tmp_path: Path) -> None:
+def test_wheel_trains_and_evaluates_outside_of_a_checkout(tmp_path: Path) -> None:
     wheels, work = tmp_path / "wheels", tmp_path / "work"
     work.mkdir()
     built = run(
@@ -106,8 +106,8 @@ def test_the_wheel_trains_and_evaluates_outside_of_a_checkout(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_oldest_versions_that_are_allowed_work(tmp_path: Path) -> None:
-    """Those of the package's own dependencies; torch, and what these need in turn, are new."""
+def test_oldest_allowed_versions_work(tmp_path: Path) -> None:
+    """Direct dependencies have their oldest version; torch and indirect ones are as installed."""
     bin_ = environment(tmp_path / "venv")
     pins = [f"{name}=={version}" for name, version in bounds().items()]
     got = run(bin_ / "python", "-m", "pip", "install", "-q", "--no-deps", *pins, cwd=tmp_path)

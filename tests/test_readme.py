@@ -36,7 +36,7 @@ SMALL_TRAIN = ["trainer.max_steps=2", "trainer.accelerator=cpu"]
 SMALL_EVAL = ["sampler.steps=2", "num_samples=2", "trainer.accelerator=cpu"]
 
 
-def test_the_first_screen_names_the_two_commands() -> None:
+def test_readme_starts_with_make_demo_and_make_test() -> None:
     assert [c for c in COMMANDS if c.startswith("make ")][:2] == ["make demo", "make test"]
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
     assert {"demo", "test"} <= set(targets)
@@ -60,12 +60,12 @@ def small(command: str) -> list[str]:
         extra = ["num_samples=8", "num_seeds=1", "sampler.steps=2", "trainer.accelerator=cpu"]
     elif "eval.py" in command:
         extra = [*SMALL_EVAL, *([] if "generate" in command else ["num_images=2"])]
-        if "guidance=mmse" in command:  # one step, no other number
+        if "guidance=mmse" in command:  # MMSE accepts only one step
             extra.remove("sampler.steps=2")
     elif "resume=" in command:
         extra = ["trainer.max_steps=4"]
     elif "celeba" in command:
-        # A network with six levels takes seconds per image: the tiny one, on 256x256 pixels.
+        # A network with six levels takes seconds per image; a tiny one is used on 256x256 pixels.
         extra = [
             *SMALL_TRAIN, "network=unet_tiny", "data.batch_size=1", "sampler.steps=1",
             "samples.num_samples=1", "data.splits={train: 0.5, val: 0.3, test: 0.2}",
@@ -82,8 +82,8 @@ def run(lab: Command, command: str) -> Result:
     return lab("eval" if "eval.py" in command else "train", *small(command))
 
 
-# Commands that the quick tests run, by a part of each. All others are composed and checked by
-# test_a_slow_command_of_the_readme_is_valid, and run in the slow tests.
+# Parts of the commands that the fast tests run. All other commands are composed and checked by
+# test_slow_command_is_valid, and run in the slow tests.
 KINDS = [
     "debug=fdr", "task=generate num_samples", "guidance=mmse", " image=", "observation=",
     "model=pretrained", "eval.py run=", "eval.py resume=", "command.report",
@@ -100,13 +100,13 @@ def timed(command: str) -> object:
     return pytest.param(command, marks=pytest.mark.slow if is_slow(command) else ())
 
 
-def test_every_kind_of_command_is_there() -> None:
+def test_readme_has_every_kind_of_command() -> None:
     assert [kind for kind in KINDS if not any(kind in command for command in PYTHON)] == []
 
 
 @pytest.mark.parametrize("command", [c for c in PYTHON if ".py" in c and is_slow(c)])
-def test_a_slow_command_of_the_readme_is_valid(command: str) -> None:
-    """It composes, and the check of the command finds nothing. Of a sweep, the first job does."""
+def test_slow_command_is_valid(command: str) -> None:
+    """The configuration composes and passes validation; of a sweep, only the first job is used."""
     script, *words = shlex.split(command)[1:]
     sweep = "-m" in words
     overrides = [w for w in words if w != "-m" and not w.startswith("resume=")]
@@ -117,7 +117,7 @@ def test_a_slow_command_of_the_readme_is_valid(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", map(timed, PYTHON))
-def test_a_command_of_the_readme_runs(
+def test_command_runs(
     command: str,
     lab: Command,
     trained: Trained,
@@ -134,7 +134,7 @@ def test_a_command_of_the_readme_runs(
     if "eval.py resume=" in command:
         directory = command.rpartition("=")[2]
         small_one = ["num_images=2", "num_samples=2", "sampler.steps=2", "trainer.accelerator=cpu"]
-        with monkeypatch.context() as patch:  # an evaluation that is interrupted at its end
+        with monkeypatch.context() as patch:  # interrupts the evaluation at its end
             patch.setattr(Restoration, "finish", raise_os_error)
             assert lab("eval", *small_one, f"hydra.run.dir={directory}").code == 1
     for name in re.findall(r"(?:image|observation)=(\S+)", command):
@@ -192,7 +192,7 @@ def as_parquet(folder: Path) -> Path:
     return hub
 
 
-def test_the_first_example_samples_the_exact_posterior() -> None:
+def test_first_example_samples_the_exact_posterior() -> None:
     torch.manual_seed(0)
     names: dict = {}
     exec(EXAMPLES[0], names)
@@ -205,7 +205,7 @@ def test_the_first_example_samples_the_exact_posterior() -> None:
     torch.testing.assert_close(samples.std(0), std, rtol=0.2, atol=0)
 
 
-def test_the_example_of_a_run_runs(trained: Trained) -> None:
+def test_example_with_a_run_returns_images(trained: Trained) -> None:
     (code,) = EXAMPLES[1:]
     trained(RUN, "trainer.max_steps=2")
     names: dict = {}
@@ -214,7 +214,7 @@ def test_the_example_of_a_run_runs(trained: Trained) -> None:
     assert names["x_0"].abs().max() <= 1  # the last estimate is clipped
 
 
-def test_the_tables_are_the_generated_ones() -> None:
+def test_tables_are_the_generated_ones() -> None:
     results = {
         name: (machine.RESULTS / f"{name}.md").read_text() for name in ("denoising", "samplers")
     }
