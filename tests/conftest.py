@@ -1,6 +1,6 @@
-"""Settings of all tests, and the commands as fixtures.
+"""Settings of all tests, and fixtures that run the commands.
 
-Its place also makes the helpers beside it (`gaussian`) importable.
+Since this file is in tests/, pytest also makes the helper modules there importable.
 """
 
 import gc
@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 from hydra._internal.hydra import Hydra
 
@@ -32,7 +32,7 @@ from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import compose
 
-# Tensors are tiny here: threads that wait for each other on a busy machine cost up to 50 x.
+# Tensors are tiny; on a busy machine, several threads are up to 50 times slower than one.
 torch.set_num_threads(1)
 
 TINY = [  # a training that takes a second
@@ -49,7 +49,7 @@ TINY = [  # a training that takes a second
 
 
 def pytest_collection_finish() -> None:
-    """Exempts what is imported from garbage collection, which takes 5% of the time otherwise."""
+    """Excludes imported objects from garbage collection, which otherwise takes 5% of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -126,7 +126,7 @@ def lab(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a file system of a size, disk("64m"), or gives it another; returns its folder."""
+    """Mounts or resizes a small file system and returns its folder: disk("64m")."""
     path = tmp_path / "disk"
 
     def mount(size: str) -> Path:
@@ -150,7 +150,7 @@ def tiny(lab: Command) -> Callable[..., Result]:
 
     def run(*overrides: str) -> Result:
         resumed = any(text.startswith("resume=") for text in overrides)
-        flags = [text for text in overrides if text.startswith("-")]  # they come first
+        flags = [text for text in overrides if text.startswith("-")]  # flags precede overrides
         rest = [text for text in overrides if text not in flags]
         return lab("train", *flags, *([] if resumed else TINY), *rest)
 
@@ -202,7 +202,7 @@ def trained(lab: Command, tmp_path: Path, trainings: Callable[..., Path]) -> Cal
         shutil.copytree(source, directory)
         shutil.copytree(source.parent / "cache", tmp_path / "cache", dirs_exist_ok=True)
         old, new = str(source), str(tmp_path / directory)
-        for path in Path(directory).rglob("*"):  # paths.output_dir, and those of checkpoints
+        for path in Path(directory).rglob("*"):  # absolute paths in settings, logs and checkpoints
             if path.suffix in (".yaml", ".log", ".html"):
                 path.write_text(path.read_text().replace(old, new))
             elif path.suffix == ".ckpt":
@@ -215,9 +215,9 @@ def trained(lab: Command, tmp_path: Path, trainings: Callable[..., Path]) -> Cal
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Trains without an interruption, in a process of its own, once for each list of overrides.
+    """Trains without interruption in a separate process, once for each list of overrides.
 
-    Returns the working directory, where `crash_injection` leaves its notes.
+    Returns the working directory, which also has the records of `crash_injection`.
     """
     made: dict[tuple[str, ...], Path] = {}
 

@@ -31,7 +31,7 @@ ORTHOGONAL = torch.tensor([[1.0], [2.0]]).double() * torch.linalg.qr(MATRIX.T).Q
 
 
 def grade_schedule(schedule: Schedule) -> None:
-    """t = 0 is clean, r_t increases, `t_from_ratio` inverts it, and f, g and G belong to α, σ."""
+    """σ_0 = 0, r_t increases, `t_from_ratio` inverts it, and f, g, G are consistent with α, σ."""
     alpha_0, sigma_0 = schedule(torch.zeros((), dtype=torch.float64))
     assert float(alpha_0) == 1 and float(sigma_0) == 0
     t = torch.linspace(schedule.t_min, 1, 201, dtype=torch.float64)[1:-1]
@@ -54,7 +54,7 @@ def grade_schedule(schedule: Schedule) -> None:
 
 
 def grade_parameterization(parameterization: Parameterization, schedule: Schedule) -> None:
-    """The target of (x_0, ε) is turned back into x_0."""
+    """`denoised` recovers x_0 from the target of (x_0, ε)."""
     x_0 = torch.randn(8, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(8, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for t in (0.1, 0.5, 0.9):
@@ -106,9 +106,9 @@ def grade_guidance(
         sampler: Its sampler.
         schedule: The schedule.
         grade: "exact" compares both moments for a general prior and operator (for a deterministic
-            method the mean only); "isotropic" for the prior N(m, 0.5² I) and an operator with
-            orthogonal rows; "approximate" requires three quarters of the way from the prior's
-            mean to the posterior's, which a method that ignores y does not cover.
+            method the mean only); "isotropic" does so for the prior N(m, 0.5² I) and an operator
+            with orthogonal rows; "approximate" requires that the error of the mean is less than
+            a quarter of the distance between the means of the prior and of the posterior.
     """
     prior, matrix = (ISOTROPIC, ORTHOGONAL) if grade == "isotropic" else (PRIOR, MATRIX)
     observation, matrix = _observation(guidance, matrix)
