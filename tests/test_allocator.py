@@ -34,8 +34,8 @@ glibc = pytest.mark.skipif(
 
 
 @glibc
-def test_memory_that_is_freed_is_there_for_the_next_step() -> None:
-    """Five times three blocks of 20 MiB, before and after, as torch allocates tensors."""
+def test_freed_memory_is_reused_by_the_next_step() -> None:
+    """Counts page faults of five steps with three blocks of 20 MiB, before and after the call."""
     names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
     result = subprocess.run(
         [sys.executable, "-c", FAULTS, allocator.__file__],
@@ -43,7 +43,7 @@ def test_memory_that_is_freed_is_there_for_the_next_step() -> None:
         env={k: v for k, v in os.environ.items() if not k.startswith(names)},
     )  # fmt: skip
     plain, kept = map(int, result.stdout.split())
-    # Every page is new: of 4 KiB, or of 2 MiB with huge pages.
+    # Every page is new; it has 4 KiB, or 2 MiB with huge pages.
     assert plain >= 5 * 3 * 20 // 2
     assert kept < plain / 10
 
@@ -69,7 +69,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return library
 
 
-def test_the_thresholds_passed_to_glibc(library: Library) -> None:
+def test_thresholds_passed_to_glibc(library: Library) -> None:
     """malloc.h: M_MMAP_THRESHOLD is -3 and at most 32 MiB, M_TRIM_THRESHOLD is -1."""
     assert allocator.keep_memory()
     assert library.told == [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]
@@ -83,7 +83,7 @@ def test_the_thresholds_passed_to_glibc(library: Library) -> None:
         ("LD_PRELOAD", "/usr/lib/libjemalloc.so.2"), ("LD_PRELOAD", "libtcmalloc.so"),
     ],
 )  # fmt: skip
-def test_settings_of_the_user_stay(
+def test_settings_of_the_user_are_kept(
     library: Library, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setitem(allocator.os.environ, name, value)
@@ -91,7 +91,7 @@ def test_settings_of_the_user_stay(
 
 
 @pytest.mark.parametrize(("system", "libc"), [("darwin", ""), ("win32", ""), ("linux", "")])
-def test_other_systems_are_left_alone(
+def test_other_systems_are_not_changed(
     library: Library, monkeypatch: pytest.MonkeyPatch, system: str, libc: str
 ) -> None:
     monkeypatch.setattr(allocator.sys, "platform", system)

@@ -9,7 +9,7 @@ import pytest
 from diffusion_lab.atomic_io import atomic_file, write_atomic, write_csv
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.bin"
     assert write_atomic(path, b"old") == path
     with atomic_file(path) as file:
@@ -21,7 +21,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "a.partial"])
-def test_the_old_file_survives_an_error(
+def test_old_file_is_kept_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:
     path = write_atomic(tmp_path / "a.bin", b"old")
@@ -36,7 +36,7 @@ def test_the_old_file_survives_an_error(
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_a_table_is_read_back(tmp_path: Path) -> None:
+def test_csv_table_is_read_back_unchanged(tmp_path: Path) -> None:
     rows = [["a, b", 0.1, None], ['"c"', float("nan"), 3]]
     path = write_csv(tmp_path / "a.csv", ["name", "value", "n"], rows)
     with open(path, newline="") as file:

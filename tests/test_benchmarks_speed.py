@@ -55,18 +55,18 @@ def test_both_sides_train_and_sample_images_of_one_shape(weights: Path) -> None:
         assert 0 <= images.min() < images.max() <= 1
 
 
-def test_memory_is_what_a_step_holds_at_most() -> None:
+def test_memory_is_the_peak_of_a_step() -> None:
     size = 64 * 2**20
 
     def step() -> None:
-        torch.ones(size // 4)  # freed by its end: the memory after the step tells nothing
+        torch.ones(size // 4)  # freed before the end of the step
         torch.ones(size // 64)
 
     assert contestants._memory_of(step, "cpu") == pytest.approx(size, rel=0.1)
 
 
 class Stub:
-    """A side of known speed."""
+    """A side with a known speed."""
 
     def __init__(self, log: list, name: str, seconds: float) -> None:
         self.log, self.name, self.seconds = log, name, seconds
@@ -80,13 +80,13 @@ def test_sides_alternate() -> None:
     log: list = []
     pair = {name: Stub(log, name, s) for name, s in (("a", 0.1), ("b", 0.25))}
     assert time_alternately(pair, 3, 60) == {"a": [0.1] * 3, "b": [0.25] * 3}
-    # A turn of the slower one lasts half a second; no side is always the first.
+    # Two steps of the slower side last half a second; the first side changes in every round.
     assert log == [("a", 1), ("b", 1), *[(name, 2) for name in "abbaab"]]
     assert len(time_alternately(pair, 9, seconds=0)["a"]) == 3
     assert len(time_alternately(pair, 2, seconds=0, steps=1)["a"]) == 2
 
 
-def test_a_ratio_above_1_means_that_ours_is_better() -> None:
+def test_ratio_above_1_means_that_ours_is_better() -> None:
     ours, peer = [0.1, 0.2, 0.4, 0.2], [0.2, 0.2, 0.4, 0.6]  # ratios 2, 1, 1, 3
     row = report.row("train/x/float32", "cpu", "images/s", ours, peer, "p", flops=1e9, peak=1e10)
     assert row.keys() >= KEYS
@@ -107,7 +107,7 @@ SECONDS = {
 
 
 class Stubbed(command.Bench):
-    """A bench whose sides have known speeds; the peers have no memory for large batches."""
+    """A benchmark whose sides have known speeds and run out of memory for large batches."""
 
     def peak(self, dtype: str) -> None:
         self.peaks[dtype] = 1e11
@@ -151,9 +151,9 @@ def test_rows_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["memory/64/float32", "diffusers eager"]["ours"] == 110
     sampled = found["sample/faces/float32", "diffusers eager"]
     assert (sampled["ours"], sampled["gflops"]) == (50, 16 * FLOPS / 1e9 / 0.05)
-    assert not [name for name, _ in found if name.endswith("bf16")]  # float32 on our side
+    assert not [name for name, _ in found if name.endswith("bf16")]  # bfloat16 would be emulated
     assert found["framework/faces", "bare loop"]["ratio"] == 0.98
-    assert found["loader/jpeg", "torchvision ImageFolder"]["ours"] == 64  # of two cores
+    assert found["loader/jpeg", "torchvision ImageFolder"]["ours"] == 64  # per core
 
 
 def test_rows_of_a_gpu(
@@ -162,7 +162,7 @@ def test_rows_of_a_gpu(
     rows, _ = stubbed("cuda", tmp_path, monkeypatch, "train", "sample")
     assert {row["device"] for row in rows} == {"some GPU"}
     found = {(row["name"], row["peer_name"]): row for row in rows}
-    # The peers fit at half of the batch; what ours does alone is said.
+    # The peers need half of the batch size; the note has the result of ours at the full size.
     row = found["train/256/bf16", "diffusers compiled"]
     assert row["batch"] == 32
     assert (
@@ -175,7 +175,7 @@ def test_rows_of_a_gpu(
     assert "sample/256/bf16: 1600 of 900 a second (ours compiled, batch 64)" in printed
 
 
-def test_measurements_without_time_are_omitted(
+def test_measurements_beyond_the_time_limit_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Stubbed("cpu", 2, tmp_path, ["guided"], minutes=0)
@@ -183,7 +183,7 @@ def test_measurements_without_time_are_omitted(
     assert bench.skipped == ["guided/faces/float32", "guided/64/float32"]
 
 
-def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
+def test_new_rows_replace_old_rows_of_the_same_measurement() -> None:
     def rows(device: str, *names: str) -> list:
         return [report.row(n, device, "ms", [1.0], [2.0], "p", machine=device) for n in names]
 
@@ -193,12 +193,12 @@ def test_rows_that_are_measured_again_replace_the_old_ones() -> None:
     assert report.merge(old, new, everything=True) == [*rows("gpu", "a"), *new]
 
 
-def test_shares_are_of_the_newest_peak() -> None:
+def test_shares_are_relative_to_the_newest_peak() -> None:
     old = [
         report.row("train/a/float32", "cpu", "images/s", [1.0], [1.0], "b", flops=6e9, peak=5e9)
     ]
     peak = [report.row("peak/float32", "cpu", "GFLOP/s", [1 / 8e9], [1 / 7e9], "matmul")]
-    assert "share" not in old[0]  # above the peak: fewer operations are done than counted
+    assert "share" not in old[0]  # above 1: fewer operations are executed than counted
     assert report.merge(old, peak, everything=False)[0]["share"] == 0.75
     assert "share" not in report.merge([*old, *peak], [_slow_peak()], everything=False)[0]
 
@@ -207,7 +207,7 @@ def _slow_peak() -> dict:
     return report.row("peak/float32", "cpu", "GFLOP/s", [1 / 5e9], [1 / 4e9], "matmul")
 
 
-def test_a_cpu_that_supports_bfloat16_gets_bf16_rows(
+def test_cpu_with_bfloat16_support_has_bf16_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "emulates_bfloat16", lambda: False)
@@ -216,7 +216,7 @@ def test_a_cpu_that_supports_bfloat16_gets_bf16_rows(
     assert {f"{k}/{c}/bf16" for k in ("train", "sample") for c in ("faces", "64")} <= names
 
 
-def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_shows_the_values_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stubbed("cpu", tmp_path, monkeypatch)
     blocks: dict[str, str] = {}
 
@@ -228,7 +228,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "latest.json").read_text()) == rows
     page = (tmp_path / "speed.md").read_text()
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
-    read = [c for c in cells if len(c) == 10][2:]  # but for the head
+    read = [c for c in cells if len(c) == 10][2:]  # without the header
     assert [(c[0], c[4], c[3], c[9]) for c in read] == [
         (r["name"], r["peer_name"], r["unit"], r.get("note", "")) for r in rows
     ]
@@ -242,7 +242,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert blocks["README.md"].count("| training step") == 1
 
 
-def test_the_pages_show_the_newest_rows() -> None:
+def test_pages_show_the_newest_rows() -> None:
     path = machine.RESULTS / "latest.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     assert all(row.keys() >= KEYS for row in rows)
@@ -253,7 +253,7 @@ def test_the_pages_show_the_newest_rows() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_runs_with_a_tiny_network(
+def test_benchmark_runs_with_a_tiny_network(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     found: list = []

@@ -1,7 +1,7 @@
 """Every schedule, parameterization, loss, sampler, method and operator of conf/ is graded.
 
-The files are found, not listed: a new YAML is composed, built and graded without a change here.
-Exceptions are entries with a reason. The last tests plant wrong components in another
+The tests search for the files, so a new YAML file is composed, built and graded without a change
+here. Exceptions are listed with a reason. The last tests add wrong components in another
 configuration directory and assert that each grader rejects them.
 """
 
@@ -147,7 +147,7 @@ def test_every_option_of_conf_passes_its_grader(option: str) -> None:
 
 
 @pytest.mark.parametrize("group", ["schedule", "parameterization", "loss", "sampler", "guidance"])
-def test_every_option_has_a_class_of_its_own(group: str) -> None:
+def test_every_option_has_its_own_class(group: str) -> None:
     before = ["sampler=ancestral"] if group == "guidance" else []  # methods override the sampler
     targets = [composed(*before, option)[group]._target_ for option in options(group)]
     assert len(set(targets)) == len(targets)
@@ -246,7 +246,7 @@ def test_graders_find_and_reject_a_wrong_component(group: str, planted: Path) ->
         CHECKS[group](wrong, planted)
 
 
-def test_the_grade_of_approximate_methods_rejects_one_that_ignores_y(
+def test_approximate_grade_rejects_a_method_that_ignores_y(
     planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(APPROXIMATE, "guidance=wrong", "ignores y")

@@ -79,7 +79,7 @@ class Example:
         self.a, self.kind = a, kind
 
 
-def test_a_checked_constructor_names_argument_value_and_allowed_values() -> None:
+def test_checked_constructor_names_argument_and_allowed_values() -> None:
     assert Example(2).a == 2 and Example(a=1, kind="y").kind == "y"
     with pytest.raises(ArgumentError, match=r"^a=0 is not allowed; it must be a number > 0$"):
         Example(0)
@@ -91,14 +91,14 @@ def test_a_checked_constructor_names_argument_value_and_allowed_values() -> None
         Example(1, unknown=2)
 
 
-def test_errors_are_value_errors_with_their_parts() -> None:
+def test_error_is_a_value_error_with_name_and_value() -> None:
     with pytest.raises(ValueError) as caught:
         Example(-1)
     assert (caught.value.name, caught.value.value) == ("a", -1)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_annotations_of_functions_classes_and_others() -> None:
+def test_annotations_of_functions_classes_and_partials() -> None:
     assert annotations(Example)["a"] == Positive
     assert "self" not in annotations(Example)
 

@@ -63,7 +63,7 @@ def imported(name: str) -> object:
 
 
 @pytest.mark.parametrize("old", MODULES)
-def test_an_old_module_is_the_new_one(old: str) -> None:
+def test_old_module_is_the_new_one(old: str) -> None:
     try:
         module = importlib.import_module(old)
     except ModuleNotFoundError as error:
@@ -80,7 +80,7 @@ def test_every_target_of_the_previous_release_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("old", NAMES)
-def test_a_renamed_target_exists(old: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_renamed_target_exists(old: str, caplog: pytest.LogCaptureFixture) -> None:
     new = current_target(old)
     assert new == NAMES[old] != old and current_target(new) == new
     assert callable(imported(new))
@@ -88,7 +88,7 @@ def test_a_renamed_target_exists(old: str, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("old", KEYS)
-def test_a_renamed_key_is_replaced(old: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_renamed_key_is_replaced(old: str, caplog: pytest.LogCaptureFixture) -> None:
     new = KEYS[old]
     group, bracket, rest = old.partition("[")
     choice, _, key = rest.partition("].")
@@ -97,14 +97,14 @@ def test_a_renamed_key_is_replaced(old: str, caplog: pytest.LogCaptureFixture) -
     assert "is deprecated" in caplog.text and new in caplog.text
 
 
-def test_present_names_and_keys_are_unchanged(caplog: pytest.LogCaptureFixture) -> None:
+def test_current_names_and_keys_are_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     overrides = ["sampler=ddim", "~logger", "+x.y=[a, 'b=c']", "seed=1"]
     assert current_overrides(overrides) == overrides
     assert current_target("diffusion_lab.nn.UNet") == "diffusion_lab.nn.UNet"
     assert not caplog.text
 
 
-def test_an_old_target_is_instantiated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_old_target_is_instantiated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     node = {"_target_": "diffusion_lab.tracking.csv.MetricsCSV", "directory": str(tmp_path)}
     assert isinstance(instantiate(node, "logger.csv"), MetricsCSV)
     assert "use diffusion_lab.logger.csv_logger.MetricsCSV" in caplog.text
@@ -119,11 +119,11 @@ def test_an_old_target_is_instantiated(tmp_path: Path, caplog: pytest.LogCapture
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_an_old_command_runs_the_new_one(
+def test_old_command_runs_the_new_one(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """`python -m <old>` executes what runpy executes here."""
+    """`runpy` executes the module as `python -m <old>` does."""
     for name in (old, f"{old}.__main__"):  # a new process has not imported them
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "argv", ["-", "--help"])

@@ -132,7 +132,7 @@ def move(module: DiffusionModule) -> None:
         ),
     ],
 )
-def test_a_step_without_a_row_waits_for_nothing(
+def test_step_without_a_log_row_does_not_synchronize(
     tmp_path: Path, schedule: Any, parts: dict, network: dict
 ) -> None:
     module = DiffusionModule(
@@ -147,7 +147,7 @@ def test_a_step_without_a_row_waits_for_nothing(
 
 
 def _waits(module: DiffusionModule, folder: Path) -> tuple[dict, dict]:
-    """Synchronizations in a training step, and in one that is known to wait."""
+    """Counts synchronizations in a training step, and in a read that is known to synchronize."""
     for name in ("synchronize", "max_memory_allocated", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, lambda device: 0)
     labelled = module.network.classes > 0
@@ -159,7 +159,7 @@ def _waits(module: DiffusionModule, folder: Path) -> tuple[dict, dict]:
         ]  # fmt: skip
         fit = Fit(module, callbacks, every=50)
         batch = make_batch(labelled)
-        fit.step(dict(batch))  # what is counted, listed or measured once
+        fit.step(dict(batch))  # the first step does one-time work
         with Watch() as watch:
             fit.step(dict(batch))
         assert module.skipped.device == GPU and fit.global_step == 2

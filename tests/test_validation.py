@@ -1,6 +1,6 @@
 """Every key of conf/ is constrained, and a value outside of its constraint is refused by name.
 
-Wrong values are derived from the annotations themselves: just outside of a range, and of another
+Wrong values are derived from the annotations: they are just outside of a range, or of another
 type. The annotations are tested in `test_constraints.py`, the ranges by the reference page.
 """
 
@@ -64,7 +64,7 @@ def test_every_key_is_constrained_and_wrong_values_are_named(path: Path) -> None
         raw = copy.deepcopy(node._get_node(entry.name))
         wrong = wrong_values(annotation)
         assert len(wrong) > 2, entry.key
-        value = wrong[-1]  # all of them are refused alike
+        value = wrong[-1]  # all wrong values are refused in the same way
         OmegaConf.update(config, entry.key, value, merge=False)
         try:
             check_values(config, keys)
@@ -87,7 +87,7 @@ def test_every_key_is_constrained_and_wrong_values_are_named(path: Path) -> None
         ("eval", "sampler.clip=maybe"),
     ],
 )
-def test_a_value_is_refused_before_data_or_weights_are_opened(
+def test_invalid_value_is_refused_before_data_or_weights_are_opened(
     command: str, override: str, lab: Command
 ) -> None:
     nowhere = ["data.source=/nowhere"] if command == "train" else ["run=/nowhere", "task=deblur"]
@@ -114,7 +114,7 @@ def test_unknown_keys_are_refused(override: str, message: str, lab: Command) -> 
     assert result.code == 1 and message in result.text, result.text
 
 
-def test_a_group_of_keys_is_not_a_value() -> None:
+def test_value_in_place_of_a_group_is_refused() -> None:
     config = compose("train", ["++paths.output_dir=out"])
     OmegaConf.update(config, "ema", 3, merge=False)
     with pytest.raises(ConfigError, match=r"^ema(=3|\.)"):
