@@ -48,20 +48,20 @@ def test_freed_memory_is_reused_by_the_next_step() -> None:
     assert kept < plain / 10
 
 
-class Library:
-    """Records the calls of mallopt."""
+class FakeLibrary:
+    """A C library that records the calls of mallopt."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, int]] = []
+        self.calls: list[tuple[int, int]] = []
 
     def mallopt(self, parameter: int, value: int) -> int:
-        self.told.append((parameter, value))
+        self.calls.append((parameter, value))
         return 1
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    library = Library()
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    library = FakeLibrary()
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
@@ -69,10 +69,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return library
 
 
-def test_thresholds_passed_to_glibc(library: Library) -> None:
+def test_thresholds_passed_to_glibc(library: FakeLibrary) -> None:
     """malloc.h: M_MMAP_THRESHOLD is -3 and at most 32 MiB, M_TRIM_THRESHOLD is -1."""
     assert allocator.keep_memory()
-    assert library.told == [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]
+    assert library.calls == [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_thresholds_passed_to_glibc(library: Library) -> None:
     ],
 )  # fmt: skip
 def test_settings_of_the_user_are_kept(
-    library: Library, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setitem(allocator.os.environ, name, value)
-    assert not allocator.keep_memory() and not library.told
+    assert not allocator.keep_memory() and not library.calls
 
 
 @pytest.mark.parametrize(("system", "libc"), [("darwin", ""), ("win32", ""), ("linux", "")])
 def test_other_systems_are_not_changed(
-    library: Library, monkeypatch: pytest.MonkeyPatch, system: str, libc: str
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, system: str, libc: str
 ) -> None:
     monkeypatch.setattr(allocator.sys, "platform", system)
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: (libc, ""))
-    assert not allocator.keep_memory() and not library.told
+    assert not allocator.keep_memory() and not library.calls

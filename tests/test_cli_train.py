@@ -297,7 +297,7 @@ def test_folder_without_images_and_corrupt_image_are_named(tiny: Command, tmp_pa
     assert result.code == 1
     assert str(folder / "7.png") in result.text
     assert "data.on_error=skip" in result.text
-    assert not list((tmp_path / "cache").glob("*/manifest.json")), "a half-made cache is taken"
+    assert not list((tmp_path / "cache").glob("*/manifest.json")), "an incomplete cache is used"
     result = tiny(*source, "data.on_error=skip", "data.batch_size=2", "trainer.max_steps=1")
     assert result.code == 0, result.text
     assert f"skipped: {folder / '7.png'}" in result.text

@@ -58,7 +58,9 @@ def test_command_line_overrides_the_experiment() -> None:
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_key_has_a_comment(path: Path) -> None:
     lines = path.read_text().splitlines()
-    assert any(line.startswith("# ") for line in lines[:2]), "the file does not say what it is"
+    assert any(line.startswith("# ") for line in lines[:2]), (
+        "the file does not start with a description"
+    )
     for line in lines:
         key = re.match(r"\s*([a-z_0-9]+): *\S", line)
         assert not key or key[1] in ("_target_", "_partial_") or " # " in line, line
@@ -91,7 +93,7 @@ def test_every_experiment_runs(experiment: str, full: bool, lab: Command, tmp_pa
         *overrides,
     )
     assert result.code == 0, result.text
-    assert not (tmp_path / "outputs" / "train").exists(), "a debug run is no run"
+    assert not (tmp_path / "outputs" / "train").exists(), "a debug run is in the directory of runs"
 
 
 def make_photos(folder: Path, count: int, size: int) -> None:

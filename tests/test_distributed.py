@@ -35,7 +35,7 @@ def command(script: str, *overrides: str) -> str:
     return result.stdout
 
 
-def elastic(tmp_path: Path, *overrides: str) -> None:
+def train_and_record(tmp_path: Path, *overrides: str) -> None:
     """Runs train.py in a separate process and records the images of each rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / "crash_injection.py"
@@ -58,14 +58,14 @@ def test_run_can_be_resumed_with_another_number_of_devices(
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     tiny = [text for text in TINY if not text.startswith(OWN)]
     splits = "data.splits={train: 62, val: 16, test: 16}"
-    elastic(
+    train_and_record(
         tmp_path, *tiny, splits, "trainer=ddp_sim", "data.batch_size=4",
         f"data.drop_last={drop_last}", f"data.order={order}", "data.interleave=2",
         "trainer.max_steps=3", "hydra.run.dir=run",
         "trainer.val_check_interval=2",
     )  # fmt: skip
-    elastic(tmp_path, "resume=run", "trainer.devices=1", "trainer.max_steps=6")
-    elastic(tmp_path, "resume=run", "trainer.devices=3", "trainer.max_steps=16")
+    train_and_record(tmp_path, "resume=run", "trainer.devices=1", "trainer.max_steps=6")
+    train_and_record(tmp_path, "resume=run", "trainer.devices=3", "trainer.max_steps=16")
     places = seen(tmp_path)
     epochs: dict[int, list[int]] = {}
     for (_, epoch, _), ids in sorted(places.items()):
@@ -161,7 +161,7 @@ def test_training_and_evaluation_agree_with_one_and_two_processes(
         shutil.rmtree("e2")
 
 
-class Travel(Callback):
+class RecordCommunication(Callback):
     """Records the communication between devices, and saves the final weights."""
 
     def __init__(self, path: Path) -> None:
@@ -199,7 +199,7 @@ class Travel(Callback):
             torch.save(facts, self.path)
 
 
-class Halves(Dataset):
+class SharedBatches(Dataset):
     """Batches of eight images, of which each of two devices has four."""
 
     def __init__(self, world: int) -> None:
@@ -225,7 +225,7 @@ def test_only_gradients_are_communicated_and_once_per_step(tmp_path: Path, micro
         callbacks = [LastCheckpoint(str(tmp_path / name), 1000)]
         if world > 1:
             set_up_ddp(micro, start_method="fork")
-            callbacks.append(Travel(tmp_path / f"{name}.pt"))
+            callbacks.append(RecordCommunication(tmp_path / f"{name}.pt"))
         trainer = Trainer(
             accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto",
             use_distributed_sampler=False, logger=False, enable_progress_bar=False,
@@ -233,7 +233,7 @@ def test_only_gradients_are_communicated_and_once_per_step(tmp_path: Path, micro
             accumulate_grad_batches=micro, log_every_n_steps=1000,
         )  # fmt: skip
         set_up_ddp(1)
-        trainer.fit(module, DataLoader(Halves(world), batch_size=None))
+        trainer.fit(module, DataLoader(SharedBatches(world), batch_size=None))
         if world > 1:
             return torch.load(tmp_path / f"{name}.pt")
         return {"weights": {k: p.detach() for k, p in network.named_parameters()}}

@@ -144,7 +144,7 @@ def test_pages_build_without_warnings_or_external_resources(tmp_path: Path) -> N
     page = (tmp_path / "mathematics.html").read_text()
     formulas = re.findall(r"<math .*?</math>", page, flags=re.S)
     assert len(formulas) > 100
-    assert not [f for f in formulas if "\\" in f], "a command that is not known"
+    assert not [f for f in formulas if "\\" in f], "an unknown command"
     assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="(?:https?:)?//', page)
     assert 'id="diffusion_lab.schedule.Cosine"' in (tmp_path / "api.html").read_text()
 

@@ -89,7 +89,7 @@ def _copy(tree: dict) -> dict:
     return {key: _copy(node) if isinstance(node, dict) else node for key, node in tree.items()}
 
 
-@pytest.mark.skipif(plugins.installed("hydra_ray_launcher"), reason="Ray is installed here")
+@pytest.mark.skipif(plugins.installed("hydra_ray_launcher"), reason="Ray is installed")
 def test_sweep_with_a_missing_plugin_is_refused(tiny: Command) -> None:
     result = tiny("-m", "launcher=ray", "seed=0,1", "hydra.sweep.dir=s")
     assert result.code == 1
@@ -188,7 +188,7 @@ def test_signal_is_sent_to_every_rank(
     assert signal.getsignal(signal.Signals[number]) is handler
 
 
-def _follower(pid: int) -> None:
+def _child(pid: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     exit_with_parent(pid)
     time.sleep(600)
@@ -196,23 +196,23 @@ def _follower(pid: int) -> None:
 
 def test_job_ends_when_its_parent_process_ends() -> None:
     context = multiprocessing.get_context("fork")
-    leader = subprocess.Popen(["sleep", "600"])
-    follower = context.Process(target=_follower, args=(leader.pid,))
-    follower.start()
+    parent = subprocess.Popen(["sleep", "600"])
+    child = context.Process(target=_child, args=(parent.pid,))
+    child.start()
     time.sleep(0.2)
-    assert follower.is_alive()
-    leader.kill()
-    leader.wait()
-    follower.join(10)
-    assert follower.exitcode == -signal.SIGTERM
+    assert child.is_alive()
+    parent.kill()
+    parent.wait()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM
 
 
-def _agreeing(k: int, variables: dict[str, str], queue: Any, everyone: Any) -> None:
+def _broadcast(k: int, variables: dict[str, str], queue: Any, barrier: Any) -> None:
     os.environ.update({name: value.format(k=k) for name, value in variables.items()})
     rank_zero_only.rank = k
     rank_info._store.cache_clear()
     queue.put((k, rank_info.broadcast_from_rank_zero(f"directory of {k}")))
-    everyone.wait()  # rank 0 must not exit before the others have read
+    barrier.wait()  # rank 0 must not exit before the others have read
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_externally_started_ranks_use_the_directory_of_rank_0(variables: dict[st
     port = {"MASTER_PORT": str(launcher._free_port())}
     more = (queue, context.Barrier(3))
     ranks = [
-        context.Process(target=_agreeing, args=(k, variables | port, *more)) for k in (2, 1, 0)
+        context.Process(target=_broadcast, args=(k, variables | port, *more)) for k in (2, 1, 0)
     ]
     for process in ranks:
         process.start()
@@ -241,74 +241,76 @@ def test_externally_started_ranks_use_the_directory_of_rank_0(variables: dict[st
     assert rank_info.broadcast_from_rank_zero("my own") == "my own"
 
 
-# --- with the plugins ---------------------------------------------------------------------------
+# --- sweeps with plugins -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LAB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
 @pytest.mark.slow
-def test_joblib_runs_a_sweep(here: Path) -> None:
+def test_joblib_runs_a_sweep(workdir: Path) -> None:
     sweep("launcher=joblib", *JOBS)
 
 
 @pytest.mark.slow
-def test_submitit_local_runs_jobs_with_two_devices(here: Path) -> None:
+def test_submitit_local_runs_jobs_with_two_devices(workdir: Path) -> None:
     sweep("launcher=submitit_local", "trainer=ddp_sim", *SMALL)
-    logs = [path.read_text() for path in here.glob("s/.submitit/*/*_log.out")]
+    logs = [path.read_text() for path in workdir.glob("s/.submitit/*/*_log.out")]
     assert len(logs) == 2 and all("finished: " in text for text in logs)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not plugins.installed("hydra_ray_launcher"), reason="Ray is not installed")
-def test_ray_runs_a_sweep(here: Path) -> None:
-    sweep("launcher=ray", *JOBS, RAY_USAGE_STATS_ENABLED="0", HOME=str(here))
+def test_ray_runs_a_sweep(workdir: Path) -> None:
+    sweep("launcher=ray", *JOBS, RAY_USAGE_STATS_ENABLED="0", HOME=str(workdir))
 
 
 @pytest.mark.slow
-def test_slurm_runs_jobs_with_two_devices(here: Path) -> None:
+def test_slurm_runs_jobs_with_two_devices(workdir: Path) -> None:
     """The cluster is simulated by the commands of fake_slurm.py."""
     for name in ("sbatch", "srun", "sacct"):
-        program = here / "bin" / name
+        program = workdir / "bin" / name
         program.parent.mkdir(exist_ok=True)
         code = (Path(__file__).parent / "fake_slurm.py").read_text()
         program.write_text(f"#!{sys.executable}\n{code}")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    path = f"{here / 'bin'}:{os.environ['PATH']}"
-    sweep("launcher=slurm", "trainer=ddp_sim", *SMALL, PATH=path, CLUSTER=str(here / "cluster"))
-    [script] = here.glob("s/.submitit/*/*_submission.sh")
+    path = f"{workdir / 'bin'}:{os.environ['PATH']}"
+    sweep("launcher=slurm", "trainer=ddp_sim", *SMALL, PATH=path, CLUSTER=str(workdir / "cluster"))
+    [script] = workdir.glob("s/.submitit/*/*_submission.sh")
     assert "--ntasks-per-node=2" in script.read_text()
     assert "--gpus-per-node=0" in script.read_text()
-    results = sorted(path.name[-14:] for path in here.glob("s/.submitit/*/*_result.pkl"))
+    results = sorted(path.name[-14:] for path in workdir.glob("s/.submitit/*/*_result.pkl"))
     assert results == ["0_0_result.pkl", "0_1_result.pkl", "1_0_result.pkl", "1_1_result.pkl"]
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in "".join(
-        path.read_text() for path in here.glob("s/.submitit/*/*_log.err")
+        path.read_text() for path in workdir.glob("s/.submitit/*/*_log.err")
     )
 
 
 @pytest.mark.slow
-def test_torchrun_creates_one_directory(here: Path) -> None:
+def test_torchrun_creates_one_directory(workdir: Path) -> None:
     """The second rank starts 1.5 s later, so its own directory name would differ."""
     late = "import os, runpy, sys, time; time.sleep(1.5 * int(os.environ['RANK'])); "
     run = f"sys.argv = {[str(TRAIN), *TINY, 'trainer=ddp_sim', 'trainer.max_steps=2']}; "
-    (here / "late.py").write_text(f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')")
+    (workdir / "late.py").write_text(
+        f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     command = [sys.executable, "-m", "torch.launcher.run", "--standalone"]
     result = subprocess.run(
         [*command, "--nproc-per-node=2", "late.py"], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    [run] = here.glob("outputs/train/*/*")
+    [run] = workdir.glob("outputs/train/*/*")
     assert (run / "finished.json").exists() and (run / ".hydra" / "config.yaml").exists()
     assert result.stdout.count("finished: ") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_terminated_sweep_leaves_no_process(launcher: str, here: Path) -> None:
+def test_terminated_sweep_leaves_no_process(launcher: str, workdir: Path) -> None:
     if not find_spec("hydra_plugins"):
         pytest.skip("no plugin is installed")
     jobs = [text for text in JOBS if not text.startswith("trainer.max_steps")]
@@ -316,14 +318,14 @@ def test_terminated_sweep_leaves_no_process(launcher: str, here: Path) -> None:
     with open("text", "w") as text:
         process = subprocess.Popen(
             [*command, "trainer.max_steps=1000000"],
-            stdout=text, stderr=text, env={**os.environ, "MARK": str(here)},
+            stdout=text, stderr=text, env={**os.environ, "MARK": str(workdir)},
         )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(here.glob("s/*/metrics.csv")) and time.monotonic() < deadline:
+    while not list(workdir.glob("s/*/metrics.csv")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    while (left := _marked(str(here))) and time.monotonic() < deadline + 60:
+    while (left := _marked(str(workdir))) and time.monotonic() < deadline + 60:
         time.sleep(0.5)
     for pid in left:
         os.kill(pid, signal.SIGKILL)

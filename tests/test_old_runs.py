@@ -22,7 +22,7 @@ RUN = Path(__file__).parent / "fixtures" / "run_0_1"
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
-    """A writable copy."""
+    """Returns a writable copy of the run."""
     copy = tmp_path / "old"
     shutil.copytree(RUN, copy)
     return copy

@@ -117,7 +117,7 @@ def test_job_with_two_devices_does_not_affect_the_next_job(tiny: Command) -> Non
     assert result.code == 0, result.text
     assert not torch.distributed.is_initialized()
     changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
-    assert changed <= {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}, "seeds alone, which each job sets"
+    assert changed <= {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}, "other variables than seeds"
     assert torch.get_num_threads() == threads
     assert {p.name for p in Path("s").iterdir()} == {
         "0", "1", "multirun.yaml", "report.html", "summary.csv"

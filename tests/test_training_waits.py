@@ -44,7 +44,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in args if isinstance(x, Tensor)]
         if function in (aten._local_scalar_dense.default, aten.nonzero.default):
-            self.counts["asked"] += tensors[0].device.type == "cuda"
+            self.counts["read"] += tensors[0].device.type == "cuda"
         if function is aten._to_copy.default:
             here = tensors[0].device.type
             there = torch.device(kwargs.get("device") or here).type
@@ -141,12 +141,12 @@ def test_step_without_a_log_row_does_not_synchronize(
     )  # fmt: skip
     # In a separate process, because fake tensors make torch assume a GPU afterwards.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
-        asked, control = process.submit(_waits, module, tmp_path).result()
-    assert asked == {}
+        counts, control = process.submit(_count_synchronizations, module, tmp_path).result()
+    assert counts == {}
     assert control == {"cuda to cpu": 1}
 
 
-def _waits(module: DiffusionModule, folder: Path) -> tuple[dict, dict]:
+def _count_synchronizations(module: DiffusionModule, folder: Path) -> tuple[dict, dict]:
     """Counts synchronizations in a training step, and in a read that is known to synchronize."""
     for name in ("synchronize", "max_memory_allocated", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, lambda device: 0)
