@@ -57,6 +57,7 @@ def test_job_of_a_sweep_can_be_resumed(tiny: Command) -> None:
     assert load_checkpoint(Path("s/1/checkpoints/last.ckpt"))["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_wandb_id(tiny: Command) -> None:
     assert tiny("logger=wandb", "trainer.max_steps=2", "hydra.run.dir=a").code == 0
     identity = Path("a/wandb_id").read_text()

@@ -47,6 +47,7 @@ def distance(ema: bool) -> float:
     return frechet_distance(Moments.of(drawn), Moments.of(real))
 
 
+@pytest.mark.slow
 def test_fid_of_the_ema_weights_is_measured_at_the_configured_steps(
     tiny: Callable[..., Result],
 ) -> None:

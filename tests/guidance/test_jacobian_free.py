@@ -536,7 +536,9 @@ def test_likelihood_step_without_noise_samples_on_the_constraint_plane() -> None
     close(covariance, 0.7**2 * (np.eye(D) - PINV @ A))
 
 
-@pytest.mark.parametrize("size, tolerance", [(0.1, 0.12), (0.02, 0.025)])
+@pytest.mark.parametrize(
+    "size, tolerance", [(0.1, 0.12), pytest.param(0.02, 0.025, marks=pytest.mark.slow)]
+)
 def test_langevin_steps_for_nonlinear_operators_sample_the_conditional(size, tolerance) -> None:
     """The steps are scaled with σ_y, and the law is correct to first order in the step size.
 

@@ -86,11 +86,17 @@ IN_MINUTES = [
     pytest.param(name, marks=() if name == "linear" else pytest.mark.slow) for name in SCHEDULES
 ]
 # These take hundreds of steps.
-LONG = ["ancestral large", "ddim eta 1", "flow euler_maruyama", "sub-vp euler_maruyama"]
+LONG = [
+    "ancestral 500 uniform", "ancestral large", "ddim eta 1", "flow euler_maruyama",
+    "predictor_corrector 250", "sub-vp euler_maruyama",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", IN_MINUTES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.slow if row in LONG else ()) for row in ROWS],
+)
 def test_samplers_converge_to_the_mixture(row: str, schedule: str) -> None:
     sampler, bound = ROWS[row]
     ratio, shares = graded(sampler, SCHEDULES[schedule])

@@ -129,7 +129,8 @@ GUIDED = [
     ("make", "schedule", "guidance", "operator"),
     [(make, Linear, None, Identity()) for make in PLAIN]
     + [(make, VP, None, Identity()) for make in (Ancestral, EulerMaruyama, Heun)]
-    + [(make, Cosine, *method) for method in GUIDED for make in (Ancestral, DDIM)],
+    + [(Ancestral, Cosine, *method) for method in GUIDED]
+    + [pytest.param(DDIM, Cosine, *method, marks=pytest.mark.slow) for method in GUIDED],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_steps_do_not_synchronize_with_the_device(
