@@ -436,22 +436,22 @@ def test_replacement_with_the_identity_operator() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("repeats, jump", [(1, 1), (3, 1), (2, 12)])
+@pytest.mark.parametrize("repeats, jump", [(3, 1), (2, 6)])
 @pytest.mark.parametrize("sigma_y", [0.1, 0.5])
-def test_repeats_keep_the_posterior_of_a_noisy_observation(
-    sigma_y: float, repeats: int, jump: int
-) -> None:
-    """All elements are observed. With jumps from below σ_y each pass would forget a part of y."""
-    prior = Gaussian(MEAN, COVARIANCE)
-    y = numbers(1, D)[0]
-    sampler = EulerMaruyama(40, grid=LogSNR())
-    mean, covariance = exact_moments(
-        Replacement(repeats, jump), sampler, y, sigma_y, Identity(), 120 * repeats, VP()
+def test_repeats_keep_a_noisy_observation(sigma_y: float, repeats: int, jump: int) -> None:
+    """All elements are observed: repeats do not change the samples, which are those given y.
+
+    With jumps from levels below σ_y, each pass would forget a part of y.
+    """
+    y, sampler = numbers(1, D)[0], EulerMaruyama(20, grid=LogSNR())
+    once, several = (
+        exact_moments(method, sampler, y, sigma_y, Identity(), 60 * repeats, VP())
+        for method in (Replacement(), Replacement(repeats, jump))
     )
-    exact = prior.posterior(y, Identity(), sigma_y)
-    ratio = torch.linalg.eigvals(torch.linalg.solve(exact.covariances[0], covariance)).real
-    assert float(ratio.min()) > 0.7 and float(ratio.max()) < 1.5
-    assert float(((mean - exact.means[0]) / exact.covariances[0].diag().sqrt()).abs().max()) < 0.1
+    for one, other in zip(once, several, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    exact = Gaussian(MEAN, COVARIANCE).posterior(y, Identity(), sigma_y)
+    assert float((once[0] - exact.means[0]).abs().max()) < 0.25 * sigma_y
 
 
 def exact_moments(
