@@ -15,6 +15,7 @@ from diffusion_lab.callback.checkpoint import LastCheckpoint
 from diffusion_lab.callback.trainer_state import diffusion_module
 from diffusion_lab.constraints import PositiveInt, checked
 from diffusion_lab.errors import RunError
+from diffusion_lab.runs.shell import shell_command
 from diffusion_lab.training.module import should_log
 
 
@@ -27,7 +28,7 @@ class NaNGuard(Callback):
         patience: Number N of consecutive skipped steps that stops the run.
 
     Raises:
-        RunError: After N skipped steps; names the last checkpoint, which is intact.
+        RunError: After N skipped steps; names the last checkpoint.
     """
 
     @checked
@@ -67,15 +68,20 @@ class NaNGuard(Callback):
     def _message(self, trainer: Trainer) -> str:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Trainer.__init__
         last = next((c for c in callbacks if isinstance(c, LastCheckpoint)), None)
-        kept = "there is no checkpoint yet"
-        if last is not None and last.path.exists():
-            kept = (
-                f"{last.path}, after step {last.saved_step}, is intact: continue with "
-                f"resume={last.path.parent.parent}"
-            )
-        return (
+        text = (
             f"training stopped at step {self.step}: loss or gradient was not finite in "
             f"{int(self.longest)} steps in a row, which were skipped (nan_guard.patience="
-            f"{self.patience}). {kept[0].upper()}{kept[1:]}; lower optimizer.lr, or look for "
-            "non-finite images or weights"
+            f"{self.patience}). "
         )
+        if last is None or not last.path.exists():
+            text += "There is no checkpoint yet"
+            return f"{text}; lower optimizer.lr, or look for non-finite images"
+        text += f"{last.path} holds the state after step {last.saved_step}, before these steps. "
+        resume = shell_command("train", resume=last.path.parent.parent)
+        useless = trainer.global_step - last.saved_step <= int(self.longest)  # perhaps
+        if useless:
+            return (
+                f"{text}Start a new run with a lower optimizer.lr, or, if non-finite images are "
+                f"the cause, continue without them: {resume}"
+            )
+        return f"{text}Lower optimizer.lr or remove non-finite images, and continue with: {resume}"

@@ -35,7 +35,7 @@ def report(directory: Path) -> Path:
         if (directory / runs.PARTIAL_DIR).exists() or not page.exists():
             raise RunError(
                 f"{directory} holds an evaluation that is not finished; continue it with: "
-                f"python eval.py resume={directory}"
+                f"{runs.shell_command('eval', resume=directory)}"
             )
     elif not (directory / "leaderboard.csv").exists():
         write_training_report(directory)

@@ -7,6 +7,7 @@ __all__ = [
     "OBJECTIVE",
     "PARTIAL_DIR",
     "AtomicCheckpointIO",
+    "LockError",
     "Run",
     "check_resume_compatible",
     "compose",
@@ -14,19 +15,24 @@ __all__ = [
     "load_pretrained",
     "load_pretrained_weights",
     "load_run",
+    "lock_directory",
+    "lock_ranks",
     "mark_failed",
     "mark_finished",
     "newest_run",
+    "non_finite_tensor",
     "objective",
+    "quote_paths",
     "rebuild",
     "record_evaluation",
     "remember_overrides",
     "resumed_config",
     "resumed_evaluation",
+    "shell_command",
     "with_class_label",
 ]
 
-from diffusion_lab.runs.checkpoint import AtomicCheckpointIO, load_checkpoint
+from diffusion_lab.runs.checkpoint import AtomicCheckpointIO, load_checkpoint, non_finite_tensor
 from diffusion_lab.runs.compose import compose
 from diffusion_lab.runs.layout import (
     EVALUATION_FILE,
@@ -47,6 +53,7 @@ from diffusion_lab.runs.load import (
     rebuild,
     with_class_label,
 )
+from diffusion_lab.runs.lock import LockError, lock_directory, lock_ranks
 from diffusion_lab.runs.resume import (
     check_resume_compatible,
     record_evaluation,
@@ -54,3 +61,4 @@ from diffusion_lab.runs.resume import (
     resumed_config,
     resumed_evaluation,
 )
+from diffusion_lab.runs.shell import quote_paths, shell_command

@@ -1,8 +1,9 @@
 """Checkpoint files: atomic writes, and loading that cannot run code."""
 
-__all__ = ["AtomicCheckpointIO", "load_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "load_checkpoint", "non_finite_tensor"]
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diffusion_lab.atomic_io import atomic_file
 from diffusion_lab.errors import RunError
+from diffusion_lab.runs.shell import shell_command
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -37,26 +39,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def non_finite_tensor(checkpoint: Mapping[str, Any]) -> str | None:
+    """Returns the name of the first weight or buffer with NaN or infinity; None if there is none.
+
+    Arguments:
+        checkpoint: The content of a checkpoint.
+    """
+    for name, tensor in checkpoint.get("state_dict", {}).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return str(name)
+    return None
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
     The previous checkpoint survives an interruption. Lightning's own writer leaves an unreadable
-    file if it is killed while writing.
+    file if it is killed while writing. Weights that are not finite are not written: a training
+    cannot recover from them.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
+        kept, way_on = "There is no earlier one", "start the training again"
+        if path.with_name("last.ckpt").exists():
+            kept = "The last one is kept"
+            way_on = f"continue with: {shell_command('train', resume=path.parents[1])}"
+        if (name := non_finite_tensor(checkpoint)) is not None:
+            raise RunError(
+                f"the checkpoint {path} is not written: {name} is not finite after step "
+                f"{checkpoint['global_step']}. {kept}; lower optimizer.lr, and {way_on}"
+            )
         try:
             with atomic_file(path, path.with_name(path.name + ".partial")) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError about its own archive format
-            kept = "the previous one is intact" if path.exists() else "there is no earlier one"
             raise RunError(
                 f"cannot write the checkpoint {path} ({error}); is the disk full? {kept}. "
-                "Free space and continue with resume=<run dir>"
+                f"Free space, and {way_on}"
             ) from error
 
     def load_checkpoint(

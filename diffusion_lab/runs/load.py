@@ -22,7 +22,7 @@ from diffusion_lab.deprecated import current_config, current_target
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import diffusers as interop
 from diffusion_lab.parameterization import Epsilon
-from diffusion_lab.runs.checkpoint import load_checkpoint
+from diffusion_lab.runs.checkpoint import load_checkpoint, non_finite_tensor
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.post_hoc_ema import reconstruct
@@ -101,6 +101,11 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
     if saved["format"] > FORMAT:
         raise RunError(
             f"{file} has format {saved['format']}, newer than {FORMAT}; update diffusion_lab"
+        )
+    if (name := non_finite_tensor(checkpoint)) is not None:
+        raise RunError(
+            f"{file} cannot be used: {name} is not finite, so that the training had diverged; use "
+            "an earlier checkpoint, or train again with a lower optimizer.lr"
         )
     config = current_config(saved["config"])
     network: nn.Module = _build(config, "network", file)

@@ -23,6 +23,7 @@ from diffusion_lab.deprecated import current_config, current_overrides
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.runs.layout import EVALUATION_FILE, PARTIAL_DIR
 from diffusion_lab.runs.load import Run
+from diffusion_lab.runs.shell import override, shell_command
 from diffusion_lab.runs.typed_config import read_config, read_overrides, to_dict
 
 CONTINUED_FILE = "continued.yaml"  # in .hydra: overrides of the commands that resumed a run
@@ -75,7 +76,7 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
         ) from error
     new = [text for text in overrides if not text.startswith("resume=")]
     overrides = current_overrides([*old, *_continued(directory), *new])
-    config = hydra.compose("train", [*overrides, f"resume='{directory}'"])
+    config = hydra.compose("train", [*overrides, override("resume", directory)])
     check_resume_compatible(directory, to_dict(_without_paths(saved)), config)
     return config
 
@@ -136,8 +137,8 @@ def remember_overrides(directory: Path, overrides: list[str]) -> Iterator[None]:
         write_atomic(path, OmegaConf.to_yaml(OmegaConf.create([*before, *new])).encode())
     except OSError as error:
         raise RunError(
-            f"training stopped: {error}; the last checkpoint is intact, continue with "
-            f"resume={directory}"
+            f"training stopped: {error}; the last checkpoint is intact, continue with: "
+            f"{shell_command('train', resume=directory)}"
         ) from error
     try:
         yield
@@ -179,8 +180,8 @@ def record_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
     if not resumed:
         if (directory / PARTIAL_DIR).exists():
             raise RunError(
-                f"{directory} holds an unfinished evaluation; continue it with: python eval.py "
-                f"resume={directory}, or choose another hydra.run.dir"
+                f"{directory} holds an unfinished evaluation; continue it with: "
+                f"{shell_command('eval', resume=directory)}, or choose another hydra.run.dir"
             )
         write_atomic(note, (json.dumps(found, indent=2) + "\n").encode())
         return
@@ -222,8 +223,10 @@ def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
         )
     before = [t for t in read_overrides(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
     if not any(text.startswith("model=") for text in before):
-        before.append(f"ckpt='{json.loads(note.read_text())['checkpoint']}'")
-    return hydra.compose("eval", [*current_overrides([*before, *new]), f"resume='{directory}'"])
+        before.append(override("ckpt", json.loads(note.read_text())["checkpoint"]))
+    return hydra.compose(
+        "eval", [*current_overrides([*before, *new]), override("resume", directory)]
+    )
 
 
 def _without_paths(config: DictConfig) -> DictConfig:

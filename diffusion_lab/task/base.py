@@ -29,6 +29,7 @@ from diffusion_lab.errors import RunError
 from diffusion_lab.logger.log import log_results
 from diffusion_lab.runs import Run
 from diffusion_lab.runs.layout import PARTIAL_DIR
+from diffusion_lab.runs.shell import shell_command
 from diffusion_lab.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Task(LightningModule, ABC):
         except OSError as error:
             raise RunError(
                 f"cannot write results to {self.directory}: {error}; free space there and resume "
-                f"with: python eval.py resume={self.directory}"
+                f"with: {shell_command('eval', resume=self.directory)}"
             ) from error
 
     def _compute_within_memory(self, index: Tensor) -> list[dict[str, Any]]:
@@ -234,14 +235,14 @@ class Task(LightningModule, ABC):
         if len(results) < self.count:
             raise RunError(
                 f"{self.count - len(results)} of {self.count} images are missing in "
-                f"{self.directory}; resume with: python eval.py resume={self.directory}"
+                f"{self.directory}; resume with: {shell_command('eval', resume=self.directory)}"
             )
         try:
             self.finish(results)
         except OSError as error:
             raise RunError(
                 f"cannot write results to {self.directory}: {error}; free space there and resume "
-                f"with: python eval.py resume={self.directory}"
+                f"with: {shell_command('eval', resume=self.directory)}"
             ) from error
         log_results(trainer.loggers, self.directory)
         shutil.rmtree(self.directory / PARTIAL_DIR)

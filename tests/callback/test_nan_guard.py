@@ -12,7 +12,7 @@ from diffusion_lab.callback import EMA, LastCheckpoint, NaNGuard, PowerEMA
 from diffusion_lab.callback.ema import _move_by_flag
 from diffusion_lab.errors import RunError
 from diffusion_lab.loss import Simple
-from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.runs import AtomicCheckpointIO, load_checkpoint
 from diffusion_lab.training.lr_schedule import Cosine
 from diffusion_lab.training.module import DiffusionModule
 
@@ -195,7 +195,8 @@ def test_patience_consecutive_skipped_steps_stop_the_run(tmp_path: Path) -> None
     text = str(error.value)
     for part in ("at step 8", "3 steps in a row", "nan_guard.patience=3", "resume="):
         assert part in text
-    assert f"{tmp_path / 'last.ckpt'}, after step 5, is intact" in text
+    assert f"{tmp_path / 'last.ckpt'} holds the state after step 5, before these steps" in text
+    assert "Start a new run with a lower optimizer.lr" in text
     assert guard.state_dict() == {"total": 5}
     # The checkpoint holds the state before these steps: a skipped step is not saved.
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
@@ -240,8 +241,26 @@ def test_diverging_run_ends_with_one_error_message(tiny: Command) -> None:
         "checkpoint.every_n_steps=1",
     )  # fmt: skip
     assert result.code == 1
-    assert "3 steps in a row" in result.text and "a/checkpoints/last.ckpt, after" in result.text
+    assert "3 steps in a row" in result.text and "a/checkpoints/last.ckpt holds" in result.text
     assert "Traceback" not in result.text
     weights = load_checkpoint(Path("a/checkpoints/last.ckpt"))["state_dict"]
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert not Path("a/finished.json").exists()
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_used(
+    tmp_path: Path, lab: Command, run: Path
+) -> None:
+    last = run / "checkpoints/last.ckpt"
+    checkpoint = load_checkpoint(last)
+    name = next(n for n in checkpoint["state_dict"] if n.startswith("network_ema."))
+    checkpoint["state_dict"][name].view(-1)[0] = torch.nan
+    before = last.read_bytes()
+    with pytest.raises(RunError, match=f"{name} is not finite after step 3. The last one is kept"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint, last)
+    assert last.read_bytes() == before and not list(run.rglob("*.partial"))
+    torch.save(checkpoint, last)
+    for command in (["train", f"resume={run}", "trainer.max_steps=4"], ["eval"]):
+        result = lab(*command)
+        assert result.code == 1 and f"{name} is not finite" in result.text, result.text
+        assert "Traceback" not in result.text
