@@ -1,5 +1,7 @@
 """resume=<run dir>: merged configuration, directory, and W&B run."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,17 @@ def test_overrides_are_merged_into_the_configuration_of_the_run(tiny: Command) -
 
 def test_run_directory_name_can_have_special_characters(tiny: Command) -> None:
     """Sweeps can name their subdirectories after the overrides, for example."""
-    name = "lr=1e-3, a (copy)"
-    assert tiny("trainer.max_steps=2", f"hydra.run.dir='{name}'").code == 0
-    result = tiny(f"resume='{name}'", "trainer.max_steps=3")
+    name = 'lr=1e-3, it\'s a \\ (copy) é "$HOME" #1 {x}'
+    assert tiny("trainer.max_steps=2", f"hydra.run.dir={name}").code == 0
+    result = tiny("trainer.max_steps=2", f"hydra.run.dir={name}")
+    command = re.search("already holds a run; continue it with: (.*), or choose", result.text)
+    assert result.code == 1 and command, result.text
+    python, script, resume = shlex.split(command[1])  # as a shell splits it
+    assert (python, script) == ("python", "train.py")
+    result = tiny(resume, "trainer.max_steps=3")
     assert result.code == 0, result.text
     assert load_checkpoint(Path(name) / "checkpoints/last.ckpt")["global_step"] == 3
-    result = tiny(f"resume='{name}'", "schedule=linear", "trainer.max_steps=4")
+    result = tiny(f"resume={name}", "schedule=linear", "trainer.max_steps=4")
     assert result.code == 1 and "Cosine -> diffusion_lab.schedule.Linear" in result.text
 
 

@@ -59,16 +59,17 @@ def test_resume_in_a_sweep_is_refused_before_files_are_written(tiny: Command) ->
     assert Sweep.directory is None
 
 
-def test_sweep_into_the_directory_of_another_sweep_is_refused(tiny: Command) -> None:
-    done = Path("s/0/finished.json")
-    done.parent.mkdir(parents=True)
-    done.write_text("{}")
-    result = tiny("-m", "seed=0,1", "hydra.sweep.dir=s")
-    assert (
-        result.code == 1 and "hydra.sweep.dir=s already holds the jobs of a sweep" in result.text
-    )
-    assert "Traceback" not in result.text
-    assert [path for path in Path("s").rglob("*") if path.is_file()] == [done]
+@pytest.mark.parametrize("old", ["0/.hydra/config.yaml", "multirun.yaml"])
+def test_sweep_into_the_directory_of_another_sweep_is_refused(lab: Command, old: str) -> None:
+    """The jobs of the other sweep may be finished, unfinished, failed, or in subdirectories."""
+    path = Path("s", old)
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    for command in ("train", "eval"):
+        result = lab(command, "-m", "seed=0,1", "hydra.sweep.dir=s")
+        message = "hydra.sweep.dir=s already holds the jobs of a sweep"
+        assert result.code == 1 and result.text.startswith(message), result.text
+    assert [each for each in Path("s").rglob("*") if each.is_file()] == [path]
 
 
 def test_summary_of_an_evaluation_sweep_has_the_mean_results(lab: Command, run: Path) -> None:

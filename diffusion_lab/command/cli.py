@@ -16,7 +16,7 @@ from diffusion_lab.command import sweep
 from diffusion_lab.command.evaluate import test
 from diffusion_lab.command.fit import fit
 from diffusion_lab.command.launcher import launch
-from diffusion_lab.command.process import set_up_process
+from diffusion_lab.command.process import set_up_process, short_errors
 from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.deprecated import current_overrides
 from diffusion_lab.errors import RunError
@@ -40,16 +40,16 @@ def evaluate() -> None:
 def _run(config_name: str, function: Callable[[DictConfig], float | None]) -> None:
     """Composes the configuration of the command line and calls the function for every job."""
     set_up_process()
-    sys.argv[1:] = current_overrides(sys.argv[1:])
+    sys.argv[1:] = current_overrides(runs.quote_paths(sys.argv[1:]))
     main = hydra.main(config_path=CONFIG_PATH, config_name=config_name, version_base="1.3")
-    with sweep.write_summary_on_exit():
+    with short_errors(), sweep.command():
         main(function)()
 
 
 def _train(config: DictConfig) -> float | None:
     """One training run; returns the objective of a sweep."""
     directory = Path(config.paths.output_dir)
-    with sweep.sweep_job(directory):
+    with sweep.sweep_job(directory), sweep.job_lock(directory):
         if config.resume:
             overrides = list(HydraConfig.get().overrides.task)
             config = runs.resumed_config(Path(config.resume), overrides)
@@ -57,8 +57,8 @@ def _train(config: DictConfig) -> float | None:
         last = directory / "checkpoints" / "last.ckpt"
         if not config.resume and last.exists() and ranks.is_rank_zero():
             raise RunError(
-                f"{directory} already holds a run; continue it with resume={directory}, "
-                "or choose another hydra.run.dir"
+                f"{directory} already holds a run; continue it with: "
+                f"{runs.shell_command('train', resume=directory)}, or choose another hydra.run.dir"
             )
         if config.resume and ranks.is_rank_zero():
             with runs.remember_overrides(directory, overrides):
@@ -71,7 +71,7 @@ def _train(config: DictConfig) -> float | None:
 def _evaluate(config: DictConfig) -> None:
     """One evaluation."""
     directory = Path(config.paths.output_dir)
-    with sweep.sweep_job(directory):
+    with sweep.sweep_job(directory), sweep.job_lock(directory):
         if config.resume:
             overrides = list(HydraConfig.get().overrides.task)
             config = runs.resumed_evaluation(Path(config.resume), overrides)

@@ -1,15 +1,22 @@
 """Settings of the process that a command runs in."""
 
-__all__ = ["exit_with_parent", "set_up_process"]
+__all__ = ["exit_with_parent", "full_errors", "set_up_process", "short_errors"]
 
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_lab.allocator import keep_memory
+from diffusion_lab.errors import LabError
 from diffusion_lab.runs.compose import register_resolvers
 
 IGNORED_WARNINGS = (
@@ -31,6 +38,51 @@ def set_up_process() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+REFUSALS = (LabError, HydraException, OmegaConfBaseException)
+FULL_ERROR = "HYDRA_FULL_ERROR"
+_shortened = False  # whether `short_errors` has set the variable
+
+
+def full_errors() -> bool:
+    """Whether the user asks for tracebacks of refusals, by HYDRA_FULL_ERROR=1."""
+    return os.environ.get(FULL_ERROR) == "1" and not _shortened
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Context of a command: a refusal is printed alone, without traceback and overrides.
+
+    Hydra adds a line before it and a line after it, unless HYDRA_FULL_ERROR=1 lets it raise the
+    error. If the user has set that variable, Hydra's own output is kept.
+
+    Raises:
+        SystemExit: With code 1 after a refusal, and 130 after Ctrl-C.
+    """
+    global _shortened
+    if full_errors():
+        yield
+        return
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR], _shortened = "1", True
+    try:
+        yield
+    except REFUSALS as error:
+        cause = error.__cause__
+        print(error, file=sys.stderr)
+        if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+            print(cause, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        _shortened = False
+        if before is None:
+            os.environ.pop(FULL_ERROR, None)
+        else:
+            os.environ[FULL_ERROR] = before
 
 
 def exit_with_parent(pid: int) -> None:

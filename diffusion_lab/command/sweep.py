@@ -7,7 +7,7 @@ wherever they ran, and can be rebuilt:
     python -m diffusion_lab.command.sweep outputs/train/ddpm_faces/2026-11-24_10-00-00
 """
 
-__all__ = ["Sweep", "main", "sweep_job", "write_summary_on_exit"]
+__all__ = ["Sweep", "command", "job_lock", "main", "sweep_job"]
 
 import argparse
 import gc
@@ -19,21 +19,20 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from diffusion_lab import runs
-from diffusion_lab.command.process import exit_with_parent
-from diffusion_lab.errors import ConfigError, LabError
+from diffusion_lab.command.process import REFUSALS, exit_with_parent, full_errors
+from diffusion_lab.errors import ConfigError, LabError, RunError
 from diffusion_lab.report.sweep_report import summarize
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.hydra_plugins import check_plugins
@@ -45,13 +44,25 @@ LOCAL = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
 class Sweep(Callback):
-    """Hydra callback, called once before the first job of a sweep.
+    """Hydra callback, called once before a run or before the first job of a sweep.
 
     Attributes:
         directory: Directory of the sweep that runs in this process.
+        locks: Locks of this process, released at the end of the command.
     """
 
     directory: Path | None = None
+    locks = ExitStack()
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Locks the directory of the run before Hydra writes into it."""
+        instance = HydraConfig.instance()
+        before = instance.cfg
+        instance.set_config(config)  # as Hydra itself does before it reads this key
+        directory = Path(config.hydra.run.dir)
+        instance.cfg = before
+        if ranks.is_rank_zero():
+            _lock(directory)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses a sweep that would fail in every job."""
@@ -59,13 +70,26 @@ class Sweep(Callback):
             check_plugins(config.hydra)
             _check(config)
         except ConfigError as error:
-            sys.stderr.write(f"{error}\n")
-            sys.exit(1)  # Hydra turns exceptions in a callback into warnings
+            _refuse(error)
+        _lock(Path(config.hydra.sweep.dir))
         Sweep.directory = Path(config.hydra.sweep.dir)
         if config.hydra.launcher._target_.endswith(LOCAL):
             os.environ[PARENT] = f"{socket.gethostname()} {os.getpid()}"
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+
+
+def _lock(directory: Path) -> None:
+    try:
+        Sweep.locks.enter_context(runs.lock_directory(directory))
+    except RunError as error:
+        _refuse(error)
+
+
+def _refuse(error: LabError) -> NoReturn:
+    """Ends the command; Hydra turns other exceptions in a callback into warnings."""
+    print(error, file=sys.stderr)
+    sys.exit(1)
 
 
 def _check(config: DictConfig) -> None:
@@ -77,9 +101,7 @@ def _check(config: DictConfig) -> None:
             "with its own command"
         )
     directory = Path(config.hydra.sweep.dir)
-    if any(directory.glob(f"*/{runs.FINISHED_FILE}")) or any(
-        directory.glob("*/checkpoints/last.ckpt")
-    ):
+    if (directory / "multirun.yaml").exists() or any(directory.glob("*/.hydra")):
         raise ConfigError(
             f"hydra.sweep.dir={directory} already holds the jobs of a sweep; choose another, or "
             "continue single jobs with resume="
@@ -101,8 +123,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def write_summary_on_exit() -> Iterator[None]:
-    """Context of a command that writes the summary if the command was a sweep.
+def command() -> Iterator[None]:
+    """Context of a command: at its end the summary of a sweep is written, and locks are released.
 
     Raises:
         SystemExit: With code 1 if a job has failed.
@@ -111,8 +133,6 @@ def write_summary_on_exit() -> Iterator[None]:
     failed = 0
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     finally:
         directory, Sweep.directory = Sweep.directory, None
         if directory is not None:
@@ -120,6 +140,7 @@ def write_summary_on_exit() -> Iterator[None]:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
             failed = summarize(directory)
+        Sweep.locks.close()
     if failed:
         sys.exit(1)
 
@@ -134,19 +155,22 @@ def sweep_job(directory: Path) -> Iterator[None]:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             yield
-        except LabError as error:
-            raise CompactHydraException(str(error)) from error  # Hydra prints the message alone
+        except REFUSALS as error:
+            if full_errors():
+                raise
+            print(error, file=sys.stderr)
+            sys.exit(1)  # an exception would be printed by Hydra, with the overrides
         return
     host, _, pid = os.environ.get(PARENT, "").partition(" ")
     if host == socket.gethostname() and int(pid) != os.getpid():
         exit_with_parent(int(pid))
-    (directory / runs.FAILED_FILE).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         if not isinstance(error, LabError):
             traceback.print_exc()
-        runs.mark_failed(directory, error)
+        if not isinstance(error, runs.LockError):  # otherwise it is the run of another command
+            runs.mark_failed(directory, error)
         log.error("failed: %s: %s", directory, error)
     except SystemExit:
         # Stopped by a signal. In this process that ends the sweep; in the process of a launcher it
@@ -157,6 +181,24 @@ def sweep_job(directory: Path) -> Iterator[None]:
         # Free the memory of this job for the next one in this process.
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def job_lock(directory: Path) -> Iterator[None]:
+    """Context of a run inside `sweep_job`; in a sweep it locks the directory of the job.
+
+    Arguments:
+        directory: The run's directory.
+
+    Raises:
+        LockError: If another command uses the directory.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not ranks.is_rank_zero():
+        yield  # the directory of a single run is locked already
+        return
+    with runs.lock_directory(directory):
+        (directory / runs.FAILED_FILE).unlink(missing_ok=True)
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,12 +4,15 @@ __all__ = ["main"]
 
 import logging
 import os
+import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 from hydra.core.utils import configure_log
 
+from diffusion_lab import runs
 from diffusion_lab.command.evaluate import test
 from diffusion_lab.command.fit import fit
 from diffusion_lab.command.process import exit_with_parent, set_up_process
@@ -32,8 +35,12 @@ def main(command: str, folder: str) -> None:
     else:
         logging.getLogger().setLevel(logging.ERROR)
     config = read_config(Path(folder) / "config.yaml")
+    directory = Path(config.paths.output_dir)
     try:
-        {"train": fit, "eval": test}[command](config)
+        with runs.lock_ranks(directory) if number == 0 else nullcontext():
+            {"train": fit, "eval": test}[command](config)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         text = str(error)
         if not isinstance(error, LabError):
