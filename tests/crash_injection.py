@@ -1,8 +1,8 @@
 """Crash injection: a command in a separate process that records its images and kills itself.
 
 The crash point `<place>:<n>` or `<place>:<n>:<signal>` sends the signal (default SIGKILL) to the
-process when it reaches the place for the n-th time. As a script, the file takes the crash point
-from $CUE, so that it can also be started once per device.
+process when it reaches the place for the n-th time; several signals are separated by spaces. As a
+script, the file takes the crash point from $CUE, so that it can also be started once per device.
 """
 
 import json
@@ -58,7 +58,7 @@ def _run(cue: str, directory: Path, overrides: list[str], command: str) -> None:
 
 def _arm(cue: str) -> None:
     place, count, kind, *_ = [*cue.split(":"), "SIGKILL"] if cue else ("", 0, "SIGKILL")
-    count, number = int(count), signal.Signals[kind]
+    count, numbers = int(count), [signal.Signals[name] for name in kind.split()]
     from diffusion_lab import atomic_io
     from diffusion_lab.callback import checkpoint
     from diffusion_lab.data.packing import Packer
@@ -78,7 +78,8 @@ def _arm(cue: str) -> None:
     def here(name: str) -> None:
         passed[name] += 1
         if name == place and passed[name] == count:
-            os.kill(os.getpid(), number)
+            for number in numbers:
+                os.kill(os.getpid(), number)
 
     def around(owner: type, method: str, before: str = "", after: str = "") -> None:
         original = getattr(owner, method)

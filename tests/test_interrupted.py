@@ -226,6 +226,40 @@ def test_signal_in_a_validation_after_a_checkpoint_stops_at_once(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_ctrl_c_saves_a_checkpoint_and_a_second_one_does_not(tmp_path: Path) -> None:
+    """Steps are saved every 1000; the first Ctrl-C is sent in step 3, the second in step 5."""
+    directory = tmp_path / "stopped"
+    overrides = [*RUN, "checkpoint.every_n_steps=1000"]
+    assert train("step:3:SIGINT", directory, *overrides) == 130
+    text = (directory / TEXT).read_text()
+    assert "press Ctrl-C again" in text and "Traceback" not in text
+    assert "stopped by SIGINT after step 3; continue with: python train.py resume=" in text
+    assert load_checkpoint(directory / "run/checkpoints/last.ckpt")["global_step"] == 3
+    assert train("step:2:SIGINT SIGINT", directory, "resume=run") == 130
+    text = (directory / TEXT).read_text()
+    assert "interrupted; continue with: python train.py resume=" in text
+    assert "Traceback" not in text
+    assert load_checkpoint(directory / "run/checkpoints/last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))]
+)
+def test_signal_ends_an_evaluation_and_keeps_its_results(
+    name: str, whole: Whole, tmp_path: Path
+) -> None:
+    (tmp_path / "run").symlink_to(whole(*RUN) / "run")
+    (tmp_path.parent / "cache").exists() or (tmp_path.parent / "cache").symlink_to(
+        whole(*RUN).parent / "cache"
+    )
+    code = train(f"computed:3:{name}", tmp_path, *EVALUATION, command="eval")
+    text = (tmp_path / TEXT).read_text()
+    assert code == 128 + signal.Signals[name], text
+    assert f"stopped by {name}; its results are kept, continue with: python eval.py" in text
+    assert "Traceback" not in text and len(list((tmp_path / "e/partial").glob("*.pt"))) == 2
+    assert train("", tmp_path, "resume=e", command="eval") == 0, (tmp_path / TEXT).read_text()
+
+
 def test_signal_ends_a_sweep(tmp_path: Path) -> None:
     directory = tmp_path / "swept"
     overrides = [text for text in RUN if not text.startswith("hydra.run.dir")]

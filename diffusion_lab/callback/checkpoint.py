@@ -2,6 +2,7 @@
 
 __all__ = ["ElasticResume", "FinalValidation", "LastCheckpoint", "TrainingInterrupted"]
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -13,6 +14,10 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from diffusion_lab.callback.trainer_state import diffusion_module, is_debug_run
 from diffusion_lab.constraints import NonEmptyStr, PositiveInt, checked
+
+INTERRUPTED = (
+    b"\nThe state is saved after the current step; press Ctrl-C again to stop without saving\n"
+)
 
 
 class TrainingInterrupted(BaseException):
@@ -33,10 +38,10 @@ class TrainingInterrupted(BaseException):
 class LastCheckpoint(Checkpoint):
     """Saves the newest state as `last.ckpt`: every N steps, at the end and on a signal.
 
-    On SIGTERM and SIGUSR1, which clusters send before they stop a job, the current step is
-    completed, the state is saved and training ends. Several devices agree on it at the next logged
-    step, where they communicate already. Exceptions save nothing, because a state in the middle of
-    a step cannot be resumed exactly.
+    On Ctrl-C, and on SIGTERM and SIGUSR1, which clusters send before they stop a job, the current
+    step is completed, the state is saved and training ends; a second Ctrl-C ends it at once.
+    Several devices agree on it at the next logged step, where they communicate already. Exceptions
+    save nothing, because a state in the middle of a step cannot be resumed exactly.
 
     Arguments:
         directory: Directory of the checkpoint.
@@ -46,7 +51,7 @@ class LastCheckpoint(Checkpoint):
         TrainingInterrupted: After a signal, when the state is saved.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     @checked
     def __init__(self, directory: NonEmptyStr, every_n_steps: PositiveInt) -> None:
@@ -69,7 +74,13 @@ class LastCheckpoint(Checkpoint):
         loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            if self.received == name:
+                raise KeyboardInterrupt
+            # Not by `print` or logging, which this handler may have interrupted.
+            os.write(2, INTERRUPTED)
+        self.received = name
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,16 +3,19 @@
 __all__ = ["test"]
 
 import logging
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import runs
+from diffusion_lab.command.interruption import EvaluationInterrupted, stop_on_signals
 from diffusion_lab.command.parts import make_sampler, require_unet
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.denoiser import Rescheduled
@@ -40,6 +43,19 @@ def test(config: DictConfig) -> None:
         RunError: If the prior cannot be loaded, or results cannot be written.
     """
     directory = Path(config.paths.output_dir)
+    with stop_on_signals() as signals:
+        try:
+            _evaluate(config, directory, signals)
+        except EvaluationInterrupted as stop:
+            kept, way_on = "no result is kept", "start it again"
+            if (directory / runs.PARTIAL_DIR).exists():
+                kept = "its results are kept"
+                way_on = f"continue with: {runs.shell_command('eval', resume=directory)}"
+            log.warning("stopped by %s; %s, %s", stop.signal.name, kept, way_on)
+            sys.exit(128 + stop.signal)
+
+
+def _evaluate(config: DictConfig, directory: Path, signals: Callback) -> None:
     loggers = make_loggers(config, but="csv")  # an evaluation writes results.csv itself
     run = load_prior(config)
     if ranks.is_rank_zero():
@@ -50,7 +66,7 @@ def test(config: DictConfig) -> None:
         config.trainer,
         "trainer",
         logger=loggers,
-        callbacks=[TQDMProgressBar()],
+        callbacks=[TQDMProgressBar(), signals],
         precision="32-true",  # autocast would also round the operators and solvers
         inference_mode=False,  # methods that differentiate the network need no_grad instead
     )

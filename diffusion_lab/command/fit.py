@@ -3,6 +3,7 @@
 __all__ = ["fit"]
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -72,25 +73,38 @@ def fit(config: DictConfig) -> None:
         failed = False
     except TrainingInterrupted as stop:
         failed = False
-        log.warning("stopped by %s; continue with: python train.py resume=%s", stop, directory)
-        sys.exit(0)
+        log.warning("stopped by %s; %s", stop, _way_on(last))
+        by_user = stop.signal == "SIGINT" and not ranks.launched_externally()
+        sys.exit(128 + signal.SIGINT if by_user else 0)
+    except SystemExit as error:
+        if error.code == 1 and trainer.interrupted:  # Lightning's own end after Ctrl-C
+            log.warning("interrupted; %s", _way_on(last))
+            sys.exit(128 + signal.SIGINT)
+        raise
     except OSError as error:
-        raise RunError(
-            f"training stopped: {error}; the last checkpoint is intact, continue with "
-            f"resume={directory}"
-        ) from error
+        raise RunError(f"training stopped: {error}; {_way_on(last)}") from error
     finally:
-        # After Ctrl-C Lightning itself exits with code 1.
-        if failed and trainer.interrupted and last.exists():
-            log.warning("interrupted; continue with: python train.py resume=%s", directory)
         close_loggers(config, failed)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         _finish(directory, trainer)
 
 
+def _way_on(last: Path) -> str:
+    """How a training that has stopped is continued from its last checkpoint."""
+    if not last.exists():
+        return "no checkpoint was saved: start the training again"
+    return f"continue with: {runs.shell_command('train', resume=last.parents[1])}"
+
+
 def _resumed_step(config: DictConfig, directory: Path) -> int | None:
     """The step that a run is resumed at; None if it needs no further step."""
-    checkpoint = runs.load_checkpoint(directory / "checkpoints" / "last.ckpt")
+    last = directory / "checkpoints" / "last.ckpt"
+    checkpoint = runs.load_checkpoint(last)
+    if (name := runs.non_finite_tensor(checkpoint)) is not None:
+        raise RunError(
+            f"resume={directory}: {last} cannot be continued, because {name} is not finite; start "
+            "a new run with a lower optimizer.lr"
+        )
     step: int = checkpoint["global_step"]
     runs.check_resume_compatible(directory, checkpoint["diffusion_lab"]["config"], config)
     if step == config.trainer.max_steps and not (directory / runs.FINISHED_FILE).exists():

@@ -73,7 +73,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
                 )
             died = _wait(ranks)
         if received:
-            sys.exit(0 if died is None and received[0] is not signal.SIGINT else 1)
+            sys.exit(0 if died is None and received[0] is not signal.SIGINT else 128 + received[0])
         if died is not None:
             raise RunError(_reason(Path(folder), died, ranks[died].returncode, count))
 

@@ -2,13 +2,14 @@ r"""Source of image files in a folder."""
 
 __all__ = ["FolderSource"]
 
+import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion_lab.data.source import Item, Source, SourceOptions, chunk_ranges, classes_of
-from diffusion_lab.data.splits import native_splits, split_part
+from diffusion_lab.data.splits import SPLIT_ALIASES
 from diffusion_lab.data.storage import Storage
 from diffusion_lab.errors import DataError
 
@@ -16,9 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class FolderSource(Source):
-    """All JPEG and PNG files under a folder; folders named train, val or test are native splits.
-
-    The outermost such folder on the way to an image decides, see `native_splits`.
+    """All JPEG and PNG files under a folder; its folders train, val and test are native splits.
 
     Arguments:
         storage: The folder.
@@ -40,8 +39,7 @@ class FolderSource(Source):
                 "point data.source at the folder that holds them"
             )
         self.names = list(self.files)
-        self.folders = [name.split("/")[:-1] for name in self.names]
-        self.native_splits = native_splits(self.folders)
+        self.native_splits = [SPLIT_ALIASES.get(k.split("/")[0], "train") for k in self.names]
         self.groups = chunk_ranges(len(self.names), self.CHUNK)
 
     @classmethod
@@ -70,13 +68,9 @@ class FolderSource(Source):
         return self.storage.location(self.names[k])
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The class of a file is the folder that holds it, without the folder of its split."""
+        """The class of a file is the folder that holds it."""
         if name != "folder":
             raise DataError(
                 f"data.label={name} is not allowed; a folder of images has the classes of folder"
             )
-        classes = []
-        for parts in self.folders:
-            place = split_part(parts)
-            classes.append("/".join(part for k, part in enumerate(parts) if k != place))
-        return classes_of(classes)
+        return classes_of([posixpath.dirname(file) for file in self.names])
