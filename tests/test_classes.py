@@ -21,7 +21,7 @@ from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.loss import Simple
 from diffusion_lab.nn import UNet
 from diffusion_lab.parameterization import Epsilon
-from diffusion_lab.rng import make_key
+from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import UniPC
 from diffusion_lab.schedule import Linear
 from diffusion_lab.training.lr_schedule import Constant
@@ -110,7 +110,7 @@ class LabelOutput(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, index: Tensor, label: Tensor) -> Tensor:
-        self.seen = label
+        self.seen, self.seen_index = label, index
         return self.scale * label.reshape(-1, *[1] * (x.ndim - 1)).to(x).expand_as(x)
 
 
@@ -147,6 +147,22 @@ def test_label_dropout_has_its_rate_and_depends_on_the_image_only() -> None:
     whole = trained.network.seen
     trained.training_step(batch(7, 2000), 1)  # the same images in another batch
     assert torch.equal(trained.network.seen, whole[2000:2007])
+
+
+def test_label_dropout_is_independent_of_the_time_and_of_the_noise() -> None:
+    """A stream shared with t would drop labels at t <= 0.1 only."""
+    trained, images = module(0.1), batch(20_000)
+    trained.training_step(images, 0)
+    dropped = trained.network.seen == 3
+    decile = ((trained.network.seen_index + 1) / 100.001).long()  # index 0 to 999
+    for k in range(10):  # about 2000 images each: the standard error is 0.007
+        share = float(dropped[decile == k].float().mean())
+        assert share == pytest.approx(0.1, abs=0.03), k
+    noise = KeyedGenerator(images["key"])
+    noise.uniform()  # t
+    for value in noise.normal(1, 2, 2).flatten(1).T:
+        assert float(value[dropped].mean()) == pytest.approx(0, abs=0.1)
+        assert float(value[dropped].std()) == pytest.approx(1, abs=0.1)
 
 
 def test_validation_uses_every_label() -> None:

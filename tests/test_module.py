@@ -385,6 +385,29 @@ def test_validation_computes_the_losses_of_the_network_and_its_ema() -> None:
         assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_validation_multiplies_the_losses_by_the_importance_factor() -> None:
+    """Raw, averaged and per-bin losses; the bins are those of u."""
+    module, batch = make_module(schedule=VP(), time=Importance()).eval(), make_batch(40)
+    with torch.no_grad():
+        module.network_ema.w.fill_(0.2)
+    module.log = lambda *_, **__: None
+    module.validation_step(batch, 0)
+    golden = (math.sqrt(5) - 1) / 2
+    u = torch.tensor([(k + 0.5) * golden % 1 for k in range(40)], dtype=torch.float64)
+    t, factor, _ = importance_times(u)
+    assert float(factor.max()) > 50 * float(factor.min())
+    epsilon = KeyedGenerator(batch["key"]).normal(3, 4, 4)
+    raw, averaged = (
+        factor * losses_under_vp(batch["x_0"], t, epsilon, network)
+        for network in (module.network, module.network_ema)
+    )
+    assert float(module.val_loss.compute()) == pytest.approx(float(raw.mean()), rel=3e-3)
+    assert float(module.val_loss_ema.compute()) == pytest.approx(float(averaged.mean()), rel=3e-3)
+    for k, metric in enumerate(module.val_loss_bin):
+        expected = float(averaged[(u * 10).long() == k].mean())
+        assert float(metric.compute()) == pytest.approx(expected, rel=3e-3)
+
+
 # --- exponential moving average (EMA) -----------------------------------------------------------
 
 

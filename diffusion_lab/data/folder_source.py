@@ -2,14 +2,13 @@ r"""Source of image files in a folder."""
 
 __all__ = ["FolderSource"]
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion_lab.data.source import Item, Source, SourceOptions, chunk_ranges, classes_of
-from diffusion_lab.data.splits import SPLIT_ALIASES
+from diffusion_lab.data.splits import native_splits, split_part
 from diffusion_lab.data.storage import Storage
 from diffusion_lab.errors import DataError
 
@@ -17,7 +16,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class FolderSource(Source):
-    """All JPEG and PNG files under a folder; its folders train, val and test are native splits.
+    """All JPEG and PNG files under a folder; folders named train, val or test are native splits.
+
+    The outermost such folder on the way to an image decides, see `native_splits`.
 
     Arguments:
         storage: The folder.
@@ -39,7 +40,8 @@ class FolderSource(Source):
                 "point data.source at the folder that holds them"
             )
         self.names = list(self.files)
-        self.native_splits = [SPLIT_ALIASES.get(k.split("/")[0], "train") for k in self.names]
+        self.folders = [name.split("/")[:-1] for name in self.names]
+        self.native_splits = native_splits(self.folders)
         self.groups = chunk_ranges(len(self.names), self.CHUNK)
 
     @classmethod
@@ -68,9 +70,13 @@ class FolderSource(Source):
         return self.storage.location(self.names[k])
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The class of a file is the folder that holds it."""
+        """The class of a file is the folder that holds it, without the folder of its split."""
         if name != "folder":
             raise DataError(
                 f"data.label={name} is not allowed; a folder of images has the classes of folder"
             )
-        return classes_of([posixpath.dirname(file) for file in self.names])
+        classes = []
+        for parts in self.folders:
+            place = split_part(parts)
+            classes.append("/".join(part for k, part in enumerate(parts) if k != place))
+        return classes_of(classes)

@@ -191,7 +191,8 @@ class ImageDataModule(LightningDataModule):
             if not len(self.images[split]):
                 raise DataError(
                     f"data.source={self.source} has no image for the {split} split; "
-                    f"change data.splits (now {self.splits}) or add images"
+                    f"change data.splits (now {self.splits}), add images, or set data.split=all "
+                    "to divide all images by data.splits"
                 )
         world = self.trainer.world_size if self.trainer else 1
         count = len(self.images["train"])
@@ -217,6 +218,10 @@ class ImageDataModule(LightningDataModule):
             cache = self.open_cache()
             images, names, sha256 = cache.images, cache.names, cache.sha256
             native_splits = cache.native_splits
+            if self.packed is None:  # an earlier version may have packed them as other splits
+                source = self.open_source()
+                known = dict(zip(source.names, source.native_splits, strict=True))
+                native_splits = [known[name] for name in names]
         labels = self._labels(names)
         parts = split_images(names, native_splits, self.splits, self.split_seed, self.split)
         for split, positions in parts.items():

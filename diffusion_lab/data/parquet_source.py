@@ -3,7 +3,6 @@ r"""Source of encoded images in parquet files."""
 __all__ = ["ParquetSource"]
 
 import posixpath
-import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lab.data.source import Item, Source, SourceOptions, classes_of
-from diffusion_lab.data.splits import SPLIT_ALIASES
+from diffusion_lab.data.splits import native_splits
 from diffusion_lab.data.storage import EXTRA, Storage
 from diffusion_lab.errors import DataError
 
@@ -19,8 +18,8 @@ from diffusion_lab.errors import DataError
 class ParquetSource(Source):
     """Parquet files with a column of encoded images, the format of image datasets on the Hub.
 
-    The native split of a file is train, validation, val or test if its name or a folder's name
-    begins with that, as on the Hub, and train otherwise. An image is named by its file and row.
+    The native split of a file is the one that a folder's name or its own name contains, see
+    `native_splits`. An image is named by its file and row.
 
     Arguments:
         storage: The files.
@@ -43,6 +42,8 @@ class ParquetSource(Source):
         base = posixpath.commonpath([posixpath.dirname(name) for name in files])
         self.files = {posixpath.relpath(name, base or "."): v for name, v in files.items()}
         self.base = base
+        paths = [name.removesuffix(".parquet").split("/") for name in files]
+        splits = dict(zip(self.files, native_splits(paths), strict=True))
         self.names, self.native_splits, self.group_bytes = [], [], []
         self.row_groups: list[tuple[str, int]] = []
         lengths = []
@@ -54,9 +55,7 @@ class ParquetSource(Source):
                     f"{self._address(file)} has no column {image_column!r}; it has "
                     f"{', '.join(columns)}; set data.image_column"
                 )
-            match = re.search(r"(?:^|/)(train|validation|val|test)(?![a-z])", file)
-            split = SPLIT_ALIASES[match[1]] if match else "train"
-            self.native_splits += [split] * metadata.num_rows
+            self.native_splits += [splits[file]] * metadata.num_rows
             self.names += [f"{file}:{row}" for row in range(metadata.num_rows)]
             for number in range(metadata.num_row_groups):
                 row_group = metadata.row_group(number)

@@ -9,10 +9,14 @@ Conjugate gradients require a symmetric positive M. From v = 0 and d = ρ = b,
 
     a = |ρ|² / dᵀ M d,    v <- v + a d,    ρ' = ρ - a M d,    d <- ρ' + |ρ'|² / |ρ|² d.
 
-A matrix with the Jacobian of a network is neither. GMRES minimizes |b - M v|, which is never above
+A matrix with the Jacobian of a network is neither. GMRES minimizes |b - M v|, which is at most
 |b|: with an orthonormal basis Q_k of the same space and M Q_k = Q_{k+1} H,
 
     v = Q_k argmin_c | |b| e_1 - H c |.
+
+Directions in which H is singular up to rounding are omitted from v. In float32 |b - M v| is then
+at most 1.3 |b| for random matrices of condition number 10⁸, where it would reach 700 |b|; for
+those of condition number 10⁴ no direction is omitted.
 
 With the Jacobian of a small trained network, the residuals of conjugate gradients were 1000 |b|
 and more.
@@ -114,17 +118,16 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
     """
     rounding = 100 * torch.finfo(b.dtype).eps  # a relative norm below it is rounding error
     size = _dot(b, b).sqrt()
-    basis, target = [_divide(b, size)], [size]
+    basis, target, largest = [_divide(b, size)], [size], torch.zeros_like(size)
     columns: list[list[Tensor]] = []  # of H, made triangular by Givens rotations
     rotations: list[tuple[Tensor, Tensor]] = []
     for j in range(iterations):
         w = product(basis[j])
         floor = rounding * _dot(w, w).sqrt()
-        h = [torch.zeros_like(size) for _ in basis]
-        for _ in range(2):  # one pass leaves a component of the basis, of the rounding error of w
-            for i, q in enumerate(basis):
-                part = _dot(q, w)
-                h[i], w = h[i] + part, w - part * q
+        h: list[Tensor] = []
+        for q in basis:
+            h.append(_dot(q, w))
+            w = w - h[-1] * q
         rest = _dot(w, w).sqrt()
         rest = torch.where(rest > floor, rest, 0.0)
         basis.append(_divide(w, rest))
@@ -137,7 +140,9 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Te
         target[j:] = [cos * target[j], -sin * target[j]]  # the last is the norm of the residual
         done = target[-1].abs() <= rounding * size
         basis[-1] = torch.where(done, 0.0, basis[-1])
-        columns.append([*h[:j], radius])
+        # A smaller diagonal element is rounding error, and 1 over it would multiply v.
+        largest = torch.maximum(largest, radius)
+        columns.append([*h[:j], torch.where(radius > rounding * largest, radius, 0.0)])
     c: list[Tensor] = []
     for i in reversed(range(iterations)):
         known = torch.zeros_like(size)

@@ -12,6 +12,12 @@ Unobserved coefficients depend on y only through the next calls of the network. 
 passes: after every j steps, x is noised again by j steps, x_t = α_t / α_s x_s + √v z, and the
 steps are repeated, r passes over each segment in total.
 
+At levels below ν_i, the prior's denoiser takes the information of y_i from x_t, and a jump gives
+x_t new noise. A segment is therefore repeated only if its first step replaces all coefficients
+that are replaced at any level. Otherwise a noisy y would be forgotten: for a Gaussian prior of
+unit variance and σ_y = 0.1, the samples of 10 passes had a standard deviation of 0.41 instead of
+0.10.
+
 The method is approximate even with an exact denoiser: for a prior with several modes, the weights
 of the modes stay close to those of the prior.
 
@@ -23,6 +29,7 @@ Sources:
 
 __all__ = ["Replacement"]
 
+import torch
 from torch import Tensor
 
 from diffusion_lab.constraints import PositiveInt, checked
@@ -35,7 +42,7 @@ from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler
 class Replacement(Guidance):
     """Overwrites observed coefficients after every step of a sampler.
 
-    A sampler of N steps makes N + (r - 1) j ⌊(N - 1) / j⌋ calls of the network.
+    A sampler of N steps makes at most N + (r - 1) j ⌊(N - 1) / j⌋ calls of the network.
 
     Arguments:
         repeats: The number r of passes over each segment of steps; 1 is replacement without
@@ -66,6 +73,9 @@ class Replacement(Guidance):
             c, z = operator.vt(x), operator.vt(noise(x))
             return operator.v(spectrum.with_replaced(c, z, alpha_s, sigma_s))
 
-        method = TimeTravelSampler(sampler, schedule, self.repeats, self.jump, replace)
+        # Coefficients that are never replaced do not limit the jumps.
+        first = float(schedule.ratio(sampler.times(schedule)[1]))
+        lowest = float(torch.where(spectrum.nu <= first, spectrum.nu, 0.0).max())
+        method = TimeTravelSampler(sampler, schedule, self.repeats, self.jump, replace, lowest)
         start = observation.start(schedule, generator)
         return method(denoiser, start, generator=generator, callback=callback)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion_lab.constraints import PositiveInt, checked
+from diffusion_lab.constraints import NonNegative, PositiveInt, checked
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.sampler.base import Noise, Sampler, State
 from diffusion_lab.schedule import Schedule
@@ -27,8 +27,9 @@ Change = Callable[[Tensor, Tensor, Noise], Tensor]  # x_s, s and noise -> x_s
 class TimeTravelSampler(Sampler):
     """The steps of another sampler, with a change after each and with jumps to higher noise.
 
-    Its grid has N + (r - 1) j ⌊(N - 1) / j⌋ steps for N steps of the other sampler. Where the next
-    time is not lower, the step goes to the next lower level and jumps from there.
+    Its grid has N + (r - 1) j ⌊(N - 1) / j⌋ steps for N steps of the other sampler, fewer if
+    segments are too low to be repeated. Where the next time is not lower, the step goes to the
+    next lower level and jumps from there.
 
     Arguments:
         sampler: The other sampler.
@@ -36,6 +37,8 @@ class TimeTravelSampler(Sampler):
         repeats: The number r of passes over each segment.
         jump: The length j of a segment in steps.
         change: Changes x_s after every step.
+        lowest: The ratio σ / α of the lowest level at which the first step of a repeated segment
+            may end.
 
     Raises:
         ValueError: If the steps of the sampler cannot be changed or repeated.
@@ -49,6 +52,7 @@ class TimeTravelSampler(Sampler):
         repeats: PositiveInt = 1,
         jump: PositiveInt = 1,
         change: Change | None = None,
+        lowest: NonNegative = 0.0,
     ) -> None:
         name = type(sampler).__name__
         if not sampler.supports_adjust:
@@ -61,10 +65,11 @@ class TimeTravelSampler(Sampler):
                 f"{name} uses earlier steps, which repeats={repeats} repeats; set "
                 "guidance.repeats=1 or choose another sampler: ancestral, euler_maruyama, ddim"
             )
-        path = _path(sampler.steps, repeats, jump)
+        self.ladder = sampler.times(schedule)
+        repeatable = schedule.ratio(self.ladder) >= lowest
+        path = _path(sampler.steps, repeats, jump, repeatable.tolist())
         super().__init__(len(path) - 1, sampler.grid, sampler.clip)
         self.sampler, self.change = sampler, change
-        self.ladder = sampler.times(schedule)
         self.path = self.ladder[path]
 
     def check(self, schedule: Schedule) -> None:
@@ -84,12 +89,16 @@ class TimeTravelSampler(Sampler):
         return step.alpha_t / step.alpha_s * x + torch.sqrt(step.variance) * noise(x)
 
 
-def _path(steps: int, repeats: int, jump: int) -> list[int]:
-    """The indices of the grid from which a step is made, in order, and the last index."""
+def _path(steps: int, repeats: int, jump: int, repeatable: list[bool]) -> list[int]:
+    """The indices of the grid from which a step is made, in order, and the last index.
+
+    A segment is repeated if its first step ends at a repeatable index.
+    """
     path: list[int] = []
     for k in range(steps):
         path.append(k)
         # As in the paper, there is no jump from x_0; segments are counted from the step to it.
-        if jump <= k + 1 < steps and (steps - 2 - k) % jump == 0:
+        whole = jump <= k + 1 < steps and (steps - 2 - k) % jump == 0
+        if whole and repeatable[k + 2 - jump]:
             path += list(range(k + 1 - jump, k + 1)) * (repeats - 1)
     return [*path, steps]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_lab.nn.attention import attention
 from diffusion_lab.nn.fused import group_norm, norm_silu_conv, upsample_conv
 
 NORM_EPS = 1e-6
@@ -59,10 +60,11 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         """Maps the index i, of shape (B,), to features of shape (B, features)."""
-        half = self.channels // 2
-        k = torch.arange(half, dtype=torch.float32, device=index.device)
-        angle = index.float()[:, None] * torch.exp(-math.log(10000) / (half - 1) * k)
-        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=1)
+        half, dtype = self.channels // 2, self.linear_1.weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # at least float32
+        k = torch.arange(half, dtype=exact, device=index.device)
+        angle = index.to(exact)[:, None] * torch.exp(-math.log(10000) / (half - 1) * k)
+        sinusoids = torch.cat([angle.sin(), angle.cos()], dim=1).to(dtype)
         features: Tensor = self.linear_2(F.silu(self.linear_1(sinusoids)))
         return features
 
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         """Maps x (B, C, H, W) to the same shape."""
         tokens = group_norm(x, self.norm).flatten(2).transpose(1, 2)  # (B, HW, C)
         query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
-        h = F.scaled_dot_product_attention(query, key, value)
+        h = attention(query, key, value)
         out: Tensor = self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
         return x + out
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from diffusion_lab.nn import cpu
+from diffusion_lab.nn.differentiable import formula_gradients, needs_formula
 
 aten = torch.ops.aten
 MIN_NUMEL = 2**18  # for a smaller x, the saved memory is not worth the time of recomputation
@@ -72,12 +72,13 @@ class _NormSiLUConv(torch.autograd.Function):
             x, gamma, beta, batch, channels, size[0] * size[1], groups, eps
         )
         ctx.save_for_backward(x, mean, rstd, gamma, beta, weight)
-        ctx.groups = groups
+        ctx.groups, ctx.eps = groups, eps
         return F.conv2d(F.silu(a, inplace=True), weight, bias, padding=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph
+            return _backward_by_formula(ctx, gradient)
         x, mean, rstd, gamma, beta, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         # a = x scale + shift, with one scale and shift per image and channel.
@@ -103,14 +104,27 @@ class _NormSiLUConv(torch.autograd.Function):
         return *gradients, d_weight, d_bias, None, None
 
 
+def _backward_by_formula(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass with a graph, by operations of torch."""
+    x, _, _, gamma, beta, weight = ctx.saved_tensors
+
+    def formula(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+        a = F.group_norm(x, ctx.groups, gamma, beta, ctx.eps)
+        return F.conv2d(F.silu(a), weight, padding=1)
+
+    needs = ctx.needs_input_grad
+    with _without_autocast(x):
+        found = formula_gradients(formula, (x, gamma, beta, weight), needs[:4], gradient)
+    return *found, gradient.sum((0, 2, 3)) if needs[4] else None, None, None
+
+
 def norm_silu_conv(
     x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, dropout: nn.Dropout | None = None,
     time: Tensor | None = None, skip: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns conv(dropout(SiLU(norm(x)))) + time + skip, of shape (B, C', H, W).
 
-    The gradient can be taken once; a second derivative raises an error if x is large or the
-    compiled kernels are used.
+    The result can be differentiated any number of times; only the first derivative is fused.
 
     Arguments:
         x: The input, of shape (B, C, H, W).
@@ -127,16 +141,28 @@ def norm_silu_conv(
         return h
     if dropout is not None:
         h = conv(dropout(F.silu(group_norm(x, norm))))
-    elif torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < MIN_NUMEL:
+    elif _is_plain(x):
         h = conv(F.silu(group_norm(x, norm), inplace=not torch.is_grad_enabled()))
     else:
         assert conv.bias is not None
         x, *weights = _reduced(x, norm.weight, norm.bias, conv.weight, conv.bias)
         with _without_autocast(x):
             h = _NormSiLUConv.apply(x, *weights, norm.num_groups, norm.eps)
+    # In place, which saves memory; under vmap, a term may have a dimension that h does not have.
+    add = torch.Tensor.add if needs_formula() else torch.Tensor.add_
     if time is not None:
-        h = h.add_(time[:, :, None, None])
-    return h if skip is None else h.add_(skip)
+        h = add(h, time[:, :, None, None])
+    return h if skip is None else add(h, skip)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the operations stay separate."""
+    return (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or x.numel() < MIN_NUMEL
+        or needs_formula()
+    )
 
 
 def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -37,6 +37,7 @@ from diffusion_lab.nn.blocks import (
     Upsample,
     initialise,
 )
+from diffusion_lab.nn.differentiable import needs_formula
 from diffusion_lab.nn.fused import norm_silu_conv
 
 EMULATED = "this processor only emulates bfloat16, at least 8 times as slowly: the network"
@@ -210,7 +211,8 @@ class UNet(nn.Module):
     def _run(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         """Applies a residual block, with activation checkpointing if it is enabled."""
         out: Tensor
-        if self.checkpointing and torch.is_grad_enabled():
+        # The transforms of torch.func do not support the hooks of checkpointing.
+        if self.checkpointing and torch.is_grad_enabled() and not needs_formula():
             out = checkpoint(block, h, embedding, use_reentrant=False)
         else:
             out = block(h, embedding)

@@ -1,5 +1,6 @@
 """Data module: batches do not depend on the storage; checks of resumed runs."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -400,6 +401,33 @@ def test_too_few_images_are_an_error(tmp_path: Path) -> None:
     data = make_data(tmp_path, splits={"train": 64, "val": 0, "test": 16})
     data.setup("test")
     with pytest.raises(DataError, match=r"data.source=faces has no image for the val split"):
+        data.setup("fit")
+
+
+def test_held_out_images_are_not_used_for_training(tmp_path: Path) -> None:
+    fill(tmp_path / "in", [f"{f}/{k}.png" for f in ("Train", "valid", "Test") for k in range(6)])
+    data = ready(of_files(tmp_path, tmp_path / "in"))
+    folders = {"train": "Train", "val": "valid", "test": "Test"}
+    for split, folder in folders.items():
+        assert data.images[split].names == [f"{folder}/{k}.png" for k in range(6)]
+
+
+def test_splits_of_an_earlier_cache_are_those_of_the_source(tmp_path: Path) -> None:
+    fill(tmp_path / "in", [f"{folder}/{k}.png" for folder in ("train", "valid") for k in range(6)])
+    cache = of_files(tmp_path, tmp_path / "in").open_cache()
+    manifest = cache.directory / "manifest.json"
+    old = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**old, "own": [["train", 12]]}))
+    data = ready(of_files(tmp_path, tmp_path / "in"))
+    assert data.images["train"].names == [f"train/{k}.png" for k in range(6)]
+
+
+def test_images_of_a_test_split_alone_are_not_trained_on(tmp_path: Path) -> None:
+    fill(tmp_path / "in", [f"test/{k}.png" for k in range(20)])
+    data = of_files(tmp_path, tmp_path / "in")
+    data.setup("test")
+    assert len(data.images["test"]) == 20
+    with pytest.raises(DataError, match=r"no image for the train split; .*data.split=all"):
         data.setup("fit")
 
 

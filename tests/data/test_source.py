@@ -79,20 +79,58 @@ def test_folder_is_read_in_groups(tmp_path: Path, monkeypatch) -> None:
     check_groups(source, 4)
 
 
+SPLIT_FOLDERS = {
+    "train": ("train", "Train", "TRAINING", "train2017", "trainA", "DIV2K_train_HR", "x/train"),
+    "val": ("val", "valid", "Validation", "dev", "val_256", "DIV2K_valid_HR", "images/val"),
+    "test": ("test", "Testing", "test-images", "eval", "evaluation", "bottle/test/broken"),
+}
+
+
 def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
     splits = {
-        "train/a.png": "train",
-        "train/val/b.png": "train",
-        "val/c.png": "val",
-        "validation/d.png": "val",
-        "test/e.png": "test",
-        "testing/f.png": "train",
-        "other/test/g.png": "train",
-        "test.png": "train",
+        f"{folder}/{split}.png": split for split in SPLITS for folder in SPLIT_FOLDERS[split]
     }
+    splits |= {"train/val/b.png": "train", "val/x train/c.png": "val"}  # the outermost decides
     fill(tmp_path, list(splits))
     source = opened(tmp_path)
     assert dict(zip(source.names, source.native_splits, strict=True)) == splits
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["", "trainer", "tests", "contest", "value", "devices", "trainval", "train_val", "latest"],
+)
+def test_other_folders_are_no_splits(tmp_path: Path, folder: str) -> None:
+    fill(tmp_path, [f"{folder}/a.png".lstrip("/"), f"{folder}/test.png".lstrip("/")])
+    assert opened(tmp_path).native_splits == ["train", "train"]
+
+
+def test_images_in_no_split_beside_splits_are_an_error(tmp_path: Path) -> None:
+    fill(tmp_path, ["train/cat/1.png", "train/dog/2.png", "valid/cat/3.png", "extra/4.png"])
+    fill(tmp_path, ["5.png", "extra/deep/test.png"])
+    source = opened(tmp_path)
+    with pytest.raises(DataError) as caught:
+        split_images(source.names, source.native_splits, SHARES, 0)
+    assert str(caught.value) == (
+        "data.source has images in splits: train (2), valid (1); and others in no split: . (1), "
+        "extra (1), extra/deep (1). Name each folder or parquet file train, val or test, move "
+        "the others out of data.source, or set data.split=all to divide all images by data.splits"
+    )
+    everything = split_images(source.names, source.native_splits, SHARES, 0, "all")
+    for split, each in split_images(source.names, ["train"] * 6, SHARES, 0).items():
+        assert np.array_equal(everything[split], each)
+
+
+def test_class_of_a_file_is_its_folder_without_the_split(tmp_path: Path) -> None:
+    files = {
+        "train/cat/1.png": "cat", "val/cat/2.png": "cat", "val/dog/3.png": "dog",
+        "cat/test/4.png": "cat", "test/cat/big/5.png": "cat/big", "train/6.png": "",
+    }  # fmt: skip
+    fill(tmp_path, list(files))
+    source = opened(tmp_path)
+    names, index = source.labels("folder")
+    assert names == ["", "cat", "cat/big", "dog"]
+    assert [names[k] for k in index] == [files[name] for name in source.names]
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
@@ -191,21 +229,35 @@ def test_image_names_do_not_depend_on_the_location(parquet: Path) -> None:
         ("validation_1.parquet", "val"),
         ("test/0000.parquet", "test"),
         ("default/validation/0000.parquet", "val"),
-        ("trainer.parquet", "train"),
-        ("tests/0.parquet", "train"),
-        ("latest/0.parquet", "train"),
-        ("my-test.parquet", "train"),
+        ("Valid/0.parquet", "val"),
+        ("celeba-dev-0.parquet", "val"),
+        ("my-test.parquet", "test"),
+        ("test/train-0.parquet", "test"),
+        ("trainer.parquet", "none"),
+        ("tests/0.parquet", "none"),
+        ("latest/0.parquet", "none"),
     ],
 )
 def test_parquet_file_names_determine_the_split(tmp_path: Path, file: str, own: str) -> None:
     write_parquet(tmp_path / "x" / file, rows(range(2)))
-    write_parquet(tmp_path / "x" / "0.parquet", rows(range(1)))
+    write_parquet(tmp_path / "x" / "train.parquet", rows(range(1)))
     source = opened(tmp_path / "x")
     assert dict(zip(source.names, source.native_splits, strict=True)) == {
-        "0.parquet:0": "train",
+        "train.parquet:0": "train",
         f"{file}:0": own,
         f"{file}:1": own,
     }
+    if own == "none":
+        with pytest.raises(DataError, match=rf"train.parquet \(1\).* no split: {file} \(2\)\."):
+            split_images(source.names, source.native_splits, SHARES, 0)
+
+
+def test_split_of_a_common_folder_is_kept(tmp_path: Path) -> None:
+    """Names are relative to the common folder; splits are not."""
+    write_parquet(tmp_path / "test" / "0.parquet", rows(range(2)))
+    source = opened(tmp_path)
+    assert source.names == ["0.parquet:0", "0.parquet:1"]
+    assert source.native_splits == ["test", "test"]
 
 
 def test_files_with_equal_names_in_two_folders_are_both_read(tmp_path: Path) -> None:
@@ -455,12 +507,11 @@ def named(own: list[str], split: str | None = None, shares: dict = SHARES, seed:
     return {k: [names[place] for place in each] for k, each in places.items()}
 
 
-def test_single_split_is_divided_by_a_hash_of_the_names() -> None:
+def test_single_training_split_is_divided_by_a_hash_of_the_names() -> None:
     for seed in (0, 7):
         for shares in (SHARES, {"train": 90, "val": 5, "test": 5}):
             expected = by_hand(NAMES, SPLITS, shares, seed)
-            for own in SPLITS:  # for any name of the split
-                assert named([own] * 300, None, shares, seed) == expected
+            assert named(["train"] * 300, None, shares, seed) == expected
     lengths = [len(names) for names in named(["train"] * 300).values()]
     # These numbers must not change, because runs refer to their splits.
     assert lengths == [174, 63, 63]
@@ -493,6 +544,8 @@ def test_without_a_validation_split_training_is_divided() -> None:
 def test_without_a_training_split_train_is_empty() -> None:
     own = ["val"] * 200 + ["test"] * 100
     assert named(own) == {"train": [], "val": NAMES[:200], "test": NAMES[200:]}
+    assert named(["test"] * 300) == {"train": [], "val": [], "test": NAMES}
+    assert named(["val"] * 300) == {"train": [], **by_hand(NAMES, ("val", "test"), SHARES, 0)}
     assert named([]) == {"train": [], "val": [], "test": []}
 
 
@@ -500,7 +553,8 @@ def test_native_splits_are_pooled_on_request() -> None:
     pool = by_hand(NAMES[:260], SPLITS, SHARES, 0)
     assert named(OWN, "train+validation") == named(OWN, "train+val") == pool
     assert named(OWN, "test") == by_hand(NAMES[260:], SPLITS, SHARES, 0)
-    assert named(OWN, "train+val+test") == named(["train"] * 300)
+    assert named(OWN, "Valid+train") == pool
+    assert named(OWN, "train+val+test") == named(OWN, "all") == named(["train"] * 300)
 
 
 def test_missing_split_is_an_error() -> None:
@@ -510,8 +564,8 @@ def test_missing_split_is_an_error() -> None:
     assert str(caught.value) == (
         "data.split=train+validation: the dataset has no split val; it has train, test"
     )
-    with pytest.raises(DataError, match=r"data.split=Train: .* no split Train; it has train, v"):
-        named(OWN, "Train")
+    with pytest.raises(DataError, match=r"data.split=Extra: .* no split Extra; it has train, v"):
+        named(OWN, "Extra")
 
 
 def test_splits_have_their_shares_and_depend_on_the_seed() -> None:

@@ -16,6 +16,7 @@ import torch
 from gaussian import COVARIANCE, MEAN, BasisNoise, GaussianDenoiser, moments
 from torch import Tensor
 
+from diffusion_lab.analytic import Gaussian
 from diffusion_lab.denoiser import Denoiser
 from diffusion_lab.errors import SamplingError
 from diffusion_lab.guidance import (
@@ -262,15 +263,17 @@ def replaced(x: np.ndarray, y: np.ndarray, s: tuple, sigma_y: float, z: np.ndarr
 @with_and_without_noise
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_repaint_matches_algorithm_1(schedule: Schedule, sigma_y: float, repeats: int) -> None:
+    """Steps are repeated at the levels at which all coefficients are replaced."""
     y, draw = numbers(3, 3), draws(3)
     x = schedule.prior_std * draw()
     for t, s in pairwise(ladder(Ancestral(N), schedule)):
-        for u in range(repeats):
+        passes = repeats if s[0] * sigma_y / S.min() <= s[1] else 1
+        for u in range(passes):
             x = ancestral(x, t, s, draw)
             x = replaced(x, y.numpy(), s, sigma_y, draw())
             if s[1] == 0:
                 break
-            if u < repeats - 1:
+            if u < passes - 1:
                 a = t[0] / s[0]
                 x = a * x + (t[1] ** 2 - (a * s[1]) ** 2) ** 0.5 * draw()
     close(run(Replacement(repeats), Ancestral(N), schedule, y, sigma_y), x, 1e-7)
@@ -433,6 +436,24 @@ def test_replacement_with_the_identity_operator() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("repeats, jump", [(3, 1), (2, 6)])
+@pytest.mark.parametrize("sigma_y", [0.1, 0.5])
+def test_repeats_keep_a_noisy_observation(sigma_y: float, repeats: int, jump: int) -> None:
+    """All elements are observed: repeats do not change the samples, which are those given y.
+
+    With jumps from levels below σ_y, each pass would forget a part of y.
+    """
+    y, sampler = numbers(1, D)[0], EulerMaruyama(20, grid=LogSNR())
+    once, several = (
+        exact_moments(method, sampler, y, sigma_y, Identity(), 60 * repeats, VP())
+        for method in (Replacement(), Replacement(repeats, jump))
+    )
+    for one, other in zip(once, several, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    exact = Gaussian(MEAN, COVARIANCE).posterior(y, Identity(), sigma_y)
+    assert float((once[0] - exact.means[0]).abs().max()) < 0.25 * sigma_y
+
+
 def exact_moments(
     guidance: Guidance, sampler: Sampler, y: Tensor, sigma_y: float, operator: Operator,
     count: int, schedule: Schedule = SCHEDULES["linear"],
@@ -475,7 +496,8 @@ def test_repaint_visits_the_times_of_the_paper(steps: int, repeats: int, jump: i
 @every_method
 def test_number_of_network_calls(guidance: Guidance) -> None:
     calls = {
-        "Replacement": 6 + 2 * 2 * 2 if getattr(guidance, "repeats", 1) > 1 else 6,
+        # One of two segments of two steps is repeated twice; the other is below ν_i.
+        "Replacement": 6 + 2 * 2 if getattr(guidance, "repeats", 1) > 1 else 6,
         "DDNM": 6 + 3 if getattr(guidance, "repeats", 1) > 1 else 6,
         "DAPS": 6 * 2,
         "PnPDM": 6 * 3,

@@ -132,6 +132,26 @@ def test_gmres_is_stable_for_an_indefinite_matrix() -> None:
     assert residual(gmres(product(matrix), b, 2)) < 1e-10
 
 
+@pytest.mark.parametrize("digits", [4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gmres_is_stable_for_ill_conditioned_float32_systems(digits: int, symmetric: bool) -> None:
+    """A system of condition number 10^4 is solved, also after further iterations.
+
+    For 10^6 and 10^8, which float32 does not resolve, the residual stays near that of v = 0.
+    """
+    generator, size = torch.Generator().manual_seed(3), 12
+    noise = torch.randn(2, 64, size, size, generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(noise).Q
+    values = torch.logspace(0, -digits, size, dtype=torch.float64)
+    matrix = left @ (values[:, None] * (left if symmetric else right).mT)
+    b = torch.randn(64, size, generator=generator, dtype=torch.float64)
+    for iterations in (3, size, 2 * size):
+        v = gmres(product(matrix.float()), b.float(), iterations).double()
+        residual = (b - product(matrix)(v)).norm(dim=1) / b.norm(dim=1)
+        solved = digits == 4 and iterations >= size
+        assert float(residual.max()) < (0.002 if solved else 1.3)
+
+
 @both
 def test_rows_are_solved_independently(solver) -> None:
     matrix = OBLIQUE if solver is gmres else POSITIVE

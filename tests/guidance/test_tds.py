@@ -128,6 +128,66 @@ def test_tds_samples_the_exact_posterior_of_an_isotropic_gaussian(schedule) -> N
     assert float((whitened.cov() - torch.eye(5)).abs().max()) < 0.09
 
 
+@pytest.mark.parametrize("sigma_y", [0.3, 0.5, 1.0])
+def test_one_step_of_tds_samples_the_posterior_of_a_gaussian(sigma_y: float) -> None:
+    """With one level, r = 0.5, the posterior comes from the last weights and the last draw.
+
+    Without the weights, the mean would be smaller by 10 to 40%; the last draw has the variance
+    v σ_y² / (σ_y² + v), with v = 0.2, also where r is above σ_y.
+    """
+    count, y = 4000, 2.0
+    observation = Observation(
+        torch.full((count, 1), y, dtype=torch.float64), sigma_y, Identity(), group=count
+    )
+    schedule = EDM(sigma_min=0.02, sigma_max=0.5)
+    x_0 = TDS(8.0, 1.0)(
+        Gaussian(torch.zeros(1), torch.eye(1)).denoiser(schedule), steps(1), observation,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    variance = sigma_y**2 / (1 + sigma_y**2)
+    assert float(x_0.mean()) == pytest.approx(y / (1 + sigma_y**2), abs=0.06 * variance**0.5)
+    assert float(x_0.var()) == pytest.approx(variance, rel=0.1)
+
+
+@pytest.mark.parametrize("r", [0.1, 1.7])  # below and above σ_y
+def test_last_draw_matches_the_dense_posterior(r: float) -> None:
+    """x_0 ~ N(x̂, v I) given y = A x_0 + σ_y n; r is far below and above σ_y."""
+    sigma_y, std, count = 0.3, 0.8, 20_000
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+    observation = Observation(y.expand(count, 3), sigma_y, Matrix(MATRIX), group=count)
+    particles = ParticleSet(observation, count, std, generator)
+    denoised = torch.randn(1, 1, 5, generator=generator, dtype=torch.float64)
+    x_0 = particles.last(denoised.expand(1, count, 5), r)[0]
+    v = r**2 * std**2 / (r**2 + std**2)
+    inner = v * MATRIX @ MATRIX.T + sigma_y**2 * torch.eye(3, dtype=torch.float64)
+    gain = v * MATRIX.T @ torch.linalg.inv(inner)
+    mean = denoised[0, 0] + gain @ (y[0] - MATRIX @ denoised[0, 0])
+    covariance = v * (torch.eye(5, dtype=torch.float64) - gain @ MATRIX)
+    factor = torch.linalg.cholesky(covariance)
+    whitened = torch.linalg.solve_triangular(factor, (x_0 - mean).T, upper=False)
+    assert float(whitened.mean(1).abs().max()) < 0.03
+    assert float((whitened.cov() - torch.eye(5)).abs().max()) < 0.04
+
+
+def test_particles_are_resampled_below_the_threshold_only() -> None:
+    """Groups with the effective sample sizes 6, 4.5, 3 and 1 of 6, for a threshold of 4.2."""
+    weights = torch.tensor(
+        [[1.0] * 6, [0.5, 0.5, 1, 1, 0.2, 0.2], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]],
+        dtype=torch.float64,
+    )
+    log_weights = (3 * weights).log()
+    observation = Observation(torch.zeros(4, 5, dtype=torch.float64), 0.3)
+    particles = ParticleSet(observation, 6, 1.0, torch.Generator().manual_seed(0))
+    effective = weights.sum(1) ** 2 / weights.square().sum(1)
+    assert effective.tolist() == pytest.approx([6, 4.48, 3, 1], abs=0.01)
+    chosen, after = TDS(threshold=0.7)._resampled(log_weights, particles)
+    assert torch.equal(chosen[:2], torch.arange(6).expand(2, 6))
+    assert torch.equal(after[:2], log_weights[:2])
+    assert chosen[2].tolist() == [0, 0, 1, 1, 2, 2] and chosen[3].tolist() == [4] * 6
+    assert not after[2:].any()
+
+
 def test_error_decreases_with_the_number_of_particles() -> None:
     problem = PROBLEMS["mixture_mask"]()
     found = []

@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import Command
 
+from diffusion_lab.analytic import GaussianMixture
 from diffusion_lab.guidance import DDNM, JFPS, TDS, Guidance, Observation, TruncatedReverseSDE
 from diffusion_lab.leaderboard import PROBLEMS, ExactPosterior, Method, grade, methods
 from diffusion_lab.leaderboard.exact_posterior import markdown
 from diffusion_lab.leaderboard.grade import COLUMNS
 from diffusion_lab.leaderboard.methods import CONTROL, EXEMPT, Control, method_rows
+from diffusion_lab.rng import make_key
 from diffusion_lab.runs.compose import CONFIG_PATH
 from diffusion_lab.sampler import DDIM, EulerMaruyama, PredictorCorrector
 from diffusion_lab.schedule import Linear
@@ -79,6 +81,36 @@ def test_each_error_affects_its_own_column() -> None:
     problem = PROBLEMS["mixture_ambiguous"]()
     blind = row(problem, prior=True)
     assert blind["coverage"] == pytest.approx(0.9, abs=0.03) and blind["mode_tv"] > 0.3
+
+
+class WrongWeights(Exact):
+    """Exact posterior samples, but with modes of given weights."""
+
+    weights = torch.tensor([0.7, 0.1, 0.15, 0.05], dtype=torch.float64)
+
+    def draw(self, denoiser, sampler, observation: Observation, generator, callback):
+        problem, rows = self.problem, []
+        for y in observation.y[:: observation.group]:
+            posterior = problem.prior.posterior(y, problem.operator, problem.sigma_y)
+            mixture = GaussianMixture(self.weights, posterior.means, posterior.covariances)
+            rows.append(mixture.sample(observation.group, generator))
+        return torch.cat(rows)
+
+
+def test_mode_tv_is_the_distance_of_known_wrong_weights() -> None:
+    """1/2 Σ |w_k - w'_k| over the modes, a mean over y; the distance within modes is small."""
+    problem = PROBLEMS["mixture_ambiguous"]()
+    method = Method("wrong", WrongWeights, DDIM(1), Linear())
+    found = grade(problem, method, **{**SIZES, "n": 2048, "n_coverage": 0})
+    generator = torch.Generator().manual_seed(int(make_key(0, problem.name, "truth")))
+    expected = [
+        float((problem.prior.posterior(y, problem.operator, problem.sigma_y).weights
+               - WrongWeights.weights).abs().sum() / 2)
+        for y in problem.observe(SIZES["n_y"], generator)[1]
+    ]  # fmt: skip
+    assert min(expected) > 0.2
+    assert found["mode_tv"] == pytest.approx(sum(expected) / 4, abs=0.02)
+    assert found["sw2"] / found["sw2_floor"] == pytest.approx(1, abs=0.2)
 
 
 def test_control_and_truncated_sampler_are_near_the_floor() -> None:

@@ -171,6 +171,15 @@ def test_ties_are_broken_at_random(keyed: bool) -> None:
         assert not uniform(rank_histogram(rule, 9))
 
 
+def test_ties_are_broken_uniformly_over_all_places() -> None:
+    """Two samples below, three equal to the truth and one above: rank 2 to 5, a quarter each."""
+    samples = torch.tensor([-1.0, 0.5, 0.0, 0.5, 0.5, 2.0]).expand(8000, 6)[..., None]
+    found = ranks(samples, torch.full((8000, 1), 0.5), streams(8000))
+    shares = rank_histogram(found, 6).double() / 8000
+    expected = torch.tensor([0, 0, 0.25, 0.25, 0.25, 0.25, 0], dtype=torch.float64)
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
+
+
 def test_ranks_are_uniform_if_all_samples_are_tied() -> None:
     found = ranks(torch.ones(2000, 4, 3), torch.ones(2000, 3), streams(2000))
     assert uniform(rank_histogram(found[:, 1], 4))

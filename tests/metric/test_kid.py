@@ -52,8 +52,7 @@ def test_kernel_distance_is_unbiased_with_a_correct_standard_error() -> None:
     value, error = found.unbind(1)
     std = value.std()
     assert abs(value.mean()) < 3 * std / 200**0.5
-    # The error of blocks overestimates that of the whole.
-    assert 0.7 < error.square().mean().sqrt() / std < 4
+    assert 0.8 < error.square().mean().sqrt() / std < 1.6
 
     def mean(a: float, b: float) -> float:
         cubes = (a**3 + 3 * a) * (b**3 + 3 * b)
@@ -65,5 +64,30 @@ def test_kernel_distance_is_unbiased_with_a_correct_standard_error() -> None:
     )
     value, error = found.unbind(1)
     assert float(value.mean()) == pytest.approx(exact, abs=3 * float(value.std()) / 10)
-    assert 0.7 < error.square().mean().sqrt() / value.std() < 1.5
+    assert 0.8 < error.square().mean().sqrt() / value.std() < 1.25
     assert math.isnan(kernel_distance(normal(0, 19, 1), normal(1, 300, 1))[1])
+
+
+@pytest.mark.parametrize("d", [1, 30])
+def test_standard_error_is_that_of_a_jackknife(d: int) -> None:
+    """Against the definition: the distance without each block of every tenth image."""
+    x, y = normal(0, 63, d), normal(1, 48, d, 0.1)
+    without = torch.tensor(
+        [
+            kernel_distance(*(torch.cat([z[j::10] for j in range(10) if j != k]) for z in (x, y)))[
+                0
+            ]
+            for k in range(10)
+        ]
+    )
+    expected = float((0.9 * (without - without.mean()).square().sum()).sqrt())
+    assert kernel_distance(x, y)[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_standard_error_of_a_good_model_is_not_too_large() -> None:
+    """For equal distributions of many features, its mean is near the spread of the distance."""
+    found = torch.tensor(
+        [kernel_distance(normal(s, 200, 64), normal(10_000 + s, 200, 64)) for s in range(60)]
+    )
+    value, error = found.unbind(1)
+    assert 0.8 < float(error.mean() / value.std()) < 1.5

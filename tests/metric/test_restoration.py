@@ -8,6 +8,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from diffusion_lab.metric import psnr, ssim
+from diffusion_lab.pixels import to_uint8
 
 
 def uniform(*shape: int) -> Tensor:
@@ -40,26 +41,44 @@ def test_psnr_is_per_image_and_without_clipping() -> None:
     assert float(values[2]) == pytest.approx(20 * math.log10(20), rel=1e-5)
 
 
-@pytest.mark.parametrize("std", [0.05, 0.3, 1.0])
-def test_ssim_matches_scikit_image(std: float) -> None:
-    x_0 = smooth(3)
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
-    estimate = x_0 + std * noise
-    reference = [
+def reference(estimate: Tensor, x_0: Tensor, data_range: float) -> list[float]:
+    """SSIM of scikit-image, with the settings of Wang et al."""
+    return [
         structural_similarity(
-            a.double().numpy(),
-            b.double().numpy(),
-            channel_axis=0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=2,
+            a.numpy(), b.numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, data_range=data_range,
         )
         for a, b in zip(estimate, x_0, strict=True)
-    ]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0])
+def test_ssim_matches_scikit_image_on_8_bit_images(std: float) -> None:
+    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    clean = to_uint8(smooth(3))
+    levels = to_uint8(smooth(3) + std * noise)
+    x_0, estimate = (images.float() / 127.5 - 1 for images in (clean, levels))
+    expected = reference(levels, clean, 255)
     # The images differ, so that their order is tested.
-    assert max(reference) - min(reference) > 0.001
-    assert ssim(estimate, x_0).tolist() == pytest.approx(reference, abs=2e-5)
+    assert max(expected) - min(expected) > 0.001
+    assert ssim(estimate, x_0).tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_ssim_matches_scikit_image_outside_the_range_of_pixels() -> None:
+    """Estimates are not clipped."""
+    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    estimate, x_0 = 2 * smooth(3) + noise, smooth(3)
+    expected = reference((estimate.double() + 1) / 2, (x_0.double() + 1) / 2, 1)
+    assert ssim(estimate, x_0).tolist() == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [(122, 133), (0, 255), (10, 20), (250, 200)])
+def test_ssim_of_uniform_images_compares_their_luminance(a: int, b: int) -> None:
+    """(2 a b + C_1) / (a² + b² + C_1) with C_1 = (0.01 · 255)², between 0 and 1."""
+    x, y = (torch.full((1, 3, 16, 16), level / 127.5 - 1) for level in (a, b))
+    c_1 = 2.55**2
+    expected = (2 * a * b + c_1) / (a**2 + b**2 + c_1)
+    assert float(ssim(x, y)) == pytest.approx(expected, abs=2e-6)
 
 
 def test_ssim_of_a_single_image_matches_the_batch() -> None:

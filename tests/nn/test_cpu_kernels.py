@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from networks import images, randomise
 from torch import Tensor, nn
 
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.nn import UNet
 from diffusion_lab.nn.cpu import convolution, kernels, library
 from diffusion_lab.nn.cpu.convolution import is_supported
@@ -326,6 +327,16 @@ def test_missing_compiler_warns_and_writes_no_file(
         with pytest.warns(UserWarning, match=rf"install g\+\+ or name one in .* CXX \({reason}\)"):
             assert library.load_library.__wrapped__() is None
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+
+
+def test_kernels_can_be_disabled_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = library.load_library.__wrapped__
+    monkeypatch.setattr(library, "_load", lambda: pytest.fail("loaded"))
+    monkeypatch.setenv("DIFFUSION_LAB_CPU_KERNELS", "0")
+    assert load() is None
+    monkeypatch.setenv("DIFFUSION_LAB_CPU_KERNELS", "no")
+    with pytest.raises(ConfigError, match=r"DIFFUSION_LAB_CPU_KERNELS=no is .* must be 0 or 1"):
+        load()
 
 
 def test_other_processors_use_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:

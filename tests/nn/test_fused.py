@@ -80,13 +80,17 @@ def test_gradient_matches_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: norm_silu_conv(x, norm, conv), x)
 
 
-def test_second_derivative_is_an_error() -> None:
+def test_second_derivative_matches_the_plain_formula() -> None:
     norm, conv = parts()
     x = images(1, 8, 3, 3).double().requires_grad_()
-    loss = norm_silu_conv(x, norm, conv).square().sum()
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    inputs = [x, *norm.parameters(), *conv.parameters()]
+    results = []
+    for function in (norm_silu_conv, plain):
+        loss = function(x, norm, conv).square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), inputs))
+    for actual, expected in zip(*results, strict=True):
+        assert close(actual, expected, 1e-10)
 
 
 def test_only_the_input_is_saved_for_the_backward_pass() -> None:

@@ -23,6 +23,7 @@ from diffusion_lab.sampler import (
     Heun,
     PredictorCorrector,
     ProbabilityFlow,
+    ReverseDiffusion,
     Sampler,
     State,
     UniPC,
@@ -195,6 +196,113 @@ def test_euler_maruyama_matches_the_standard_scheme_for_constant_g() -> None:
     expected = x_t - (f * x_t - g**2 * score) * dt + g * dt.sqrt() * z
     actual = one_step(EulerMaruyama(), schedule, x_t, denoised, t, s, z)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+class Counting(Isotropic):
+    """Counts the calls by time."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self.times: list[float] = []
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.times.append(float(t))
+        return super().forward(x_t, t)
+
+
+def formula_step(
+    sampler: Sampler, schedule: Schedule, x_t: Tensor, t: float, s: float, noises: Tensor
+) -> tuple[Tensor, list[float]]:
+    """x_s by the sampler from given noise, all of which it must use, and the calls of the step."""
+    denoiser, draws = Counting(schedule), list(noises)
+    time_t, time_s = torch.tensor([t, s], dtype=torch.float64)
+    state = State(t, x_t, denoiser(x_t, time_t))
+    denoiser.times.clear()
+    x_s = sampler.step(denoiser, state, time_s, lambda x: draws.pop(0))
+    assert not draws
+    return x_s, denoiser.times
+
+
+def score(schedule: Schedule, x: Tensor, t: float) -> Tensor:
+    """The score of N(α_t μ, (α_t² ν + σ_t²) I), the density of x_t under `Isotropic`."""
+    alpha_t, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))
+    return (0.4 * alpha_t - x) / (0.2 * alpha_t**2 + sigma_t**2)
+
+
+@any_schedule
+@pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.6, 0.3), (0.02, 0.01)])
+def test_reverse_diffusion_step_matches_its_formula(
+    schedule: Schedule, t: float, s: float
+) -> None:
+    """(2 - a) x_t + v ∇ log p(x_t) + √v z, with a = α_t / α_s and v = σ_t² - a² σ_s²."""
+    x_t, z = normal(2, 6, 4)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        schedule(torch.tensor(u, dtype=torch.float64)) for u in (t, s)
+    )
+    a = alpha_t / alpha_s
+    v = sigma_t**2 - a**2 * sigma_s**2
+    expected = (2 - a) * x_t + v * score(schedule, x_t, t) + v.sqrt() * z
+    actual, calls = formula_step(ReverseDiffusion(), schedule, x_t, t, s, z[None])
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+    assert calls == []
+
+
+@any_schedule
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("t, s", [(1.0, 0.9), (0.6, 0.3)])
+def test_predictor_corrector_step_matches_its_formula(
+    schedule: Schedule, count: int, t: float, s: float
+) -> None:
+    """A predictor step, then x + δ ∇ log p(x_s) + √(2 δ) z with δ = 2 α_t / α_s (snr σ_s)²."""
+    snr = 0.2
+    x_t, *noises = normal(2 + count, 6, 4)
+    x, _ = formula_step(ReverseDiffusion(), schedule, x_t, t, s, torch.stack(noises[:1]))
+    (alpha_t, _), (alpha_s, sigma_s) = (
+        schedule(torch.tensor(u, dtype=torch.float64)) for u in (t, s)
+    )
+    delta = 2 * alpha_t / alpha_s * snr**2 * sigma_s**2
+    for z in noises[1:]:
+        x = x + delta * score(schedule, x, s) + (2 * delta).sqrt() * z
+    sampler = PredictorCorrector(langevin_steps=count, snr=snr)
+    actual, calls = formula_step(sampler, schedule, x_t, t, s, torch.stack(noises))
+    torch.testing.assert_close(actual, x, rtol=1e-7, atol=1e-9)
+    assert calls == [s] * count
+
+
+@any_schedule
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("t, s", [(1.0, 0.9), (0.6, 0.3), (0.1, 0.0)])
+def test_annealed_langevin_step_matches_its_formula(
+    schedule: Schedule, count: int, t: float, s: float
+) -> None:
+    """Steps of δ = 2 (snr σ_t)² at t; x_t α_s / α_t starts the next level, x̂ is the result."""
+    snr = 0.2
+    x_t, *noises = normal(1 + count, 6, 4)
+    (alpha_t, sigma_t), (alpha_s, _) = (
+        schedule(torch.tensor(u, dtype=torch.float64)) for u in (t, s)
+    )
+    delta, x = 2 * snr**2 * sigma_t**2, x_t
+    for z in noises:
+        x = x + delta * score(schedule, x, t) + (2 * delta).sqrt() * z
+    # Tweedie's formula, x̂ = (x_t + σ_t² ∇ log p(x_t)) / α_t, in the last step.
+    x = alpha_s / alpha_t * x if s else (x + sigma_t**2 * score(schedule, x, t)) / alpha_t
+    sampler = AnnealedLangevin(langevin_steps=count, snr=snr)
+    actual, calls = formula_step(sampler, schedule, x_t, t, s, torch.stack(noises))
+    torch.testing.assert_close(actual, x, rtol=1e-7, atol=1e-9)
+    assert calls == [t] * (count - 1 + (s == 0))
+
+
+def test_number_of_calls_of_langevin_samplers() -> None:
+    """N steps: N (M + 1) - M calls with a corrector, which the last step omits, and N M + 1."""
+    for sampler, expected in (
+        (ReverseDiffusion(7), 7),
+        (PredictorCorrector(7, langevin_steps=3), 7 * 4 - 3),
+        (PredictorCorrector(7), 7 * 2 - 1),
+        (AnnealedLangevin(7, 4), 7 * 4 + 1),
+    ):
+        denoiser = Counting(VP())
+        sampler(denoiser, normal(3, 4), generator=torch.Generator().manual_seed(0))
+        assert len(denoiser.times) == expected, sampler
 
 
 @any_schedule

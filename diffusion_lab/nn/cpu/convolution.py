@@ -2,9 +2,11 @@ r"""Differentiable 3x3 convolution by the compiled kernels.
 
     y = f(x) * W + b + time + skip,    f = SiLU ∘ norm, or nearest-neighbour upsampling by 2.
 
-The kernels serve float32 images on x86-64 Linux with AVX2. They take 0.25 to 0.5 of the time of
+The kernels serve float32 images on x86-64 Linux with AVX2, unless the environment variable
+DIFFUSION_LAB_CPU_KERNELS is 0. They take 0.25 to 0.5 of the time of
 oneDNN's convolutions with torch's group norm and SiLU. The backward pass keeps x and the norm's
-statistics and computes f(x) again.
+statistics and computes f(x) again. A graph of the gradient, for second derivatives, is made of
+torch's operations; see `differentiable`.
 """
 
 __all__ = ["convolve", "is_available", "is_supported"]
@@ -14,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from diffusion_lab.nn.cpu import kernels
 from diffusion_lab.nn.cpu.library import load_library
+from diffusion_lab.nn.differentiable import formula_gradients, needs_formula
 
 LANES, TILE = 8, 4  # channels are multiples of LANES, height and width of TILE
 MIN_TILES = 8  # with fewer tiles the transform of the weights costs more than it saves
@@ -31,6 +33,7 @@ def is_available(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not needs_formula()
         and load_library() is not None
     )
 
@@ -71,13 +74,15 @@ class _Convolution(torch.autograd.Function):
         norm = None
         if gamma is not None and beta is not None:
             norm = kernels.moments(x, gamma, beta, groups, eps)
-        ctx.save_for_backward(x, gamma, weight, *(norm or ()))
+        ctx.save_for_backward(x, gamma, beta, weight, *(norm or ()))
+        ctx.groups, ctx.eps = groups, eps
         return kernels.convolve(x, weight, bias, norm, time, skip, upsample=norm is None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, weight, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by create_graph
+            return _backward_by_formula(ctx, gradient)
+        x, gamma, _, weight, *saved = ctx.saved_tensors
         norm = kernels.Moments(*saved) if saved else None
         needs = ctx.needs_input_grad
         d_x = d_gamma = d_beta = d_weight = sums = None
@@ -97,13 +102,32 @@ class _Convolution(torch.autograd.Function):
         return d_x, d_gamma, d_beta, d_weight, d_bias, d_time, d_skip, None, None
 
 
+def _backward_by_formula(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass with a graph, by operations of torch."""
+    x, gamma, beta, weight = ctx.saved_tensors[:4]
+    needs = ctx.needs_input_grad
+
+    def formula(x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor) -> Tensor:
+        if gamma is None:
+            h = F.interpolate(x, scale_factor=2)
+        else:
+            h = F.silu(F.group_norm(x, ctx.groups, gamma, beta, ctx.eps))
+        return F.conv2d(h, weight, padding=1)
+
+    with torch.autocast("cpu", enabled=False):
+        found = formula_gradients(formula, (x, gamma, beta, weight), needs[:4], gradient)
+    d_bias = gradient.sum((0, 2, 3)) if needs[4] else None
+    d_time = gradient.sum((2, 3)) if needs[5] else None
+    return *found, d_bias, d_time, gradient if needs[6] else None, None, None
+
+
 def convolve(
     x: Tensor, conv: nn.Conv2d, norm: nn.GroupNorm | None = None, time: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Returns conv(f(x)) + time + skip, or None if the kernels do not support the input.
 
-    The gradient can be taken once; a second derivative raises an error.
+    The result can be differentiated any number of times.
 
     Arguments:
         x: The input, of shape (B, C, H, W).

@@ -3,7 +3,8 @@
 The source is compiled by g++ at the first use (2 seconds) and cached in $XDG_CACHE_HOME, by
 default ~/.cache, under a hash of the source, the compiler and its flags. Several processes may
 start at once: each writes the same file atomically. Where the cache cannot be written, the library
-is compiled in a temporary folder.
+is compiled in a temporary folder. The environment variable DIFFUSION_LAB_CPU_KERNELS=0 turns the
+library off.
 
 `torch.utils.cpp_extension.load` is not used: it needs ninja and a writable cache, takes 0.6 s
 instead of less than 0.01 s to load a cached library, and 34 s instead of 4 s of processor time to
@@ -27,7 +28,9 @@ from pathlib import Path
 import torch
 
 from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.errors import ConfigError
 
+VARIABLE = "DIFFUSION_LAB_CPU_KERNELS"  # 0 turns the library off
 SOURCE = Path(__file__).with_name("winograd.cpp")
 # The OpenMP library is not named: its symbols are found in the one that torch has loaded, so that
 # torch.set_num_threads applies.
@@ -81,6 +84,16 @@ def _load() -> ctypes.CDLL:
             return ctypes.CDLL(str(made))
 
 
+def _is_enabled() -> bool:
+    """Whether the variable DIFFUSION_LAB_CPU_KERNELS allows the library."""
+    value = os.environ.get(VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ConfigError(
+            f"the environment variable {VARIABLE}={value} is not allowed; it must be 0 or 1"
+        )
+    return value == "1"
+
+
 def _is_supported_processor() -> bool:
     """Whether this is x86-64 Linux with AVX2 or AVX-512."""
     return (
@@ -95,7 +108,12 @@ def load_library() -> ctypes.CDLL | None:
     """Returns the compiled functions, or None where they do not run.
 
     Warns if the processor is supported, but there is no working compiler.
+
+    Raises:
+        ConfigError: If the variable DIFFUSION_LAB_CPU_KERNELS is neither 0 nor 1.
     """
+    if not _is_enabled():
+        return None
     if not _is_supported_processor():
         return None
     try:
