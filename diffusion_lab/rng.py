@@ -103,6 +103,20 @@ class KeyedGenerator:
         u = _shift(self._bits(math.prod(shape)), 64 - bits).to(dtype) * 2.0**-bits
         return u.reshape(-1, *shape)
 
+    def keep(self, probability: float, *shape: int) -> tuple[Tensor, float]:
+        """Draws a mask that is true with a probability, from 16 bits for each element.
+
+        Arguments:
+            probability: The probability; rounded to a multiple of 2⁻¹⁶, at least 2⁻¹⁶.
+            shape: The shape of the mask of one stream.
+
+        Returns:
+            The mask, bool, of shape (B, *shape), and the rounded probability.
+        """
+        count, level = math.prod(shape), max(1, round(probability * 2**16))
+        words = self._bits(-(-count // 4)).view(torch.int16)[:, :count]
+        return (words <= level - 2**15 - 1).reshape(-1, *shape), level / 2**16
+
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draws z ~ N(0, 1), of shape (B, *shape), by Box-Muller from 2 x 32 bits."""
         count = math.prod(shape)

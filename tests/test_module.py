@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from diffusion_lab.callback import NaNGuard, Throughput
 from diffusion_lab.callback.ema import EMA
 from diffusion_lab.loss import P2, Likelihood, Loss, MinSNR, Simple
+from diffusion_lab.nn import UNet
 from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import VP, Linear
@@ -760,3 +761,50 @@ def test_fused_adam_resumes_from_a_state_in_another_memory_format() -> None:
         after.network.parameters(), before.network.parameters(), strict=True
     ):
         torch.testing.assert_close(actual, expected)
+
+
+# --- dropout ------------------------------------------------------------------------------------
+
+
+def test_dropout_does_not_depend_on_the_batch_or_the_global_generator() -> None:
+    """Two devices with two images each train like one with four."""
+    torch.manual_seed(0)
+    network = UNet(8, (1, 1), 1, (), 4, dropout=0.5)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    index = torch.arange(4)
+    batch = {
+        "x_0": torch.randn(4, 3, 8, 8), "index": index, "key": make_key(0, "train", 0, index),
+        "stratum": torch.rand(4).double(),
+    }  # fmt: skip
+
+    def gradients(*parts: slice) -> list[Tensor]:
+        module = fitting(network=network)
+        network.zero_grad()
+        for part in parts:
+            chosen = {key: value[part] for key, value in batch.items()}
+            loss = module.training_step({**chosen, "weight": 1.0, "split": "train"}, 0)
+            (loss * len(chosen["x_0"]) / 4).backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    one = gradients(slice(4))
+    assert all(map(torch.equal, one, gradients(slice(4))))  # the global generator has moved
+    for a, b in zip(one, gradients(slice(2), slice(2, 4)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+    network.eval()
+    assert not torch.allclose(one[0], gradients(slice(4))[0], rtol=0.01)
+
+
+def test_global_generator_is_seeded_by_step_and_rank() -> None:
+    """For networks whose dropout is that of torch."""
+
+    def draw(epoch: int, batch_idx: int, rank: int, seed: int = 3) -> float:
+        module = make_module()
+        module.run_config = {"seed": seed}
+        module._trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)
+        module.on_train_batch_start({}, batch_idx)
+        return float(torch.rand(()))
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 4)]
+    values = [draw(*place) for place in places]
+    assert len(set(values)) == 5 and [draw(*place) for place in places] == values

@@ -8,8 +8,10 @@ import pytest
 from conftest import Command, Trained
 from omegaconf import OmegaConf
 from test_cli_train import assert_same, rows
+from torch import nn
 
 from diffusion_lab import runs
+from diffusion_lab.nn.dropout import KeyedDropout
 from diffusion_lab.runs import load_checkpoint
 
 
@@ -125,3 +127,17 @@ def test_resumed_run_is_not_marked_finished(
     monkeypatch.setattr(runs, "mark_finished", lambda *_, **__: None)  # as after an interruption
     assert lab("train", "resume=a", "trainer.max_steps=3").code == 0
     assert not Path("a/finished.json").exists()
+
+
+@pytest.mark.parametrize("masks", ["keyed", pytest.param("global", marks=pytest.mark.slow)])
+def test_resume_with_dropout_is_exact(
+    masks: str, tiny: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of the U-Net have keys; those of a network with torch's dropout a seed per step."""
+    if masks == "global":
+        monkeypatch.setattr(KeyedDropout, "forward", nn.Dropout.forward)
+    own = ["network.dropout=0.5", "lr_schedule=constant", "trainer.val_check_interval=100"]
+    assert tiny(*own, "trainer.max_steps=3", "hydra.run.dir=a").code == 0
+    assert tiny("resume=a", "trainer.max_steps=5").code == 0
+    assert tiny(*own, "trainer.max_steps=5", "hydra.run.dir=b").code == 0
+    assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))

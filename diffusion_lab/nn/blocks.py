@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_lab.nn.attention import attention
+from diffusion_lab.nn.dropout import KeyedDropout
 from diffusion_lab.nn.fused import group_norm, norm_silu_conv, upsample_conv
 
 NORM_EPS = 1e-6
@@ -88,7 +89,7 @@ class ResidualBlock(nn.Module):
         self.conv_1 = initialise(nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.time = initialise(nn.Linear(features, out_channels))
         self.norm_2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
         self.conv_2 = initialise(
             nn.Conv2d(out_channels, out_channels, 3, padding=1), LAST_LAYER_SCALE
         )

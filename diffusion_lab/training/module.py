@@ -7,6 +7,10 @@ index), and do not depend on the batch size, the number of devices or a resume. 
 times depend on the global batch. In validation the times are spread evenly over the images, so
 that the loss per noise level has a small variance.
 
+So are the masks of the U-Net's dropout. Other networks may draw from torch's global generator: it is
+seeded in every training step by (seed, epoch, batch, rank), so that a resumed run on as many devices
+is exact as well.
+
 A step whose loss or gradient is not finite is skipped.
 """
 
@@ -28,6 +32,7 @@ from diffusion_lab.constraints import UnitInterval, checked
 from diffusion_lab.denoiser import NetworkDenoiser
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.loss import Loss
+from diffusion_lab.nn.dropout import set_dropout_keys
 from diffusion_lab.parameterization import Parameterization
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Schedule
@@ -152,6 +157,11 @@ class DiffusionModule(LightningModule):
         )
         return losses
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seeds torch's global generator."""
+        seed, epoch, rank = self.run_config.get("seed", 0), self.current_epoch, self.global_rank
+        torch.manual_seed(int(make_key(seed, "global", epoch, batch_idx, rank)))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean loss of a batch, weighted for unequal numbers of images."""
         x_0, generator = batch["x_0"], KeyedGenerator(batch["key"])
@@ -160,6 +170,7 @@ class DiffusionModule(LightningModule):
         t, factor = self.time(u, self.schedule)
         epsilon = generator.normal(*x_0.shape[1:])
         label = self._label(batch)
+        set_dropout_keys(self.network, batch["key"])
         losses = factor.to(x_0) * self._losses(x_0, t, epsilon, ema=False, label=label)
         # DDP averages the gradients; with the weight, that is the mean over the global batch.
         loss = losses.mean() * batch["weight"]
