@@ -213,6 +213,23 @@ def test_signal_saves_a_checkpoint_and_ends_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [6, 7, 8, 13])  # batches 5 and 6 are those of step 3
+def test_signal_between_accumulated_batches_loses_none(
+    batch: int, whole: Whole, tmp_path: Path
+) -> None:
+    overrides = [*RUN, *VARIANTS["accumulation"], "checkpoint.every_n_steps=100"]
+    directory, uninterrupted = tmp_path / "stopped", whole(*overrides)
+    assert train(f"step:{batch}:SIGTERM", directory, *overrides) == 0
+    run = directory / "run"
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == (batch + 1) // 2
+    assert train("", directory, "resume=run") == 0, (directory / TEXT).read_text()
+    actual, target = state(run), state(uninterrupted / "run")
+    assert all(torch.equal(actual[name], value) for name, value in target.items())
+    assert seen(directory) == seen(uninterrupted)
+    assert metrics(run) == metrics(uninterrupted / "run")
+
+
+@pytest.mark.slow
 def test_signal_in_a_validation_after_a_checkpoint_stops_at_once(tmp_path: Path) -> None:
     directory = tmp_path / "stopped"
     overrides = [*RUN, "checkpoint.every_n_steps=5"]

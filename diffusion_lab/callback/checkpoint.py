@@ -39,9 +39,10 @@ class LastCheckpoint(Checkpoint):
     """Saves the newest state as `last.ckpt`: every N steps, at the end and on a signal.
 
     On Ctrl-C, and on SIGTERM and SIGUSR1, which clusters send before they stop a job, the current
-    step is completed, the state is saved and training ends; a second Ctrl-C ends it at once.
-    Several devices agree on it at the next logged step, where they communicate already. Exceptions
-    save nothing, because a state in the middle of a step cannot be resumed exactly.
+    step is completed with all its accumulated batches, the state is saved and training ends; a
+    second Ctrl-C ends it at once. Several devices agree on it at the next logged step, where they
+    communicate already. Exceptions save nothing, because a state in the middle of a step cannot be
+    resumed exactly.
 
     Arguments:
         directory: Directory of the checkpoint.
@@ -58,12 +59,13 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(directory) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self.saved_step = -1
+        self.last_step = -1  # at the end of the last batch
         self.received: str | None = None  # name of the signal that this process received
         self.stopping = False  # whether all devices agreed to stop
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.saved_step = trainer.global_step
+        self.saved_step = self.last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             # Lightning's handlers lose the steps after the last checkpoint, or communicate with
             # other processes in the middle of a step.
@@ -87,8 +89,9 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         module = diffusion_module(module)
         step = trainer.global_step
-        if step == self.saved_step:
-            return
+        if step == self.last_step:
+            return  # more gradients of the step are accumulated, and a checkpoint has none
+        self.last_step = step
         self.stopping = self._all_agree(trainer)
         # The last step is saved here and not in on_train_end, where Lightning counts the epoch as
         # finished: a resumed run would skip the rest of it. A skipped step is not saved; it may be
