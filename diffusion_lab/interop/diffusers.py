@@ -18,7 +18,7 @@ Sources:
     diffusers 0.42.1: models/unets/unet_2d.py (defaults), models/modeling_utils.py (old names).
 """
 
-__all__ = ["load_schedule", "load_unet", "save_unet"]
+__all__ = ["load_prediction_type", "load_schedule", "load_unet", "save_unet"]
 
 import json
 import pickle
@@ -419,3 +419,16 @@ def load_schedule(source: str | Path) -> Schedule:
         if not isinstance(settings[key], int | float) or not 0 < settings[key] < 1:
             raise _refuse(str(path), key, settings[key], "a number between 0 and 1")
     return Linear(settings["beta_start"], settings["beta_end"], steps)
+
+
+def load_prediction_type(source: str | Path) -> str | None:
+    """Returns the prediction_type of a scheduler_config.json; None if there is no such file.
+
+    Arguments:
+        source: The folder of the file, the folder of a pipeline, or the name of either on the hub.
+    """
+    try:
+        path = _find(source, "scheduler", SCHEDULE, [SCHEDULE])
+    except RunError:
+        return None
+    return str(_read_config(path).get("prediction_type", "epsilon"))

@@ -21,7 +21,7 @@ from diffusion_lab.denoiser import ClassifierFree, Denoiser, NetworkDenoiser
 from diffusion_lab.deprecated import current_config, current_target
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import diffusers as interop
-from diffusion_lab.parameterization import Epsilon
+from diffusion_lab.parameterization import X0, Epsilon, V
 from diffusion_lab.runs.checkpoint import load_checkpoint, non_finite_tensor
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.training.module import DiffusionModule
@@ -29,6 +29,8 @@ from diffusion_lab.training.post_hoc_ema import reconstruct
 
 PRETRAINED = "pretrained weights, which were very likely trained on the test images"
 FORMAT = 1
+# The parameterizations that diffusers has; without a name in the folder it is the first.
+PREDICTIONS = {"epsilon": Epsilon, "v_prediction": V, "sample": X0}
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,27 @@ def load_pretrained_weights(module: DiffusionModule, path: str) -> None:
         path: A folder, or the name of a model on the Hugging Face hub.
 
     Raises:
+        ConfigError: If the network of the folder was trained to predict something else than that
+            of the module.
         RunError: If the folder cannot be used, or its network has another architecture; names the
             first tensor that differs.
     """
+    theirs = interop.load_prediction_type(path) or "epsilon"
+    own = type(module.parameterization)
+    if PREDICTIONS.get(theirs) is not own:
+        way_out = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(theirs)
+        raise ConfigError(
+            f"pretrained={path} has prediction_type={theirs}, and the parameterization of the run "
+            f"is {own.__name__}, under which the same output is another image; "
+            + (f"set parameterization={way_out}" if way_out else "choose another model")
+        )
     state = interop.load_unet(path).state_dict()
     for name, tensor in module.network.state_dict().items():
-        theirs = state.get(name)
-        if theirs is None or theirs.shape != tensor.shape:
+        given = state.get(name)
+        if given is None or given.shape != tensor.shape:
             raise RunError(
                 f"pretrained={path} does not fit network: {name} has shape {tuple(tensor.shape)} "
-                f"here, {'missing' if theirs is None else tuple(theirs.shape)} there; choose the "
+                f"here, {'missing' if given is None else tuple(given.shape)} there; choose the "
                 "network= of the folder's config.json"
             )
     if more := sorted(state.keys() - module.network.state_dict().keys()):

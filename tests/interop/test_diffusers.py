@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.interop import load_schedule, load_unet, save_unet
 from diffusion_lab.interop.diffusers import DEFAULTS, IGNORED
+from diffusion_lab.loss import Simple
 from diffusion_lab.nn import UNet
+from diffusion_lab.parameterization import X0, Epsilon, Score, V
+from diffusion_lab.runs.load import load_pretrained_weights
 from diffusion_lab.schedule import Cosine, Linear
+from diffusion_lab.training.lr_schedule import Constant
+from diffusion_lab.training.module import DiffusionModule
 
 SAFETENSORS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 D, AD, U, AU = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
@@ -594,3 +599,32 @@ def test_unsupported_schedule_setting_is_an_error(
     path.write_text(json.dumps(config))  # keys whose value is None are missing
     with refused(f"{path}: {key}={json.dumps(value)} is not supported, {supported}"):
         load_schedule(tmp_path)
+
+
+# --- initial weights of a training --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow", None])
+def test_initial_weights_of_another_parameterization_are_an_error(
+    tmp_path: Path, prediction: str | None
+) -> None:
+    """Without a scheduler_config.json the network predicts the noise."""
+    network = UNet(8, (1, 1), 1, (), 4)
+    nn.init.normal_(network.conv_in.weight)
+    save_unet(network, tmp_path)
+    if prediction:
+        text = json.dumps(LINEAR | {"prediction_type": prediction})
+        (tmp_path / "scheduler_config.json").write_text(text)
+    fitting = {"v_prediction": V, "sample": X0, "flow": None}.get(prediction, Epsilon)
+    for kind in (Epsilon, Score, V, X0):
+        module = DiffusionModule(
+            UNet(8, (1, 1), 1, (), 4), Linear(), kind(), Simple(), torch.optim.Adam, Constant
+        )
+        if kind is fitting:
+            load_pretrained_weights(module, str(tmp_path))
+            for each in (module.network, module.network_ema):
+                assert torch.equal(each.conv_in.weight, network.conv_in.weight)
+        else:
+            text = f"prediction_type={prediction or 'epsilon'}, and .* is {kind.__name__}, under"
+            with pytest.raises(ConfigError, match=text):
+                load_pretrained_weights(module, str(tmp_path))
