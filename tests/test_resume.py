@@ -141,3 +141,23 @@ def test_resume_with_dropout_is_exact(
     assert tiny("resume=a", "trainer.max_steps=5").code == 0
     assert tiny(*own, "trainer.max_steps=5", "hydra.run.dir=b").code == 0
     assert_same(Path("a/checkpoints/last.ckpt"), Path("b/checkpoints/last.ckpt"))
+
+
+def test_settings_of_the_optimizer_apply_to_a_resumed_run(trained: Trained, lab: Command) -> None:
+    trained("a", "trainer.max_steps=2")
+    new = ["optimizer.lr=3e-4", "optimizer.betas=[0.8,0.99]", "++optimizer.weight_decay=0.1"]
+    result = lab("train", "resume=a", "trainer.max_steps=3", *new)
+    assert result.code == 0, result.text
+    assert "resume: optimizer.lr 0.002 -> 0.0003" in result.text
+    checkpoint = load_checkpoint(Path("a/checkpoints/last.ckpt"))
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert group["initial_lr"] == 3e-4 and group["betas"] == (0.8, 0.99)
+    assert group["weight_decay"] == 0.1
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [3e-4]
+    logged = [float(row["train/lr"]) for row in rows(Path("a")) if row["train/lr"]]
+    # 0.01 is the factor of the cosine at the last step.
+    assert logged[-1] == pytest.approx(3e-4 * 0.01) and logged[0] == pytest.approx(2e-3)
+    for override in ("optimizer=adamw", "pretrained=elsewhere"):
+        refused = lab("train", "resume=a", "trainer.max_steps=4", override)
+        assert refused.code == 1 and "would change" in refused.text
+        assert f"  {override.split('=')[0]}" in refused.text

@@ -1,8 +1,8 @@
 r"""Dropout with counter-based masks.
 
-The masks of `nn.Dropout` come from the global generator of torch: they depend on the batch size and
-the device, and are other ones after a resume. Here the mask of an image is a function of the key of
-the image, which `DiffusionModule` sets in each training step, and of the number of the layer.
+The masks of `nn.Dropout` come from torch's global generator: they depend on the batch size and
+the device, and are other ones after a resume. Here the mask of an image is a function of its key,
+which `DiffusionModule` sets in each training step, and of the number of the layer.
 """
 
 __all__ = ["KeyedDropout", "set_dropout_keys"]

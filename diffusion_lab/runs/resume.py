@@ -27,8 +27,10 @@ from diffusion_lab.runs.shell import override, shell_command
 from diffusion_lab.runs.typed_config import read_config, read_overrides, to_dict
 
 CONTINUED_FILE = "continued.yaml"  # in .hydra: overrides of the commands that resumed a run
-# A resumed run must have the same model and data; other keys may change.
-IMMUTABLE_KEYS = ("network", "schedule", "parameterization", "data", "seed")
+# A resumed run must have the same model, data and class of optimizer; other keys may change.
+IMMUTABLE_KEYS = (
+    "network", "schedule", "parameterization", "data", "seed", "pretrained", "optimizer",
+)  # fmt: skip
 # Hashes of the data decide whether images from another place are the same.
 OVERRIDABLE_KEYS = (
     "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.image_column",
@@ -46,6 +48,11 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def _is_overridable(key: str) -> bool:
+    setting_of_optimizer = key.startswith("optimizer.") and key != "optimizer._target_"
+    return key in OVERRIDABLE_KEYS or setting_of_optimizer
+
+
 def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
     """Returns the configuration of a run that is resumed.
 
@@ -58,7 +65,8 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
 
     Raises:
         RunError: If the directory is not a run with a checkpoint.
-        ConfigError: If model, schedule, data or seed would change; lists the differences.
+        ConfigError: If model, schedule, data, seed or the class of the optimizer would change;
+            lists the differences.
     """
     if not directory.is_dir():
         raise RunError(f"resume={directory} does not exist; give the directory of a run")
@@ -82,7 +90,7 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
 
 
 def check_resume_compatible(directory: Path, before: dict[str, Any], config: DictConfig) -> None:
-    """Checks that a resumed run keeps its model, schedule, data and seed.
+    """Checks that a resumed run keeps its model, schedule, data, seed and class of optimizer.
 
     Arguments:
         directory: The run's directory.
@@ -100,7 +108,7 @@ def check_resume_compatible(directory: Path, before: dict[str, Any], config: Dic
     changed = [
         f"  {key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in OVERRIDABLE_KEYS
+        if old.get(key) != new.get(key) and not _is_overridable(key)
     ]
     if changed:
         raise ConfigError(

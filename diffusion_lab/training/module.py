@@ -7,9 +7,9 @@ index), and do not depend on the batch size, the number of devices or a resume. 
 times depend on the global batch. In validation the times are spread evenly over the images, so
 that the loss per noise level has a small variance.
 
-So are the masks of the U-Net's dropout. Other networks may draw from torch's global generator: it is
-seeded in every training step by (seed, epoch, batch, rank), so that a resumed run on as many devices
-is exact as well.
+So are the masks of the U-Net's dropout. Other networks may draw from torch's global generator,
+which is seeded in every training step by (seed, epoch, batch, rank), so that a resumed run on as
+many devices is exact as well.
 
 A step whose loss or gradient is not finite is skipped.
 """
@@ -40,6 +40,7 @@ from diffusion_lab.tensor import broadcast
 from diffusion_lab.timesteps import TimestepSampler, Uniform
 from diffusion_lab.training.compatibility import check_model
 from diffusion_lab.training.loss_bins import BINS, LossBins, bin_index, bin_name
+from diffusion_lab.training.optimizer_settings import change_optimizer
 
 GOLDEN_RATIO = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
@@ -292,9 +293,20 @@ class DiffusionModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the loss sums since the last row of the log."""
+        """Restores the loss sums since the last row of the log.
+
+        Settings of the optimizer that differ from those of the checkpoint's run are applied; the
+        optimizer itself would restore the old ones.
+        """
         self._match_memory_format(checkpoint.get("optimizer_states", ()))
-        if bins := checkpoint.get("diffusion_lab", {}).get("loss_bins"):
+        saved = checkpoint.get("diffusion_lab", {})
+        before, after = (
+            config.get("optimizer") or {} for config in (saved.get("config", {}), self.run_config)
+        )
+        changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+        if before and changed:
+            change_optimizer(checkpoint, self.make_optimizer(self.network.parameters()), changed)
+        if bins := saved.get("loss_bins"):
             self._loss_bins.load_state_dict(bins)
 
     def _match_memory_format(self, optimizer_states: Iterable[dict[str, Any]]) -> None:
