@@ -16,7 +16,7 @@ Constraints between arguments stand in the body of the constructor, as a `ValueE
 __all__ = [
     "AtLeastTwo", "Decay", "Distinct", "Length", "Node", "NonEmptyStr", "NonNegative",
     "NonNegativeInt", "Number", "OpenUnit", "Positive", "PositiveInt", "PositiveUnit", "Range",
-    "UnitInterval", "allows", "annotations", "check_arguments", "checked", "describe",
+    "UnitInterval", "allows", "annotations", "check_arguments", "checked", "converted", "describe",
     "unpacked_keywords",
 ]  # fmt: skip
 
@@ -112,6 +112,9 @@ AtLeastTwo = Annotated[int, Range(2)]
 NonEmptyStr = Annotated[str, Length(1)]
 
 
+INT_LIMIT = 2**63  # torch's integers have 64 bits
+
+
 class Node:
     """Annotation of a configuration key that holds a node with a `_target_`."""
 
@@ -158,6 +161,8 @@ def allows(annotation: Any, value: Any) -> bool:
         allowed = int if kind is int else (int, float)
         if not isinstance(value, allowed) or isinstance(value, bool):
             return False
+        if isinstance(value, int) and abs(value) >= INT_LIMIT:
+            return False
         return all(value in limits for limits in conditions if isinstance(limits, Range))
     if kind is str:
         return isinstance(value, str) and _has_length(value, conditions)
@@ -177,6 +182,30 @@ def allows(annotation: Any, value: Any) -> bool:
     if kind is not Any and inspect.isclass(kind):  # Any is a class from Python 3.11 on
         return isinstance(value, kind)
     return True
+
+
+def converted(annotation: Any, value: Any) -> Any:
+    """Returns an allowed value with integers as floats, where the annotation asks for floats.
+
+    YAML reads 1 as an integer, of which torch would make an integer tensor.
+
+    Arguments:
+        annotation: The annotation of the argument.
+        value: A value that it allows.
+    """
+    kind, _ = _conditions(annotation)
+    if _is_union(kind):
+        parts = [part for part in get_args(kind) if allows(part, value)]
+        exact = any(_conditions(part)[0] is int for part in parts)
+        return value if exact or not parts else converted(parts[0], value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    item = _sequence(kind)
+    if item is not None and type(value) in (list, tuple):
+        return type(value)(converted(item, each) for each in value)
+    if get_origin(kind) in (dict, Mapping) and type(value) is dict:
+        return {key: converted(get_args(kind)[1], each) for key, each in value.items()}
+    return value
 
 
 def _has_length(value: Sequence[Any], conditions: tuple[Any, ...]) -> bool:
@@ -286,6 +315,8 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a constructor or function: its arguments are checked at every call.
 
+    Integers arrive as floats where the annotation asks for floats.
+
     Raises:
         ArgumentError: From the decorated function, if an argument is not allowed.
     """
@@ -293,8 +324,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_arguments(function, signature.bind(*args, **kwargs).arguments)
-        return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        check_arguments(function, bound.arguments)
+        hints = annotations(function)
+        for name, value in bound.arguments.items():
+            if name in hints:
+                bound.arguments[name] = converted(hints[name], value)
+        return function(*bound.args, **bound.kwargs)
 
     wrapper.__checked__ = True  # type: ignore[attr-defined]
     return wrapper

@@ -19,6 +19,8 @@ class ArgumentError(ValueError):
     """
 
     def __init__(self, name: str, value: Any, allowed: str) -> None:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            allowed += ", of at most 63 bits"
         super().__init__(f"{name}={_shown(value)} is not allowed; it must be {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 

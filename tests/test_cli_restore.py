@@ -1,11 +1,12 @@
 """Restoration tasks of eval.py: user images, divergence, rejected input, prior pairs."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, find_refusal
 from PIL import Image
 from test_cli_eval import SMALL, table
 
@@ -13,6 +14,7 @@ from diffusion_lab.analytic import Gaussian
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Cosine, Linear
 from diffusion_lab.task.prior_pairs import sample_prior_pairs
+from diffusion_lab.task.results import Row, average
 from diffusion_lab.task.user_images import read_image
 
 
@@ -77,6 +79,44 @@ def test_poisson_noise_has_the_variance_of_its_rate(lab: Command, run: Path) -> 
     assert table("e")["noisy", "psnr"][0] == pytest.approx(expected, abs=0.8)
     refused = lab("eval", "task=denoise", "poisson_rate=50", *SMALL)
     assert refused.code == 1 and "noise of one standard deviation" in refused.text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=denoise", "sigma_y=1"],
+        ["task=denoise", "poisson_rate=100", "guidance=dps"],
+        pytest.param(["task=denoise", "t=1"], marks=pytest.mark.slow),
+        pytest.param(["task=denoise", "snr_db=3"], marks=pytest.mark.slow),
+        pytest.param(["task=inpaint_box", "sigma_y=1"], marks=pytest.mark.slow),
+        pytest.param(["task=inpaint_box", "sigma_y=0", "guidance=ddnm"], marks=pytest.mark.slow),
+        pytest.param(
+            ["task=restore", "operator=identity", "sigma_y=0", "guidance=ddnm"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["task=denoise", "poisson_rate=100", "guidance=mmps"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=" ".join,
+)
+def test_integers_and_poisson_noise_are_evaluated(
+    lab: Command, run: Path, overrides: list[str]
+) -> None:
+    """E[x_0 | y] by one call of the network needs one noise level of the schedule."""
+    result = lab("eval", *overrides, "hydra.run.dir=e", *SMALL)
+    assert result.code == 0, result.text
+    gaussian = overrides[0] == "task=denoise" and "poisson" not in overrides[1]
+    assert (("mmse", "psnr") in table("e")) == gaussian
+    assert ("sigma_t =" in result.text) == gaussian
+
+
+@pytest.mark.parametrize("other", ["sigma_t=0.5", "snr_db=3", "truth_source=model"])
+def test_gaussian_and_poisson_noise_exclude_each_other(other: str) -> None:
+    text = find_refusal("eval", "task=denoise", "poisson_rate=100", "guidance=dps", other)
+    assert text == (
+        f"poisson_rate=100 states the noise; remove {other}, which is for Gaussian noise"
+    )
 
 
 def test_divergence_is_counted_in_the_table(lab: Command, run: Path) -> None:
@@ -181,3 +221,11 @@ def test_prior_pairs_have_the_moments_of_the_forward_process(schedule, t: float)
     ):  # fmt: skip
         error = 5 * (total * variances / 4000).sqrt() + 0.03 * wanted  # 4000 draws; 200 steps
         assert bool(((found - wanted).abs() < error).all()), (found, wanted)
+
+
+def test_mean_of_infinite_values_has_no_error() -> None:
+    assert repr(average("noisy", "psnr", [math.inf, 2.0])) == repr(
+        Row("noisy", "psnr", math.inf, math.nan, 2)
+    )
+    assert math.isnan(average("noisy", "psnr", [math.inf, -math.inf]).mean)
+    assert average("noisy", "psnr", [1.0, 2.0, 3.0])[2:] == (2.0, pytest.approx(3**-0.5), 3)

@@ -25,6 +25,7 @@ from diffusion_lab.constraints import (
     allows,
     annotations,
     checked,
+    converted,
     describe,
 )
 from diffusion_lab.errors import ArgumentError
@@ -71,6 +72,41 @@ def test_values_and_descriptions(annotation: Any, good: list, bad: list, text: s
 
 def test_numpy_floats_are_numbers() -> None:
     assert allows(Positive, np.float64(0.5))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "expected"),
+    [
+        (Positive, 2, 2.0),
+        (float | None, 1, 1.0),
+        (Literal["auto"] | Positive | None, 3, 3.0),
+        (Annotated[list[Decay], Length(2, 2)], [0, 0.5], [0.0, 0.5]),
+        (tuple[float, float], (1, 2), (1.0, 2.0)),
+        (Mapping[str, list[float]], {"a": [1]}, {"a": [1.0]}),
+        (bool | Positive, True, True),
+        (PositiveInt | Positive, 2, 2),
+        (PositiveInt | Positive, 2.5, 2.5),
+        (PositiveInt, 2, 2),
+        (str, "1", "1"),
+        (Any, 1, 1),
+        (None | float, None, None),
+    ],
+)
+def test_integers_are_converted_where_floats_are_annotated(
+    annotation: Any, value: Any, expected: Any
+) -> None:
+    result = converted(annotation, value)
+    assert repr(result) == repr(expected)
+
+
+def test_integer_beyond_the_largest_float_is_refused() -> None:
+    assert not allows(Positive, 10**400) and not allows(Number, -(10**400))
+    assert not allows(PositiveInt, 10**400)
+
+
+def test_checked_constructor_receives_floats() -> None:
+    assert repr(Example(2).a) == "2.0" and repr(Example(2.5).a) == "2.5"
+    assert Example(a=2).kind == "x" and repr(Example(a=2).a) == "2.0"
 
 
 class Example:

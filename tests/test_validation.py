@@ -6,6 +6,7 @@ type. The annotations are tested in `test_constraints.py`, the ranges by the ref
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,6 +25,8 @@ from diffusion_lab.command.validation import (
 from diffusion_lab.constraints import Range, allows, describe
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import compose
+from diffusion_lab.runs import instantiate as instantiation
+from diffusion_lab.runs.instantiate import constraints_of, find_target
 
 
 def wrong_values(annotation: Any) -> list[Any]:
@@ -119,3 +122,46 @@ def test_value_in_place_of_a_group_is_refused() -> None:
     OmegaConf.update(config, "ema", 3, merge=False)
     with pytest.raises(ConfigError, match=r"^ema(=3|\.)"):
         check_train(config)
+
+
+def integers(annotation: Any) -> Any:
+    """An allowed value made of integers, where the annotation asks for floats; otherwise None."""
+    candidates = [1, 0, 2, 5, 100, [0, 0], [1, 1], [2], [1, 2], [1, 2, 3], {"x": 1}, {"x": [1, 2]}]
+    if set(re.findall(r"\bfloat\b|\bint\b", str(annotation))) != {"float"}:
+        return None
+    return next((v for v in candidates if allows(annotation, v)), None)
+
+
+def nodes(value: Any) -> list[dict]:
+    """All nodes with a `_target_` in a file."""
+    if not isinstance(value, dict):
+        return []
+    inner = [node for each in value.values() for node in nodes(each)]
+    return [*inner, value] if "_target_" in value else inner
+
+
+def numbers(value: Any) -> list[Any]:
+    """The numbers in nested containers."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [n for each in value for n in numbers(each)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(CONF).with_suffix("")))
+def test_integers_arrive_as_floats_where_the_class_expects_floats(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """YAML reads 1 as an integer; torch would make integer tensors of it."""
+    made = []
+    monkeypatch.setattr(
+        instantiation.hydra.utils, "instantiate",
+        lambda node, **_: made.append(node) or (lambda **_: None),
+    )  # fmt: skip
+    for node in nodes(OmegaConf.to_container(OmegaConf.load(path))):
+        hints = constraints_of(find_target(node, "x"))
+        values = {name: integers(hints[name]) for name in node if name in hints}
+        values = {name: value for name, value in values.items() if value is not None}
+        instantiation.instantiate({"_target_": node["_target_"], **values}, "x")
+        for name, value in values.items():
+            assert made[-1][name] == value, name
+            assert {type(n) for n in numbers(made[-1][name])} == {float}, name

@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_lab.constraints import allows, annotations, describe, unpacked_keywords
+from diffusion_lab.constraints import allows, annotations, converted, describe, unpacked_keywords
 from diffusion_lab.deprecated import current_target
 from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.runs.external import EXTERNAL
@@ -137,6 +137,8 @@ def _build(values: Mapping[str, Any], key: str, arguments: Mapping[str, Any]) ->
     inner = {name: v for name, v in values.items() if isinstance(v, Mapping) and "_target_" in v}
     objects = {name: _build(v, f"{key}.{name}", {}) for name, v in inner.items()}
     plain = {k: v for k, v in values.items() if k not in objects and k != "_partial_"}
+    hints = constraints_of(find_target(values, key))
+    plain = {k: converted(hints[k], v) if k in hints else v for k, v in plain.items()}
     plain["_target_"] = current_target(values["_target_"])
     try:
         # Hydra refuses targets that are known to be dangerous.

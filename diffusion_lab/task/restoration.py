@@ -93,6 +93,13 @@ class Restoration(Task):
             guidance.check_sampler(self.sampler)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        self.has_estimate = isinstance(operator, Identity) and self._has_level(noise.std(y))
+
+    def _has_level(self, sigma_y: float | Tensor) -> bool:
+        """Whether σ_y is one noise level of the schedule: the network then gives E[x_0 | y]."""
+        schedule = self.denoiser.schedule
+        ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).tolist()
+        return isinstance(sigma_y, float) and ends[0] <= sigma_y <= ends[1]
 
     @property
     def count(self) -> int:
@@ -109,7 +116,7 @@ class Restoration(Task):
         finite = samples.flatten(1).isfinite().all(1)
         samples = torch.where(finite[:, None, None, None, None], samples, 0.0)
         estimates = {"mean": samples.mean(1)}
-        if isinstance(self.operator, Identity):
+        if self.has_estimate:
             observation = Observation(y, self.noise.std(y), self.operator)
             estimates["mmse"] = MMSE().estimate(self.denoiser, observation)
         results: list[dict[str, Any]] = [{"finite": bool(each)} for each in finite]
@@ -173,7 +180,7 @@ class Restoration(Task):
         columns = {} if x_0 is None else {"clean": x_0}
         identity = isinstance(self.operator, Identity)
         columns["noisy" if identity else "observed"] = self.operator.to_image(y)[0]
-        columns |= {"E[x_0 | y]": estimates["mmse"]} if identity else {}
+        columns |= {"E[x_0 | y]": estimates["mmse"]} if self.has_estimate else {}
         columns[f"mean of {self.num_samples}"] = estimates["mean"]
         count = min(SHOWN_SAMPLES, self.num_samples)
         columns |= {f"sample {m + 1}": samples[m] for m in range(count)}

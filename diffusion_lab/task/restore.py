@@ -124,14 +124,24 @@ class Denoise(Restoration):
 
     Raises:
         ValueError: If truth_source="model" is combined with an operator or a file.
-        ConfigError: If the noise level is stated twice or lies outside of the schedule, and see
-            `Restore`.
+        ConfigError: If the noise is stated twice, or its level lies outside of the schedule, and
+            see `Restore`.
     """
 
     @classmethod
     def check_keys(cls, keys: Mapping[str, Any]) -> None:
         noise_level.chosen({key: keys.get(key) for key in noise_level.KEYS})
         _check_files(keys)
+        rate = keys.get("poisson_rate")
+        if rate is None:
+            return
+        given = [f"{key}={keys[key]}" for key in noise_level.KEYS if keys.get(key) is not None]
+        given += ["truth_source=model"] * (keys.get("truth_source") == "model")
+        if given:
+            raise ConfigError(
+                f"poisson_rate={rate} states the noise; remove {' and '.join(given)}, which is "
+                "for Gaussian noise"
+            )
 
     @checked
     def __init__(
@@ -154,14 +164,18 @@ class Denoise(Restoration):
     ) -> None:
         _check_files({"image": image, "observation": observation})
         run = common["run"]
-        level = noise_level.resolve(
-            run.denoiser.schedule,
-            {"sigma_t": sigma_t, "t": t, "sigma_y": sigma_y, "snr_db": snr_db},
-        )
-        log.info("noise: %s", level)
-        noise = Gaussian(level.sigma_y) if poisson_rate is None else Poisson(poisson_rate)
+        values = {"sigma_t": sigma_t, "t": t, "sigma_y": sigma_y, "snr_db": snr_db}
+        self.check_keys({**values, "poisson_rate": poisson_rate, "truth_source": truth_source})
+        level = None
+        noise: Noise
+        if poisson_rate is None:
+            level = noise_level.resolve(run.denoiser.schedule, values)
+            noise = Gaussian(level.sigma_y)
+            log.info("noise: %s", level)
+        else:
+            noise = Poisson(poisson_rate)
         single = image is not None or observation is not None
-        if truth_source == "model":
+        if truth_source == "model" and level is not None:
             if single or not isinstance(operator, Identity):
                 raise ValueError(
                     "truth_source=model draws its own noisy images; remove image= and "

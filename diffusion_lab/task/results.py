@@ -3,6 +3,7 @@
 __all__ = ["Row", "average", "write_results"]
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -29,10 +30,16 @@ class Row(NamedTuple):
 
 
 def average(estimate: str, metric: str, values: Sequence[float]) -> Row:
-    """Returns the row of the mean of values, one per image; the error of one value is NaN."""
+    """Returns the row of the mean of values, one per image.
+
+    The error of one value, or of values that are not all finite, is NaN. The PSNR of a noiseless
+    observation is infinite.
+    """
     n = len(values)
-    stderr = stdev(values) / n**0.5 if n > 1 else float("nan")
-    return Row(estimate, metric, fmean(values) if n else float("nan"), stderr, n)
+    mean = sum(values) / n if n else float("nan")
+    if n < 2 or not all(map(isfinite, values)):
+        return Row(estimate, metric, mean, float("nan"), n)
+    return Row(estimate, metric, fmean(values), stdev(values) / n**0.5, n)
 
 
 def write_results(directory: Path, rows: Sequence[Row]) -> None:
