@@ -1,6 +1,9 @@
 """Compiled CPU kernels: values and gradients against torch, supported inputs, compilation."""
 
 import copy
+import os
+import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,12 +301,12 @@ def test_library_is_compiled_once_and_cached(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     library._load()
-    (path,) = (tmp_path / ".cache" / "diffusion_lab").iterdir()
-    assert len(commands) == 2 and path.name.startswith("winograd-")
+    path, _ = sorted((tmp_path / ".cache" / "diffusion_lab" / "kernels").iterdir(), reverse=True)
+    assert len(commands) == 2 and path.name.startswith("winograd-") and path.suffix == ".so"
     library._load()
     assert len(commands) == 2
-    damaged = tmp_path / "x" / "diffusion_lab" / path.name
-    damaged.parent.mkdir(parents=True)
+    damaged = tmp_path / "x" / "diffusion_lab" / "kernels" / path.name
+    shutil.copytree(path.parent, damaged.parent)
     damaged.write_bytes(b"damaged")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     library._load()
@@ -312,6 +315,41 @@ def test_library_is_compiled_once_and_cached(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert library._load().lab_convolve and len(commands) == 6
+
+
+@needs_kernels
+def test_a_library_that_others_could_replace_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda name: loaded.append(name))
+    monkeypatch.setattr(library, "_compile", _write_library)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "diffusion_lab" / "kernels"
+    library._load()
+    assert loaded[-1].startswith(str(folder)) and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    (made,) = folder.glob("*.so")
+    made.write_bytes(b"replaced")
+    library._load()
+    assert made.read_bytes() == b"compiled"  # compiled again
+    library._digest_file(made).unlink()
+    made.write_bytes(b"replaced")
+    library._load()
+    assert made.read_bytes() == b"compiled"
+    for mode in (0o770, 0o707, 0o720):
+        folder.chmod(mode)
+        library._load()
+        assert not loaded[-1].startswith(str(tmp_path / "diffusion_lab"))
+    folder.chmod(0o700)
+    user = os.geteuid()
+    monkeypatch.setattr(library.os, "geteuid", lambda: user + 1)
+    library._load()
+    assert not loaded[-1].startswith(str(tmp_path / "diffusion_lab"))
+
+
+def _write_library(compiler: str, folder: Path) -> Path:
+    (folder / "winograd.so").write_bytes(b"compiled")
+    return folder / "winograd.so"
 
 
 @needs_kernels

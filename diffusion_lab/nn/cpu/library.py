@@ -2,9 +2,10 @@
 
 The source is compiled by g++ at the first use (2 seconds) and cached in $XDG_CACHE_HOME, by
 default ~/.cache, under a hash of the source, the compiler and its flags. Several processes may
-start at once: each writes the same file atomically. Where the cache cannot be written, the library
-is compiled in a temporary folder. The environment variable DIFFUSION_LAB_CPU_KERNELS=0 turns the
-library off.
+start at once: each writes the same file atomically. A cached file is loaded only if its folder
+belongs to the user, nobody else can write there, and the file is the one that was compiled. Where
+the cache cannot be used, the library is compiled in a private temporary folder. The environment
+variable DIFFUSION_LAB_CPU_KERNELS=0 turns the library off.
 
 `torch.utils.cpp_extension.load` is not used: it needs ninja and a writable cache, takes 0.6 s
 instead of less than 0.01 s to load a cached library, and 34 s instead of 4 s of processor time to
@@ -19,6 +20,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,7 @@ def _compile(compiler: str, folder: Path) -> Path:
 
 
 def _load() -> ctypes.CDLL:
-    """Loads the library from the cache; compiles it if it is missing or damaged there.
+    """Loads the library from the cache; compiles it if it is missing or was changed there.
 
     Raises:
         OSError: If there is no compiler, or the library cannot be loaded.
@@ -70,18 +72,45 @@ def _load() -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError(f"there is no {os.environ.get('CXX') or 'g++'}")
     key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, *FLAGS]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion_lab"
-    path = cache / f"winograd-{key[:16]}.so"
-    try:
+    path = _cache(f"winograd-{key[:16]}.so")
+    if path is not None and _is_intact(path):
         return ctypes.CDLL(str(path))
-    except OSError:
-        pass
     with tempfile.TemporaryDirectory() as folder:
         made = _compile(compiler, Path(folder))
         try:
-            return ctypes.CDLL(str(write_atomic(path, made.read_bytes())))
+            if path is None:
+                raise OSError("there is no private cache")
+            data = made.read_bytes()
+            write_atomic(_digest_file(path), hashlib.sha256(data).hexdigest().encode())
+            return ctypes.CDLL(str(write_atomic(path, data)))
         except OSError:  # the cache is full or read-only
             return ctypes.CDLL(str(made))
+
+
+def _cache(name: str) -> Path | None:
+    """The path of a file in the cache; None if other users could replace it there."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "diffusion_lab" / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        return None
+    private = not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder / name if private and status.st_uid == os.geteuid() else None
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file has the hash that was stored when it was compiled."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return _digest_file(path).read_text() == digest
+    except (OSError, ValueError):
+        return False
 
 
 def _is_enabled() -> bool:
