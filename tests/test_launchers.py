@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import TCPStore
 
 from diffusion_lab.command import launcher
 from diffusion_lab.command.process import exit_with_parent
@@ -207,6 +209,45 @@ def test_job_ends_when_its_parent_process_ends() -> None:
     assert child.exitcode == -signal.SIGTERM
 
 
+def listening(port: int) -> set[str]:
+    """The addresses at which this machine listens at a port, as the kernel writes them."""
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    return {line[1][:-5] for line in lines if line[3] == "0A" and int(line[1][-4:], 16) == port}
+
+
+def test_the_store_of_one_machine_listens_on_loopback_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    store = rank_info.serve_store("127.0.0.1", port, rank_info._bound("127.0.0.1", port))
+    assert listening(port) == {"0100007F"}
+    again = TCPStore("127.0.0.1", port, is_master=True, multi_tenant=True, wait_for_workers=False)
+    again.set("key", "value")  # as the process group does
+    assert store.get("key") == b"value" and listening(port) == {"0100007F"}
+    assert rank_info._bound("node1.cluster", port) is None  # a name may mean several addresses
+
+
+def test_ranks_of_one_machine_use_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "chosen")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    launched(
+        monkeypatch,
+        f"import socket; text = ' '.join(os.environ[n] for n in {names})\n"
+        "fd = int(os.environ['DIFFUSION_LAB_LISTENER'])\n"
+        "if k == 0: text += ' %s %s' % socket.socket(fileno=fd).getsockname()\n"
+        f"open(f'{tmp_path}/{{k}}', 'w').write(text + ' ' + os.environ['MASTER_PORT'])",
+    )
+    lo, chosen, address, port, expected = (tmp_path / "0").read_text().split()
+    assert (lo, chosen, address, port) == ("lo", "chosen", "127.0.0.1", expected)
+    assert (tmp_path / "1").read_text() == f"lo chosen {expected}"
+
+
 def _broadcast(k: int, variables: dict[str, str], queue: Any, barrier: Any) -> None:
     os.environ.update({name: value.format(k=k) for name, value in variables.items()})
     rank_zero_only.rank = k
@@ -227,7 +268,8 @@ def _broadcast(k: int, variables: dict[str, str], queue: Any, barrier: Any) -> N
 def test_externally_started_ranks_use_the_directory_of_rank_0(variables: dict[str, str]) -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    port = {"MASTER_PORT": str(launcher._free_port())}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = {"MASTER_PORT": str(listener.getsockname()[1])}
     more = (queue, context.Barrier(3))
     ranks = [
         context.Process(target=_broadcast, args=(k, variables | port, *more)) for k in (2, 1, 0)

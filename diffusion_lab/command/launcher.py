@@ -35,6 +35,7 @@ PROGRAM = [
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
     "from diffusion_lab.command.worker import main; main(*sys.argv[1:])",
 ]  # fmt: skip
+LOOPBACK = "127.0.0.1"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TERMINATE_TIMEOUT = 10.0  # seconds after a rank has failed until the others are killed
 
@@ -55,22 +56,22 @@ def launch(command: str, config: DictConfig, count: int) -> None:
         OmegaConf.save(config, Path(folder) / "config.yaml", resolve=True)
         logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
         OmegaConf.save(OmegaConf.create(logs), Path(folder) / "logs.yaml")
-        environment = {
-            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-            "NODE_RANK": "0", "WORLD_SIZE": str(count), "DIFFUSION_LAB_PARENT": str(os.getpid()),
-        }  # fmt: skip
         ranks: list[subprocess.Popen[bytes]] = []
         with _forwarding(ranks) as received:
-            for k in range(count):
-                if received:
-                    break
-                ranks.append(
-                    subprocess.Popen(
-                        [*PROGRAM, command, folder],
-                        env={**environment, "LOCAL_RANK": str(k)},
-                        start_new_session=True,  # Ctrl-C is forwarded by this process, once
+            # Rank 0 serves the store at this socket, which other machines cannot reach.
+            with socket.create_server((LOOPBACK, 0)) as listener:
+                environment = _environment(count, listener)
+                for k in range(count):
+                    if received:
+                        break
+                    ranks.append(
+                        subprocess.Popen(
+                            [*PROGRAM, command, folder],
+                            env={**environment, "LOCAL_RANK": str(k)},
+                            pass_fds=[] if k else [listener.fileno()],
+                            start_new_session=True,  # Ctrl-C is forwarded by this process, once
+                        )
                     )
-                )
             died = _wait(ranks)
         if received:
             sys.exit(0 if died is None and received[0] is not signal.SIGINT else 128 + received[0])
@@ -78,11 +79,18 @@ def launch(command: str, config: DictConfig, count: int) -> None:
             raise RunError(_reason(Path(folder), died, ranks[died].returncode, count))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _environment(count: int, listener: socket.socket) -> dict[str, str]:
+    """The environment variables of the ranks, without their number."""
+    interfaces = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in ("lo", "lo0") if name in interfaces), None)
+    # Gloo and NCCL also listen, at the address of the machine by default.
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ()
+    return {
+        **dict.fromkeys(names, str(loopback)), **os.environ,
+        "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(listener.getsockname()[1]),
+        "NODE_RANK": "0", "WORLD_SIZE": str(count), "DIFFUSION_LAB_PARENT": str(os.getpid()),
+        "DIFFUSION_LAB_LISTENER": str(listener.fileno()),
+    }  # fmt: skip
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from diffusion_lab.command.evaluate import test
 from diffusion_lab.command.fit import fit
 from diffusion_lab.command.process import exit_with_parent, set_up_process
 from diffusion_lab.errors import LabError
+from diffusion_lab.runs.ranks import serve_store
 from diffusion_lab.runs.typed_config import read_config
 
 
@@ -31,6 +32,8 @@ def main(command: str, folder: str) -> None:
     set_up_process()
     number = int(os.environ["LOCAL_RANK"])
     if number == 0:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serve_store(address, port, int(os.environ["DIFFUSION_LAB_LISTENER"]))
         configure_log(read_config(Path(folder) / "logs.yaml"))
     else:
         logging.getLogger().setLevel(logging.ERROR)

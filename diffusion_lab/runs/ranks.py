@@ -10,11 +10,14 @@ __all__ = [
     "is_rank_zero",
     "launched_externally",
     "num_processes",
+    "serve_store",
     "set_up_ddp",
 ]
 
 import os
+import socket
 from functools import cache
+from ipaddress import ip_address
 
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -99,9 +102,36 @@ def _store() -> TCPStore | None:
         return None
     # torchrun serves a store itself; otherwise rank 0 does, and the process group reuses it.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = environment.main_address, environment.main_port
+    if is_rank_zero() and not served:
+        return serve_store(address, port, _bound(address, port))
+    return TCPStore(address, port, wait_for_workers=False, multi_tenant=True)
+
+
+def _bound(address: str, port: int) -> int | None:
+    """A socket that listens at an address alone; None for a name, which may mean several."""
+    try:
+        ip_address("127.0.0.1" if address == "localhost" else address)
+    except ValueError:
+        return None
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family).detach()
+
+
+@cache  # keeps it alive
+def serve_store(address: str, port: int, listener: int | None) -> TCPStore:
+    """Serves the key-value store of this process, which its process group reuses.
+
+    torch itself would listen on all interfaces, without authentication, whatever the address.
+
+    Arguments:
+        address: The address at which the other ranks connect.
+        port: The port.
+        listener: File descriptor of a socket bound to them; None binds one to all interfaces.
+    """
     return TCPStore(
-        environment.main_address, environment.main_port, is_master=is_rank_zero() and not served,
-        wait_for_workers=False, multi_tenant=True,
+        address, port, is_master=True, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listener,
     )  # fmt: skip
 
 
