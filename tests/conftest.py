@@ -31,6 +31,7 @@ from diffusion_lab.command import cli
 from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.errors import ConfigError
 from diffusion_lab.runs import compose
+from diffusion_lab.runs.signature import sign
 
 # Tensors are tiny; on a busy machine, several threads are up to 50 times slower than one.
 torch.set_num_threads(1)
@@ -101,6 +102,14 @@ def find_refusal(command: str, *overrides: str) -> str:
         check = {"train": check_train, "eval": check_eval}[command]
         check(compose(command, [*overrides, "++paths.output_dir=out"]))
     return str(error.value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the key of signatures in a temporary directory, also for processes of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
 
 
 @pytest.fixture
@@ -206,8 +215,9 @@ def trained(lab: Command, tmp_path: Path, trainings: Callable[..., Path]) -> Cal
             if path.suffix in (".yaml", ".log", ".html"):
                 path.write_text(path.read_text().replace(old, new))
             elif path.suffix == ".ckpt":
-                content = torch.load(path, weights_only=True)
-                torch.save(replace_text(content, old, new), path)
+                content = replace_text(torch.load(path, weights_only=True), old, new)
+                content["diffusion_lab"]["signature"] = sign(content["diffusion_lab"]["config"])
+                torch.save(content, path)
         return Path(directory)
 
     return copy

@@ -23,6 +23,7 @@ from diffusion_lab.errors import RunError
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.compose import CONFIG_PATH
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.typed_config import to_list
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ def _run(config_name: str, function: Callable[[DictConfig], float | None]) -> No
 def _train(config: DictConfig) -> float | None:
     """One training run; returns the objective of a sweep."""
     directory = Path(config.paths.output_dir)
+    overrides = to_list(HydraConfig.get().overrides.task)
     with sweep.sweep_job(directory), sweep.job_lock(directory):
         if config.resume:
-            overrides = list(HydraConfig.get().overrides.task)
-            config = runs.resumed_config(Path(config.resume), overrides)
+            config = runs.resumed_config(Path(config.resume), overrides, config.allow)
         check_train(config)
         last = directory / "checkpoints" / "last.ckpt"
         if not config.resume and last.exists() and ranks.is_rank_zero():
@@ -64,6 +65,8 @@ def _train(config: DictConfig) -> float | None:
             with runs.remember_overrides(directory, overrides):
                 _on_all_devices("train", fit, config)
         else:
+            if ranks.is_rank_zero():
+                runs.sign_directory(directory, overrides)
             _on_all_devices("train", fit, config)
     return runs.objective(directory)
 
@@ -71,10 +74,12 @@ def _train(config: DictConfig) -> float | None:
 def _evaluate(config: DictConfig) -> None:
     """One evaluation."""
     directory = Path(config.paths.output_dir)
+    overrides = to_list(HydraConfig.get().overrides.task)
     with sweep.sweep_job(directory), sweep.job_lock(directory):
         if config.resume:
-            overrides = list(HydraConfig.get().overrides.task)
-            config = runs.resumed_evaluation(Path(config.resume), overrides)
+            config = runs.resumed_evaluation(Path(config.resume), overrides, config.allow)
+        elif ranks.is_rank_zero():
+            runs.sign_directory(directory, overrides)
         check_eval(config)
         if config.get("benchmark") is not None:
             instantiate(config.benchmark, "benchmark", directory=directory, seed=config.seed)()

@@ -25,6 +25,7 @@ from diffusion_lab.nn.cuda_graph import capture
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.instantiate import find_target, instantiate
 from diffusion_lab.runs.load import PRETRAINED
+from diffusion_lab.runs.trust import check_source
 from diffusion_lab.runs.typed_config import to_dict
 from diffusion_lab.schedule import Schedule
 from diffusion_lab.task import Task
@@ -94,7 +95,8 @@ def load_prior(config: DictConfig) -> runs.Run:
         run = runs.load_pretrained(config.model.path, to_dict(config.model.data))
         log.warning("model=pretrained: %s; interpret the results accordingly", PRETRAINED)
     else:
-        run = runs.rebuild(config.ckpt or config.run or runs.newest_run(), config.ema)
+        path = config.ckpt or config.run or runs.newest_run()
+        run = runs.rebuild(path, config.ema, config.allow)
     network = run.network
     if config.precision == "bfloat16":
         require_unet(network, "precision=bfloat16").cast_blocks(torch.bfloat16)
@@ -163,6 +165,8 @@ def _open_data(config: DictConfig, run: runs.Run) -> ImageDataModule:
     node = {**run.config["data"], "cache_dir": config.data.cache_dir}
     if config.data.source is not None:
         node["source"] = config.data.source
+    elif not run.signed:
+        check_source(node["source"], str(run.checkpoint))
     data: ImageDataModule = instantiate(node, "data")
     data.setup("test")
     return data

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from diffusion_lab.errors import RunError
@@ -31,7 +31,7 @@ from diffusion_lab.report.page import (
 )
 from diffusion_lab.report.trajectory import evenly_spaced
 from diffusion_lab.runs import FINISHED_FILE
-from diffusion_lab.runs.typed_config import read_config, read_overrides
+from diffusion_lab.runs.typed_config import read_config, read_overrides, resolve_references
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +112,15 @@ def write_training_report(directory: Path) -> Path:
     metrics = read_metrics(directory)
     steps = max((series[0][-1] for series in metrics.values()), default=0)
     finished = (directory / FINISHED_FILE).exists()
-    name = config.get("name", directory.name)
+    settings = resolve_references(config)
+    name = settings.get("name", directory.name)
     sections = [
         *_pictures(directory / "samples", "grid"),
         *_losses(metrics),
         *_pictures(directory / "samples"),
         *_charts(metrics),
         *([_figures(metrics)] if metrics else []),
-        KeyValueSection("Settings", _facts(directory, config, overrides, finished)),
+        KeyValueSection("Settings", _facts(directory, settings, overrides, finished)),
         ConfigSection("Configuration", OmegaConf.to_yaml(config)),
     ]
     summary = f"{steps:,} steps{'' if finished else ' so far; the training has not finished'}."
@@ -248,12 +249,15 @@ def _figures(metrics: Mapping[str, Series]) -> Table:
 
 
 def _facts(
-    directory: Path, config: DictConfig, overrides: list[str], finished: bool
+    directory: Path, settings: dict[str, Any], overrides: list[str], finished: bool
 ) -> dict[str, str]:
     """Settings of the training."""
 
     def of(key: str) -> Any:
-        return OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        node: Any = settings
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
 
     def kind(key: str) -> str:
         return str(of(f"{key}._target_") or "none").rpartition(".")[2]

@@ -29,6 +29,7 @@ __all__ = [
     "resumed_config",
     "resumed_evaluation",
     "shell_command",
+    "sign_directory",
     "with_class_label",
 ]
 
@@ -62,3 +63,4 @@ from diffusion_lab.runs.resume import (
     resumed_evaluation,
 )
 from diffusion_lab.runs.shell import quote_paths, shell_command
+from diffusion_lab.runs.signature import sign_directory

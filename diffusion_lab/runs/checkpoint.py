@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from diffusion_lab.atomic_io import atomic_file
 from diffusion_lab.errors import RunError
 from diffusion_lab.runs.shell import shell_command
+from diffusion_lab.runs.signature import sign
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def non_finite_tensor(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically.
+    """Writes checkpoints atomically, with the signature of the configuration in them.
 
     The previous checkpoint survives an interruption. Lightning's own writer leaves an unreadable
     file if it is killed while writing. Weights that are not finite are not written: a training
@@ -63,6 +64,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
+        if saved := checkpoint.get("diffusion_lab"):
+            saved["signature"] = sign(saved["config"])
         kept, way_on = "There is no earlier one", "start the training again"
         if path.with_name("last.ckpt").exists():
             kept = "The last one is kept"

@@ -10,6 +10,7 @@ __all__ = [
     "with_class_label",
 ]
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +25,14 @@ from diffusion_lab.interop import diffusers as interop
 from diffusion_lab.parameterization import X0, Epsilon, V
 from diffusion_lab.runs.checkpoint import load_checkpoint, non_finite_tensor
 from diffusion_lab.runs.instantiate import instantiate
+from diffusion_lab.runs.signature import is_signed
+from diffusion_lab.runs.trust import allowed_modules, check_nodes
 from diffusion_lab.training.module import DiffusionModule
 from diffusion_lab.training.post_hoc_ema import reconstruct
 
 PRETRAINED = "pretrained weights, which were very likely trained on the test images"
 FORMAT = 1
+REBUILT = ("network", "schedule", "parameterization", "data")
 # The parameterizations that diffusers has; without a name in the folder it is the first.
 PREDICTIONS = {"epsilon": Epsilon, "v_prediction": V, "sample": X0}
 
@@ -43,6 +47,7 @@ class Run:
         origin: Description of the weights for reports.
         denoiser: E[x_0 | x_t], in evaluation mode.
         classes: Names of the classes that the network is conditioned on; empty if there are none.
+        signed: Whether this user has written the configuration.
     """
 
     checkpoint: Path
@@ -50,6 +55,7 @@ class Run:
     origin: str
     denoiser: Denoiser
     classes: tuple[str, ...] = ()
+    signed: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,11 +70,7 @@ class Run:
 
 
 def _build(config: dict[str, Any], key: str, path: Path) -> Any:
-    """Builds a part of the model from a checkpoint's configuration.
-
-    Only subclasses of torch.nn.Module are accepted: an untrusted checkpoint must not be able to
-    call anything else.
-    """
+    """Builds a part of the model, a torch.nn.Module, from a checkpoint's checked configuration."""
     node = config[key]
     try:
         target = hydra.utils.get_class(current_target(node["_target_"]))
@@ -79,16 +81,20 @@ def _build(config: dict[str, Any], key: str, path: Path) -> Any:
     return instantiate(node, key)
 
 
-def rebuild(path: str | Path, ema: bool | float = True) -> Run:
+def rebuild(
+    path: str | Path, ema: bool | float = True, allow: str | Sequence[str] | None = None
+) -> Run:
     """Loads the prior of a run from its directory or from a checkpoint file.
 
     Arguments:
         path: The run's directory, for `checkpoints/last.ckpt` in it, or a checkpoint file.
         ema: True for the averaged weights, False for the raw weights, or the relative width σ_rel
             of an average that is reconstructed from the run's snapshots at the checkpoint's step.
+        allow: Modules whose classes a checkpoint of somebody else may name, see `trust`.
 
     Raises:
-        RunError: If the run does not exist, or its checkpoint cannot be used.
+        RunError: If the run does not exist, its checkpoint cannot be used, or it is not of this
+            user and names a class that is not allowed.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -104,6 +110,10 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
         raise RunError(
             f"{file} has format {saved['format']}, newer than {FORMAT}; update diffusion_lab"
         )
+    signed = is_signed(saved["config"], saved.get("signature"))
+    for key in REBUILT:
+        node, modules = saved["config"].get(key), allowed_modules(allow)
+        check_nodes(node, key, str(file), modules, signed=signed)
     if (name := non_finite_tensor(checkpoint)) is not None:
         raise RunError(
             f"{file} cannot be used: {name} is not finite, so that the training had diverged; use "
@@ -134,7 +144,7 @@ def rebuild(path: str | Path, ema: bool | float = True) -> Run:
     )
     denoiser.eval().requires_grad_(False)
     origin = f"{checkpoint['global_step']:,} steps, {kind} weights"
-    return Run(file, config, origin, denoiser, tuple(saved.get("classes", ())))
+    return Run(file, config, origin, denoiser, tuple(saved.get("classes", ())), signed)
 
 
 def load_pretrained(path: str | None, data: dict[str, Any]) -> Run:
@@ -233,6 +243,9 @@ def load_run(path: str | Path, ema: bool | float = True) -> NetworkDenoiser:
     Arguments:
         path: The run's directory or a checkpoint file.
         ema: True, False or a relative width, see `rebuild`.
+
+    A checkpoint of somebody else may name components of this package and of torch only; the
+    environment variable DIFFUSION_LAB_ALLOW lists further modules, separated by commas.
 
     Raises:
         RunError: If the run does not exist, or its checkpoint cannot be used.

@@ -10,7 +10,7 @@ __all__ = [
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,16 @@ from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.runs.layout import EVALUATION_FILE, PARTIAL_DIR
 from diffusion_lab.runs.load import Run
 from diffusion_lab.runs.shell import override, shell_command
-from diffusion_lab.runs.typed_config import read_config, read_overrides, to_dict
+from diffusion_lab.runs.signature import is_signed_directory, sign_directory
+from diffusion_lab.runs.trust import allowed_modules, compose_unsigned
+from diffusion_lab.runs.typed_config import (
+    read_config,
+    read_overrides,
+    resolve_references,
+    to_dict,
+)
 
+OVERRIDES_FILE = Path(".hydra", "overrides.yaml")
 CONTINUED_FILE = "continued.yaml"  # in .hydra: overrides of the commands that resumed a run
 # A resumed run must have the same model, data and class of optimizer; other keys may change.
 IMMUTABLE_KEYS = (
@@ -53,7 +61,9 @@ def _is_overridable(key: str) -> bool:
     return key in OVERRIDABLE_KEYS or setting_of_optimizer
 
 
-def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
+def resumed_config(
+    directory: Path, overrides: list[str], allow: str | list[str] | None = None
+) -> DictConfig:
     """Returns the configuration of a run that is resumed.
 
     It is composed from the overrides of the original command, then those of the commands that
@@ -62,9 +72,11 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
     Arguments:
         directory: The run's directory.
         overrides: The overrides of this command; `resume=` is ignored.
+        allow: Modules whose classes a directory of somebody else may name, see `trust`.
 
     Raises:
-        RunError: If the directory is not a run with a checkpoint.
+        RunError: If the directory is not a run with a checkpoint, or it is not of this user and
+            names something that is not allowed.
         ConfigError: If model, schedule, data, seed or the class of the optimizer would change;
             lists the differences.
     """
@@ -75,7 +87,7 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             f"resume={directory} holds no checkpoints/last.ckpt; there is nothing to resume"
         )
     try:
-        old = read_overrides(directory / ".hydra" / "overrides.yaml")
+        old = read_overrides(directory / OVERRIDES_FILE)
         saved = read_config(directory / ".hydra" / "config.yaml")
     except OSError as error:
         raise RunError(
@@ -83,9 +95,23 @@ def resumed_config(directory: Path, overrides: list[str]) -> DictConfig:
             "the run cannot be resumed without them"
         ) from error
     new = [text for text in overrides if not text.startswith("resume=")]
-    overrides = current_overrides([*old, *_continued(directory), *new])
-    config = hydra.compose("train", [*overrides, override("resume", directory)])
-    check_resume_compatible(directory, to_dict(_without_paths(saved)), config)
+    config = _compose("train", directory, [*old, *_continued(directory)], new, allow)
+    check_resume_compatible(directory, resolve_references(saved), config)
+    return config
+
+
+def _compose(
+    name: str, directory: Path, old: list[str], new: list[str], allow: Any,
+    more: Sequence[str] = (),
+) -> DictConfig:  # fmt: skip
+    """Composes the overrides in a directory, those of this command, and more that it derives."""
+    new = current_overrides([*new, *more, override("resume", directory)])
+    if is_signed_directory(directory, old):
+        config = hydra.compose(name, [*current_overrides(old), *new])
+    else:
+        modules = allowed_modules(allow)
+        config = compose_unsigned(name, directory, current_overrides(old), new, modules)
+    OmegaConf.update(config, "allow", allow)  # never the one that the directory names
     return config
 
 
@@ -108,7 +134,9 @@ def check_resume_compatible(directory: Path, before: dict[str, Any], config: Dic
     changed = [
         f"  {key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_overridable(key)
+        if old.get(key) != new.get(key)
+        and not _is_overridable(key)
+        and "${" not in str(old.get(key))  # not resolved; the checkpoint decides
     ]
     if changed:
         raise ConfigError(
@@ -137,7 +165,8 @@ def remember_overrides(directory: Path, overrides: list[str]) -> Iterator[None]:
     """
     path, last = directory / ".hydra" / CONTINUED_FILE, directory / "checkpoints" / "last.ckpt"
     before, saved = _continued(directory), last.stat().st_mtime_ns
-    new = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
+    new = [t for t in overrides if not t.startswith(("resume=", "hydra.", "allow="))]
+    sign_directory(directory, [*read_overrides(directory / OVERRIDES_FILE), *before, *new])
     if not new:
         yield
         return
@@ -201,18 +230,22 @@ def record_evaluation(directory: Path, run: Run, *, resumed: bool) -> None:
         )
 
 
-def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
+def resumed_evaluation(
+    directory: Path, overrides: list[str], allow: str | list[str] | None = None
+) -> DictConfig:
     """Returns the configuration of an evaluation that is resumed.
 
     Arguments:
         directory: The evaluation's directory.
         overrides: The overrides of this command; `resume=` is ignored.
+        allow: Modules whose classes a directory of somebody else may name, see `trust`.
 
     Raises:
-        RunError: If the directory is not an unfinished evaluation.
+        RunError: If the directory is not an unfinished evaluation, or it is not of this user and
+            names something that is not allowed.
         ConfigError: If an override would change the results.
     """
-    note, old = directory / EVALUATION_FILE, directory / ".hydra" / "overrides.yaml"
+    note, old = directory / EVALUATION_FILE, directory / OVERRIDES_FILE
     if not note.exists() or not old.exists():
         raise RunError(
             f"resume={directory} is not the directory of an evaluation; it has no "
@@ -221,20 +254,19 @@ def resumed_evaluation(directory: Path, overrides: list[str]) -> DictConfig:
     if (directory / "report.html").exists() and not (directory / PARTIAL_DIR).exists():
         raise RunError(f"resume={directory} is finished; see {directory / 'report.html'}")
     new = [text for text in overrides if not text.startswith("resume=")]
-    fixed = [
-        text for text in new if not text.startswith(("trainer", "batch_size=", "data.cache_dir="))
-    ]
+    recorded = read_overrides(old)
+    free = ("trainer", "batch_size=", "data.cache_dir=", "allow=")
+    fixed = [text for text in new if not text.startswith(free) and text not in recorded]
     if fixed:
         raise ConfigError(
             f"resume={directory} continues the same evaluation; {', '.join(fixed)} would "
             "change its results. Drop that, or start a new evaluation without resume="
         )
-    before = [t for t in read_overrides(old) if not t.startswith(("run=", "ckpt=", "hydra."))]
-    if not any(text.startswith("model=") for text in before):
-        before.append(override("ckpt", json.loads(note.read_text())["checkpoint"]))
-    return hydra.compose(
-        "eval", [*current_overrides([*before, *new]), override("resume", directory)]
-    )
+    checkpoint = json.loads(note.read_text())["checkpoint"]
+    if "${" in checkpoint:
+        raise RunError(f"{note} names the checkpoint {checkpoint}, which is not a path")
+    prior = [] if any(t.startswith("model=") for t in recorded) else [override("ckpt", checkpoint)]
+    return _compose("eval", directory, recorded, new, allow, ["run=null", *prior])
 
 
 def _without_paths(config: DictConfig) -> DictConfig:
