@@ -20,6 +20,7 @@ from diffusion_lab.command.process import set_up_process, short_errors
 from diffusion_lab.command.validation import check_eval, check_train
 from diffusion_lab.deprecated import current_overrides
 from diffusion_lab.errors import RunError
+from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.compose import CONFIG_PATH
 from diffusion_lab.runs.instantiate import instantiate
@@ -41,9 +42,10 @@ def evaluate() -> None:
 def _run(config_name: str, function: Callable[[DictConfig], float | None]) -> None:
     """Composes the configuration of the command line and calls the function for every job."""
     set_up_process()
-    sys.argv[1:] = current_overrides(runs.quote_paths(sys.argv[1:]))
     main = hydra.main(config_path=CONFIG_PATH, config_name=config_name, version_base="1.3")
     with short_errors(), sweep.command():
+        refuse_secrets("\n".join(sys.argv[1:]))  # Hydra records the overrides before it calls
+        sys.argv[1:] = current_overrides(runs.quote_paths(sys.argv[1:]))
         main(function)()
 
 

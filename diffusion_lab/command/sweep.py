@@ -28,11 +28,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import runs
 from diffusion_lab.command.process import REFUSALS, exit_with_parent, full_errors
 from diffusion_lab.errors import ConfigError, LabError, RunError
+from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.report.sweep_report import summarize
 from diffusion_lab.runs import ranks
 from diffusion_lab.runs.hydra_plugins import check_plugins
@@ -55,7 +56,8 @@ class Sweep(Callback):
     locks = ExitStack()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Locks the directory of the run before Hydra writes into it."""
+        """Refuses a secret and locks the directory, before Hydra writes the configuration."""
+        _refuse_secrets(config)
         instance = HydraConfig.instance()
         before = instance.cfg
         instance.set_config(config)  # as Hydra itself does before it reads this key
@@ -66,6 +68,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses a sweep that would fail in every job."""
+        _refuse_secrets(config)
         try:
             check_plugins(config.hydra)
             _check(config)
@@ -77,6 +80,13 @@ class Sweep(Callback):
             os.environ[PARENT] = f"{socket.gethostname()} {os.getpid()}"
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    try:
+        refuse_secrets(OmegaConf.to_yaml(config))  # conf/ may hold one as well
+    except ConfigError as error:
+        _refuse(error)
 
 
 def _lock(directory: Path) -> None:

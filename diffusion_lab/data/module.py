@@ -36,6 +36,7 @@ from diffusion_lab.data.source import Source, SourceOptions
 from diffusion_lab.data.splits import SPLITS, split_images
 from diffusion_lab.errors import ConfigError, DataError
 from diffusion_lab.pixels import to_model
+from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.rng import KeyedGenerator, make_key
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class ImageDataModule(LightningDataModule):
 
     Raises:
         ValueError: If an argument is not allowed, or arguments contradict each other.
+        ConfigError: If `source` is an address with a secret.
     """
 
     @checked
@@ -103,6 +105,8 @@ class ImageDataModule(LightningDataModule):
         max_bad: NonNegativeInt = 100,
     ) -> None:
         super().__init__()
+        if isinstance(source, str):
+            refuse_secrets(source)
         if set(splits) != set(SPLITS):
             raise ValueError(f"splits has the keys {', '.join(splits)}; they must be train, val, "
                              "test")  # fmt: skip

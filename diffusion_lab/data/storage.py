@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lab.errors import DataError
+from diffusion_lab.redact import refuse_secrets
 
 EXTRA = "pip install 'diffusion-lab[parquet]'"
 
@@ -159,7 +160,8 @@ def open_storage(source: str, download: bool = True) -> Storage:
     """Opens the storage at a path, s3://..., gs://..., or hf://datasets/<owner>/<name>.
 
     Credentials, region and endpoint come from the environment, as pyarrow reads it
-    (AWS_ACCESS_KEY_ID, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ...), or from the query string.
+    (AWS_ACCESS_KEY_ID, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ...); region and endpoint also from
+    the query string.
 
     Arguments:
         source: The address.
@@ -167,8 +169,10 @@ def open_storage(source: str, download: bool = True) -> Storage:
             interruption and works offline later; otherwise they are read in parts.
 
     Raises:
+        ConfigError: If the address holds a secret.
         DataError: If it does not exist, cannot be reached, or needs a package that is missing.
     """
+    refuse_secrets(source)
     if source.startswith("hf://"):
         return _open_hub(source, download)
     if source.startswith(("s3://", "gs://", "gcs://")):

@@ -29,6 +29,7 @@ from string import Template
 from PIL import Image
 
 from diffusion_lab.atomic_io import write_atomic
+from diffusion_lab.redact import mask
 from diffusion_lab.report.chart import LineChart, chart_html, format_scientific
 
 Cell = str | float | int
@@ -124,6 +125,8 @@ Section = Picture | Animation | Table | LineChart | KeyValueSection | ConfigSect
 def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> Path:
     """Writes a report and returns its path; equal arguments give equal bytes.
 
+    Secrets in addresses are masked.
+
     Arguments:
         path: The HTML file; an old one is replaced atomically.
         title: Title of the page.
@@ -163,7 +166,7 @@ def write_report(path: Path, title: str, summary: str, sections: Sequence[Sectio
         contents="\n".join(contents),
         sections="\n".join(bodies),
     )
-    return write_atomic(path, page.encode("utf-8"))
+    return write_atomic(path, mask(page).encode("utf-8"))
 
 
 def _body(section: Section, number: str) -> str:

@@ -19,6 +19,7 @@ import yaml
 from diffusion_lab import runs
 from diffusion_lab.atomic_io import write_csv
 from diffusion_lab.metric import METRICS
+from diffusion_lab.redact import mask
 from diffusion_lab.report.page import (
     Cell,
     KeyValueSection,
@@ -76,7 +77,7 @@ def read_jobs(directory: Path) -> list[Job]:
 
 
 def _read(directory: Path) -> Job:
-    texts = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_text()) or []
+    texts = yaml.safe_load(mask((directory / ".hydra" / "overrides.yaml").read_text())) or []
     overrides = {key.lstrip("+~"): value for key, _, value in (t.partition("=") for t in texts)}
     figures: dict[str, float] = {}
     losses: tuple[list[float], list[float]] = ([], [])
