@@ -272,7 +272,7 @@ def test_invalid_checkpoint_is_refused(lab: Command, run: Path) -> None:
     for name, reason in {
         "short": "truncated or damaged", "text": "damaged", "empty": "truncated or damaged",
         "code": "holds code", "pickle": "holds code", "foreign": "not one written by",
-        "target": "not a torch module",
+        "target": "_target_=pathlib.Path is refused",
     }.items():  # fmt: skip
         result = lab("eval", f"ckpt={name}.ckpt", *SMALL)
         assert result.code == 1, name
