@@ -60,6 +60,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     cannot recover from them.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()  # those that this process has written to
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
@@ -78,12 +82,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_file(path, path.with_name(path.name + ".partial")) as file:
                 torch.save(checkpoint, file)
+            self._folders.add(path.resolve().parent)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError about its own archive format
             raise RunError(
                 f"cannot write the checkpoint {path} ({error}); is the disk full? {kept}. "
                 f"Free space, and {way_on}"
             ) from error
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint in a folder that this process has written to.
+
+        `ModelCheckpoint` reads the paths of earlier checkpoints from the one that is resumed,
+        where anything may stand; Lightning removes addresses and whole folders as well.
+        """
+        path = Path(path)
+        if path.suffix == ".ckpt" and path.resolve().parent in self._folders:
+            path.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
