@@ -109,13 +109,17 @@ def _store() -> TCPStore | None:
 
 
 def _bound(address: str, port: int) -> int | None:
-    """A socket that listens at an address alone; None for a name, which may mean several."""
+    """A socket that listens at an address alone.
+
+    None for a name, which may mean several addresses, and for an address that is not of an
+    interface here, as in a container.
+    """
     try:
         ip_address("127.0.0.1" if address == "localhost" else address)
-    except ValueError:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family).detach()
+    except (ValueError, OSError):
         return None
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, port), family=family).detach()
 
 
 @cache  # keeps it alive
