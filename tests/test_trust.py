@@ -308,6 +308,7 @@ def foreign(tmp_path: Path) -> Callable[..., Path]:
         ("callbacks.best.dirpath", "/x", "its overrides set callbacks.best.dirpath=/x"),
         ("callbacks.best.filename", "../x", "its overrides set callbacks.best.filename=../x"),
         ("extractor.weights", "/x", "its overrides set extractor.weights=/x"),
+        ("logger.wandb.log_model", "all", "its overrides set logger.wandb.log_model=all"),
         ("task.image", "/x", "its overrides set task.image=/x"),
         ("model.path", "a/b", "its overrides set model.path=a/b"),
     ],

@@ -262,7 +262,7 @@ def resumed_evaluation(
             f"resume={directory} continues the same evaluation; {', '.join(fixed)} would "
             "change its results. Drop that, or start a new evaluation without resume="
         )
-    checkpoint = json.loads(note.read_text())["checkpoint"]
+    checkpoint = str(json.loads(note.read_text())["checkpoint"])
     if "${" in checkpoint:
         raise RunError(f"{note} names the checkpoint {checkpoint}, which is not a path")
     prior = [] if any(t.startswith("model=") for t in recorded) else [override("ckpt", checkpoint)]

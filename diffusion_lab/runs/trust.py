@@ -183,14 +183,16 @@ def _known_sources() -> list[Any]:
 
 
 def _is_place(key: str, value: Any) -> bool:
-    """Whether a key names something to read, or where to write."""
+    """Whether a key names something to read or upload, or where to write."""
     name = key.rpartition(".")[2]
     if value is None or (name == "weights" and not isinstance(value, str)):
         return False
     if name == "source" and isinstance(value, str) and value in GENERATED_SOURCES:
         return False
-    reads = ("source", "path", "image", "observation", "pretrained", "weights", "filename")
-    return name in reads or name.endswith(("dir", "directory", "dirpath"))
+    names = (
+        "source", "path", "image", "observation", "pretrained", "weights", "filename", "log_model",
+    )  # fmt: skip
+    return name in names or name.endswith(("dir", "directory", "dirpath"))
 
 
 def compose_unsigned(
