@@ -7,6 +7,7 @@ import pytest
 from conftest import Command
 from omegaconf import OmegaConf
 
+from diffusion_lab.command.data import main
 from diffusion_lab.data import ImageDataModule
 from diffusion_lab.data.storage import open_storage
 from diffusion_lab.errors import ConfigError
@@ -52,6 +53,13 @@ def _module(address: str) -> ImageDataModule:
 def test_other_texts_are_unchanged(text: str) -> None:
     assert mask(text) == text
     refuse_secrets(text)
+
+
+def test_the_command_of_caches_refuses_a_secret(capsys: pytest.CaptureFixture) -> None:
+    for address in ("s3://KEY:hunter2@bucket/x", "s3://b/x?secret_key=hunter2"):
+        assert main(["ingest", f"data.source={address}"]) == 1
+        output = capsys.readouterr()
+        assert "hunter2" not in output.out + output.err and "AWS_PROFILE" in output.err
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

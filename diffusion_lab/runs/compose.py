@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab.deprecated import current_overrides
+from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.runs.hydra_plugins import register_placeholders
 from diffusion_lab.runs.ranks import broadcast_from_rank_zero, gpus, is_rank_zero
 
@@ -51,7 +52,11 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     Arguments:
         config_name: "train" or "eval".
         overrides: Overrides, as on the command line.
+
+    Raises:
+        ConfigError: If one holds a secret in an address.
     """
+    refuse_secrets("\n".join(overrides))
     register_resolvers()
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
         return hydra.compose(config_name, current_overrides(overrides))
