@@ -146,7 +146,7 @@ def test_pages_build_without_warnings_or_external_resources(tmp_path: Path) -> N
     assert len(formulas) > 100
     assert not [f for f in formulas if "\\" in f], "an unknown command"
     assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="(?:https?:)?//', page)
-    assert 'id="diffusion_lab.schedule.Cosine"' in (tmp_path / "api.html").read_text()
+    assert 'id="diffusion_lab.schedule.discrete.Cosine"' in (tmp_path / "api.html").read_text()
 
 
 def test_mathematics_page_has_the_computed_values_of_lambda() -> None:

@@ -341,7 +341,7 @@ def test_torchrun_creates_one_directory(workdir: Path) -> None:
     (workdir / "late.py").write_text(
         f"{late}{run}runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = [sys.executable, "-m", "torch.launcher.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
         [*command, "--nproc-per-node=2", "late.py"], capture_output=True, text=True, timeout=300
     )
