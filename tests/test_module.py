@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from diffusion_lab.callback import NaNGuard, Throughput
 from diffusion_lab.callback.ema import EMA
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.loss import P2, Likelihood, Loss, MinSNR, Simple
 from diffusion_lab.nn import UNet
 from diffusion_lab.parameterization import X0, Epsilon, Parameterization, V
@@ -761,6 +762,20 @@ def test_fused_adam_resumes_from_a_state_in_another_memory_format() -> None:
         after.network.parameters(), before.network.parameters(), strict=True
     ):
         torch.testing.assert_close(actual, expected)
+
+
+def test_more_accumulated_batches_than_an_epoch_has_are_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lightning takes a step at the end of each epoch, which has eight batches here."""
+    fit(make_module(), max_steps=1, accumulate_grad_batches=8)
+    assert "accumulate" not in caplog.text
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=9 is more than the 8 batches"):
+        fit(make_module(), max_steps=1, accumulate_grad_batches=9)
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2 is more than the 1 batches"):
+        fit(make_module(), max_steps=1, accumulate_grad_batches=2, limit_train_batches=1)
+    fit(make_module(), max_steps=1, accumulate_grad_batches=3)
+    assert "=3 does not divide the 8 batches of an epoch: its last step has the" in caplog.text
 
 
 # --- dropout ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ A step whose loss or gradient is not finite is skipped.
 __all__ = ["DiffusionModule", "should_log"]
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,6 +42,8 @@ from diffusion_lab.timesteps import TimestepSampler, Uniform
 from diffusion_lab.training.compatibility import check_model
 from diffusion_lab.training.loss_bins import BINS, LossBins, bin_index, bin_name
 from diffusion_lab.training.optimizer_settings import change_optimizer
+
+log = logging.getLogger(__name__)
 
 GOLDEN_RATIO = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
@@ -157,6 +160,27 @@ class DiffusionModule(LightningModule):
             output, target, self.schedule, self.parameterization, t, *learned
         )
         return losses
+
+    def on_train_start(self) -> None:
+        """Checks the number of batches per step.
+
+        Raises:
+            ConfigError: If an epoch has fewer batches than are accumulated: Lightning ends a step
+                at the end of an epoch.
+        """
+        accumulated = self.trainer.accumulate_grad_batches
+        batches = self.trainer.num_training_batches
+        if accumulated > batches and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={accumulated} is more than the {batches} batches"
+                " of an epoch, at whose end a step ends; lower it, or data.batch_size"
+            )
+        if batches != float("inf") and (rest := int(batches) % accumulated):
+            log.warning(
+                "trainer.accumulate_grad_batches=%d does not divide the %d batches of an epoch: "
+                "its last step has the gradient of %d batches",
+                accumulated, batches, rest,
+            )  # fmt: skip
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seeds torch's global generator."""
