@@ -3,7 +3,9 @@ r"""Random access to images: memory-mapped pixels, encoded images, or reads from
 All three give the same uint8 pixels for the same positions, and are thread-safe.
 """
 
-__all__ = ["EncodedImages", "Images", "MappedImages", "SourceImages", "Split"]
+__all__ = [
+    "EncodedImages", "Images", "MappedImages", "SourceImages", "Split", "checked_pixels",
+]  # fmt: skip
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -22,6 +24,22 @@ from diffusion_lab.data.source import Item, Source, chunk_ranges
 from diffusion_lab.errors import DataError
 
 Read = Item | memoryview
+
+
+def checked_pixels(item: object, size: int, name: str) -> np.ndarray:
+    """Returns the pixels that a source yields.
+
+    Raises:
+        DataError: If they are not uint8 of shape (size, size, 3). A number would otherwise be
+            broadcast to an image of one colour.
+    """
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (size, size, 3):
+        return item
+    found = f"{item.dtype} of shape {item.shape}" if isinstance(item, np.ndarray) else repr(item)
+    raise DataError(
+        f"{name}: the source yields {found:.80}, not a file or pixels, uint8 of shape "
+        f"({size}, {size}, 3)"
+    )
 
 
 class Images(ABC):
@@ -139,7 +157,7 @@ class SourceImages(Images):
         if isinstance(item, bytes | memoryview):
             decode(bytes(item), self.size, self.source.location(position), out=out)
         else:
-            out[:] = item
+            out[:] = checked_pixels(item, self.size, self.source.location(position))
 
     def _group(self, group: int) -> list[Read]:
         """A whole group; the first thread reads it while the others wait."""

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion_lab.data.decode import DECODER, decode
+from diffusion_lab.data.images import checked_pixels
 from diffusion_lab.data.source import Item, Source
 from diffusion_lab.errors import DataError
 
@@ -137,7 +138,8 @@ class Packer:
             return item
         try:
             size, name = self.source.size, self.source.location(place)
-            image = decode(item, size, name) if isinstance(item, bytes) else item
+            is_file = isinstance(item, bytes)
+            image = decode(item, size, name) if is_file else checked_pixels(item, size, name)
         except DataError as error:
             return error
         pixels = np.ascontiguousarray(image).tobytes()
