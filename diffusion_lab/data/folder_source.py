@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lab.data.source import Item, Source, SourceOptions, chunk_ranges, classes_of
+from diffusion_lab.data.source import (
+    Item,
+    Source,
+    SourceOptions,
+    chunk_ranges,
+    classes_of,
+    count_ignored,
+)
 from diffusion_lab.data.splits import native_splits, split_part
 from diffusion_lab.data.storage import Storage
 from diffusion_lab.errors import DataError
@@ -34,10 +41,13 @@ class FolderSource(Source):
         self.storage, self.size = storage, size
         files = storage.files.items()
         self.files = {k: state for k, state in files if k.lower().endswith(SUFFIXES)}
+        self.ignored = count_ignored(storage, self.files)
         if not self.files:
+            found = ", ".join(f"{count} {kind}" for kind, count in self.ignored.items())
             raise DataError(
-                f"data.source={storage.address} holds no image (.jpg, .jpeg or .png); "
-                "point data.source at the folder that holds them"
+                f"data.source={storage.address} holds no image (.jpg, .jpeg or .png)"
+                + (f", only: {found}" if found else "")
+                + "; point data.source at the folder that holds them"
             )
         self.names = list(self.files)
         self.folders = [name.split("/")[:-1] for name in self.names]

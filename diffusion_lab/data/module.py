@@ -59,6 +59,7 @@ class ImageDataModule(LightningDataModule):
         cache: "uint8" packs pixels, "bytes" encoded images, "none" reads the source every time.
         cache_dir: Directory of the packed caches.
         image_column: The column of images in parquet files.
+        link_root: A folder that symbolic links of a local source may lead to, besides it.
         label: The attribute that defines the classes: a factor of faces (hair_style, glasses,
             ...), a column of parquet files, or "folder"; None for no classes.
         order: "shuffle", or "interleave" to read group by group; see `shuffle.py`.
@@ -68,7 +69,7 @@ class ImageDataModule(LightningDataModule):
             reads, and prefetched batches.
         drop_last: See `Loader`.
         num_workers: The number of threads that prefetch batches.
-        on_error: "raise" or "skip"; see `ingest`.
+        on_error: "raise" or "skip"; see `ingest`. cache="none" allows "raise" only.
         max_bad: The largest number of images that may be skipped.
 
     Attributes:
@@ -94,6 +95,7 @@ class ImageDataModule(LightningDataModule):
         cache: Literal["uint8", "bytes", "none"] = "uint8",
         cache_dir: NonEmptyStr = "~/.cache/diffusion_lab",
         image_column: NonEmptyStr = "image",
+        link_root: NonEmptyStr | None = None,
         label: NonEmptyStr | None = None,
         order: Literal["shuffle", "interleave"] = "shuffle",
         interleave: PositiveInt = 8,
@@ -110,7 +112,13 @@ class ImageDataModule(LightningDataModule):
         if set(splits) != set(SPLITS):
             raise ValueError(f"splits has the keys {', '.join(splits)}; they must be train, val, "
                              "test")  # fmt: skip
+        if cache == "none" and on_error == "skip":
+            raise ValueError(
+                "on_error=skip omits bad images when they are packed, and cache=none packs none; "
+                "set cache=uint8 or bytes, or on_error=raise"
+            )
         self.size, self.image_column, self.split = size, image_column, split
+        self.link_root = link_root
         self.label, self.classes = label, list[str]()
         self.batch_size, self.splits = batch_size, dict(splits)
         self.split_seed, self.seed, self.flip = split_seed, seed, flip
@@ -137,7 +145,7 @@ class ImageDataModule(LightningDataModule):
         if self._source is None:
             self._source = open_source(
                 self.source, self.size, self.splits, self.split_seed, self.image_column,
-                download=self.cache != "none",
+                download=self.cache != "none", link_root=self.link_root,
             )  # fmt: skip
         return self._source
 
@@ -226,6 +234,7 @@ class ImageDataModule(LightningDataModule):
                 source = self.open_source()
                 known = dict(zip(source.names, source.native_splits, strict=True))
                 native_splits = [known[name] for name in names]
+        self._log_ignored()
         labels = self._labels(names)
         parts = split_images(names, native_splits, self.splits, self.split_seed, self.split)
         for split, positions in parts.items():
@@ -238,6 +247,17 @@ class ImageDataModule(LightningDataModule):
                 if sha256 is None
                 else hashlib.sha256(sha256[positions].tobytes()).hexdigest()[:16],
             }
+
+    def _log_ignored(self) -> None:
+        """Logs the files of the source that are not used."""
+        source = self._source
+        if source is None or not source.ignored or (self.trainer and self.trainer.global_rank):
+            return
+        log.warning(
+            "data.source=%s: %d images are used; ignored: %s",
+            self.source, len(source.names),
+            ", ".join(f"{count} {kind}" for kind, count in source.ignored.items()),
+        )  # fmt: skip
 
     def _labels(self, names: list[str]) -> np.ndarray | None:
         """The class of each image, int64; read from the source, as caches have none."""

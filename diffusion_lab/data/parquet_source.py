@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lab.data.source import Item, Source, SourceOptions, classes_of
+from diffusion_lab.data.source import Item, Source, SourceOptions, classes_of, count_ignored
 from diffusion_lab.data.splits import native_splits
 from diffusion_lab.data.storage import EXTRA, Storage
 from diffusion_lab.errors import DataError
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file is a parquet file of rows; metadata.parquet describes a folder of files."""
+    return name.endswith(".parquet") and posixpath.basename(name) != "metadata.parquet"
 
 
 class ParquetSource(Source):
@@ -35,9 +40,10 @@ class ParquetSource(Source):
 
     def __init__(self, storage: Storage, size: int, image_column: str = "image") -> None:
         self.storage, self.size, self.image_column = storage, size, image_column
-        files = {k: v for k, v in storage.files.items() if k.endswith(".parquet")}
+        files = {k: v for k, v in storage.files.items() if _is_data(k)}
         if not files:
             raise DataError(f"data.source={storage.address} holds no parquet file")
+        self.ignored = count_ignored(storage, files)
         # Names are relative to the common folder, so that they do not depend on where it is.
         base = posixpath.commonpath([posixpath.dirname(name) for name in files])
         self.files = {posixpath.relpath(name, base or "."): v for name, v in files.items()}
@@ -49,12 +55,7 @@ class ParquetSource(Source):
         lengths = []
         for file in self.files:
             metadata = self._open(file).metadata
-            columns = metadata.schema.to_arrow_schema().names
-            if image_column not in columns:
-                raise DataError(
-                    f"{self._address(file)} has no column {image_column!r}; it has "
-                    f"{', '.join(columns)}; set data.image_column"
-                )
+            self._check_column(file, metadata.schema.to_arrow_schema())
             self.native_splits += [splits[file]] * metadata.num_rows
             self.names += [f"{file}:{row}" for row in range(metadata.num_rows)]
             for number in range(metadata.num_row_groups):
@@ -65,10 +66,37 @@ class ParquetSource(Source):
         edges = list(accumulate(lengths, initial=0))
         self.groups = [range(first, last) for first, last in pairwise(edges)]
 
+    def _check_column(self, file: str, schema: Any) -> None:
+        """Raises DataError if the column does not hold encoded images."""
+        from pyarrow import types
+
+        def is_image(kind: Any) -> bool:
+            if types.is_struct(kind):
+                index = kind.get_field_index("bytes")
+                return index >= 0 and is_image(kind.field(index).type)
+            return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+        images = [field.name for field in schema if is_image(field.type)]
+        if self.image_column in images:
+            return
+        if self.image_column in schema.names:
+            kind = schema.field(self.image_column).type
+            problem = f"column {self.image_column!r} of type {kind}, not of encoded images"
+        else:
+            problem = f"no column {self.image_column!r}"
+        way_out = (
+            f"set data.image_column to {' or '.join(images)}" if images else "none of them holds "
+            "images; if the images are files beside it, move the parquet file out of data.source"
+        )  # fmt: skip
+        raise DataError(
+            f"{self._address(file)} has {problem}; its columns are {', '.join(schema.names)}; "
+            f"{way_out}"
+        )
+
     @classmethod
     def open(cls, options: SourceOptions) -> Source | None:
         hub = options.address.startswith("hf://")  # only its parquet files are supported
-        if not hub and not any(name.endswith(".parquet") for name in options.storage.files):
+        if not hub and not any(_is_data(name) for name in options.storage.files):
             return None
         return cls(options.storage, options.size, options.image_column)
 

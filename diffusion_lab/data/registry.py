@@ -23,6 +23,7 @@ def open_source(
     seed: int = 0,
     image_column: str = "image",
     download: bool = True,
+    link_root: str | None = None,
 ) -> Source:
     """Opens the source at an address.
 
@@ -35,11 +36,12 @@ def open_source(
         seed: Seed of the drawings, for faces.
         image_column: The column of images in parquet files.
         download: See `open_storage`.
+        link_root: See `open_storage`.
 
     Raises:
         DataError: If there is nothing at the address, or it cannot be reached.
     """
-    options = SourceOptions(source, size, splits, seed, image_column, download)
+    options = SourceOptions(source, size, splits, seed, image_column, download, link_root)
     generated = GENERATED_SOURCES.get(source)
     for kind in FILE_SOURCES if generated is None else (generated,):
         if (opened := kind.open(options)) is not None:

@@ -6,12 +6,15 @@ A source lists its images and reads them, group by group. The packed cache reads
 and a line in `registry.py`.
 """
 
-__all__ = ["Item", "Source", "SourceOptions", "chunk_ranges", "classes_of"]
+__all__ = ["Item", "Source", "SourceOptions", "chunk_ranges", "classes_of", "count_ignored"]
 
+import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ class SourceOptions:
         seed: Seed of generated images.
         image_column: The column of images in parquet files.
         download: See `open_storage`.
+        link_root: See `open_storage`.
     """
 
     address: str
@@ -42,6 +46,7 @@ class SourceOptions:
     seed: int = 0
     image_column: str = "image"
     download: bool = True
+    link_root: str | None = None
 
     @cached_property
     def storage(self) -> Storage:
@@ -50,7 +55,7 @@ class SourceOptions:
         Raises:
             DataError: If there are none, or they cannot be reached.
         """
-        return open_storage(self.address, self.download)
+        return open_storage(self.address, self.download, self.link_root)
 
 
 class Source(ABC):
@@ -63,6 +68,7 @@ class Source(ABC):
         groups: The ranges of images that are read together.
         group_access_only: Whether a read of one image reads its whole group.
         group_bytes: The encoded size of each group, where `group_access_only`.
+        ignored: The number of files that are not used, by suffix or reason.
     """
 
     size: int
@@ -71,6 +77,7 @@ class Source(ABC):
     groups: list[range]
     group_access_only: bool = False
     group_bytes: list[int]
+    ignored: Mapping[str, int] = MappingProxyType({})
 
     @classmethod
     def open(cls, options: SourceOptions) -> "Source | None":
@@ -116,6 +123,17 @@ class Source(ABC):
             DataError: If the source has no such attribute; names those that it has.
         """
         raise DataError(f"data.label={name}: {type(self).__name__} has no classes")
+
+
+def count_ignored(storage: Storage, used: Collection[str]) -> dict[str, int]:
+    """Returns the number of files that a source does not use, by suffix or reason."""
+    suffixes = Counter(
+        posixpath.splitext(name)[1].lower() or "without suffix"
+        for name in storage.files
+        if name not in used
+    )
+    counts = suffixes + storage.ignored
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def classes_of(values: Sequence[Any]) -> tuple[list[str], np.ndarray]:

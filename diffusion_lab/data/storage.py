@@ -3,12 +3,18 @@ r"""Storage backends of data sources: local disk, S3, Google Cloud Storage, the 
 S3 and Google Cloud are reached by pyarrow, which parquet needs anyway, and streamed hub datasets
 by fsspec through pyarrow. Local files bypass both: fsspec reads small files a third more slowly,
 and it rounds modification times, which name the packed caches.
+
+Symbolic links are followed if they lead to a place inside the source, inside `link_root`, or, for
+a snapshot of the Hugging Face Hub, inside its cache of the repository. Links to other folders are
+skipped and counted; an image or parquet file behind another link is an error.
 """
 
 __all__ = ["EXTRA", "LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
+import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +46,16 @@ class Storage(ABC):
         Hidden files are skipped: archives made on macOS hold a `._x.jpg` beside each `x.jpg`.
         """
         hidden = re.compile(r"(^|/)\.")
-        return {name: state for name, state in sorted(self._list()) if not hidden.search(name)}
+        found = sorted(self._list())
+        files = {name: state for name, state in found if not hidden.search(name)}
+        if len(files) < len(found):
+            self.ignored["hidden"] += len(found) - len(files)
+        return files
+
+    @cached_property
+    def ignored(self) -> Counter[str]:
+        """The number of files or links that are not in `files`, by reason, after it is read."""
+        return Counter()
 
     @abstractmethod
     def _list(self) -> Iterator[tuple[str, State]]:
@@ -70,40 +85,88 @@ class LocalStorage(Storage):
         path: The folder or file.
         address: Its name in messages; None uses the path.
         version: Version of the files; None uses their modification times.
+        link_root: A folder that symbolic links may lead to, besides the folder itself.
     """
 
     remote = False
 
-    def __init__(self, path: Path, address: str | None = None, version: str | None = None) -> None:
+    def __init__(
+        self, path: Path, address: str | None = None, version: str | None = None,
+        link_root: Path | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.version = path, version
         self.root = path.parent if path.is_file() else path
         self.address = address or str(self.root)
+        roots = (self.root, link_root, _hub_repository(self.root))
+        self.link_roots = [root.resolve() for root in roots if root is not None]
 
     def _list(self) -> Iterator[tuple[str, State]]:
-        for path in [self.path] if self.path.is_file() else self.root.rglob("*"):
-            if path.is_file():
-                stat = path.stat()
-                state = [stat.st_size, self.version or stat.st_mtime_ns]
-                yield path.relative_to(self.root).as_posix(), state
+        if self.path.is_file():
+            yield self.path.name, self._state(self.path.stat())
+        else:
+            yield from self._walk(self.root, (self.root.resolve(),))
+
+    def _state(self, stat: os.stat_result) -> State:
+        return [stat.st_size, self.version or stat.st_mtime_ns]
+
+    def _walk(self, folder: Path, places: tuple[Path, ...]) -> Iterator[tuple[str, State]]:
+        """Yields the files of a folder; `places` are the real paths of it and those above."""
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot be listed ({error.strerror}); change its permissions, or move "
+                "it out of data.source"
+            ) from error
+        for entry in entries:
+            path = folder / entry.name
+            name = path.relative_to(self.root).as_posix()
+            try:
+                if entry.is_file():
+                    yield name, self._state(entry.stat())
+                elif not entry.is_dir():
+                    self.ignored["broken link" if entry.is_symlink() else "special"] += 1
+                elif not entry.is_symlink():
+                    yield from self._walk(path, (*places, places[-1] / entry.name))
+                elif not self._is_inside(target := path.resolve()):
+                    self.ignored[f"link {name} to {target}, which needs data.link_root"] += 1
+                elif any(place.is_relative_to(target) for place in places):
+                    self.ignored[f"link {name} to a folder that contains it"] += 1
+                else:
+                    yield from self._walk(path, (*places, target))
+            except OSError:  # a chain of links without an end
+                self.ignored["broken link"] += 1
+
+    def _is_inside(self, target: Path) -> bool:
+        return any(target.is_relative_to(root) for root in self.link_roots)
+
+    def _check_link(self, path: Path) -> None:
+        if not self._is_inside(target := path.resolve()):
+            raise DataError(
+                f"{path}: a symbolic link to {target}, outside data.source={self.root}; set "
+                "data.link_root to a folder that links may lead to, or put the file itself there"
+            )
 
     def open(self, name: str) -> str:
+        self._check_link(self.root / name)
         return str(self.root / name)
-
-    @cached_property
-    def _resolved(self) -> Path:
-        return self.root.resolve()
 
     def read(self, name: str) -> bytes:
         path = self.root / name
         try:
-            if not path.resolve().is_relative_to(self._resolved):
-                raise DataError(
-                    f"{path}: a symbolic link to {path.resolve()}, outside data.source="
-                    f"{self.root}; put the file itself there, or point data.source at its folder"
-                )
+            self._check_link(path)
             return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _hub_repository(root: Path) -> Path | None:
+    """The folder of a repository in the hub's cache, if the root is in one of its snapshots."""
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and (repository / "blobs").is_dir():
+            return repository
+    return None
 
 
 class RemoteStorage(Storage):
@@ -156,7 +219,9 @@ class RemoteStorage(Storage):
             raise DataError(f"{self.location(name)}: cannot be read ({error})") from error
 
 
-def open_storage(source: str, download: bool = True) -> Storage:
+def open_storage(
+    source: str, download: bool = True, link_root: str | None = None
+) -> Storage:  # fmt: skip
     """Opens the storage at a path, s3://..., gs://..., or hf://datasets/<owner>/<name>.
 
     Credentials, region and endpoint come from the environment, as pyarrow reads it
@@ -167,6 +232,7 @@ def open_storage(source: str, download: bool = True) -> Storage:
         source: The address.
         download: Whether hub datasets are downloaded into the hub's cache, which resumes after an
             interruption and works offline later; otherwise they are read in parts.
+        link_root: A folder that symbolic links of a local folder may lead to, besides it.
 
     Raises:
         ConfigError: If the address holds a secret.
@@ -183,7 +249,8 @@ def open_storage(source: str, download: bool = True) -> Storage:
             f"data.source={source} does not exist; give a folder of images, a parquet file, "
             "s3://<bucket>/<folder>, hf://datasets/<owner>/<name>, or faces"
         )
-    return LocalStorage(path.resolve())
+    root = Path(link_root).expanduser() if link_root else None
+    return LocalStorage(path.resolve(), link_root=root)
 
 
 def _open_bucket(source: str) -> Storage:

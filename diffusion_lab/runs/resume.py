@@ -42,7 +42,7 @@ IMMUTABLE_KEYS = (
 # Hashes of the data decide whether images from another place are the same.
 OVERRIDABLE_KEYS = (
     "data.batch_size", "data.source", "data.cache", "data.cache_dir", "data.image_column",
-    "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
+    "data.link_root", "data.memory", "data.num_workers", "data.on_error", "data.max_bad",
     "network.checkpointing",  # changes no result
 )  # fmt: skip
 

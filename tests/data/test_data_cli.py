@@ -116,7 +116,9 @@ def test_ingest_reads_parquet(tmp_path: Path, capsys) -> None:
     write_parquet(tmp_path / "in" / "validation-0.parquet", rows[20:], column="picture")
     code, _, err = run(tmp_path, capsys, "ingest")
     assert (
-        code == 1 and "has no column 'image'; it has picture, label; set data.image_column" in err
+        code == 1
+        and "has no column 'image'; its columns are picture, label; set data.image_column to"
+        in err
     )
     code, out, _ = run(tmp_path, capsys, "ingest", "data.image_column=picture")
     splits = re.search(r"splits     train 20, val (\d+), test (\d+)\n", out)

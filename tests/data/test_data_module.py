@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from image_fixtures import SHARES, encoded, fill, opened, pixels, write_parquet
+from image_fixtures import SHARES, Drawn, encoded, fill, opened, pixels, write_parquet
 
 from diffusion_lab.data.faces import draw_faces
 from diffusion_lab.data.images import EncodedImages, MappedImages, SourceImages
@@ -357,6 +357,7 @@ def test_unknown_choice_is_an_error(tmp_path: Path, key: str, allowed: str) -> N
          "splits.train=0.9 is not allowed; it must be a number of images, an integer >= 0"),
         ({"splits": {"train": 9, "val": -8, "test": 8}},
          "splits={'train': 9, 'val': -8, 'test': 8} is not allowed; it must be a mapping, each"),
+        ({"cache": "none", "on_error": "skip"}, "on_error=skip omits bad images when they are"),
         ({"splits": {"train": 9, "test": 8}}, "splits has the keys train, test; they must be"),
     ],
 )  # fmt: skip
@@ -365,6 +366,33 @@ def test_invalid_argument_is_an_error(options: dict, message: str) -> None:
     splits = {"train": 64, "val": 16, "test": 16}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ImageDataModule(**{**defaults, "splits": splits, **options})
+
+
+@pytest.mark.parametrize("cache", ["uint8", "bytes", "none"])
+@pytest.mark.parametrize(
+    "item", [3, np.float32(0.5), np.uint8([7]), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3))]
+)
+def test_items_that_are_no_pixels_are_an_error(tmp_path: Path, cache: str, item: object) -> None:
+    """A number would be an image of one colour."""
+
+    class Wrong(Drawn):
+        def read(self, group: int, places=None):
+            return iter([item] * len(self.groups[group] if places is None else places))
+
+    data = ImageDataModule(
+        Wrong(60, size=8), 8, 4, SHARES, cache=cache, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(DataError, match=r"image \d+: the source yields .*not a file or pixels"):
+        ready(data).images["train"][np.array([0])]
+
+
+def test_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path / "in", [f"{k}.png" for k in range(20)])
+    (tmp_path / "in" / "a.webp").touch()
+    for _ in range(2):  # also if the cache exists
+        caplog.clear()
+        ready(of_files(tmp_path, tmp_path / "in"))
+        assert f"data.source={tmp_path}/in: 20 images are used; ignored: 1 .webp" in caplog.text
 
 
 def test_configuration_error_names_the_full_key() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from fsspec.implementations.dirfs import DirFileSystem
@@ -166,7 +168,114 @@ def test_description_of_a_folder_has_sizes_and_times_of_its_files(tmp_path: Path
     assert list(description["files"]) == ["a.png", "b.png"]
 
 
+# --- links and files that are not used ----------------------------------------------------------
+
+
+def test_links_inside_the_source_are_followed(tmp_path: Path) -> None:
+    images = fill(tmp_path / "in", ["all/a.png", "all/deep/b.png"])
+    (tmp_path / "in" / "train").symlink_to("all")
+    (tmp_path / "in" / "all" / "c.png").symlink_to("a.png")
+    source = opened(tmp_path / "in")
+    assert source.names == [
+        f"{folder}/{name}"
+        for folder in ("all", "train")
+        for name in ("a.png", "c.png", "deep/b.png")
+    ]
+    assert np.array_equal(read(source)["train/deep/b.png"], images["all/deep/b.png"])
+    assert not source.ignored
+
+
+def test_links_to_other_folders_need_a_declared_root(tmp_path: Path) -> None:
+    fill(tmp_path, ["elsewhere/a.png", "in/val/b.png"])
+    (tmp_path / "in" / "train").symlink_to(tmp_path / "elsewhere")
+    source = opened(tmp_path / "in")
+    assert source.names == ["val/b.png"] and source.native_splits == ["val"]
+    elsewhere = tmp_path / "elsewhere"
+    assert source.ignored == {f"link train to {elsewhere}, which needs data.link_root": 1}
+    for root in (elsewhere, tmp_path):
+        source = opened(tmp_path / "in", link_root=str(root))
+        assert source.names == ["train/a.png", "val/b.png"] and not source.ignored
+        assert source.native_splits == ["train", "val"] and len(read(source)) == 2
+    (tmp_path / "in" / "val" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"holds no image .*, only: 1 link train to .*link_root"):
+        opened(tmp_path / "in")
+
+
+def test_links_in_a_circle_and_broken_links_are_counted(tmp_path: Path) -> None:
+    fill(tmp_path, ["a/1.png", "b/2.png"])
+    for name, target in (
+        ("a/up", ".."), ("a/self", "."), ("a/b", "../b"), ("b/a", "../a"), ("gone", "nowhere"),
+        ("x", "y"), ("y", "x"),
+    ):  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    source = opened(tmp_path)
+    assert source.names == ["a/1.png", "a/b/2.png", "b/2.png", "b/a/1.png"]
+    assert source.ignored["broken link"] == 3
+    assert source.ignored["link a/up to a folder that contains it"] == 1
+
+
+def test_snapshot_of_the_hub_may_link_to_its_blobs(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc" / "x"
+    images = fill(blobs, ["a.png"])
+    write_parquet(blobs / "rows", rows(range(2)))
+    snapshot.mkdir(parents=True)
+    (snapshot / "1.png").symlink_to("../../../blobs/a.png")
+    assert np.array_equal(read(opened(snapshot))["1.png"], images["a.png"])
+    assert opened(snapshot.parent).names == ["x/1.png"]
+    (snapshot / "train.parquet").symlink_to("../../../blobs/rows")
+    assert len(read(opened(snapshot))) == 2
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "train.parquet").symlink_to(blobs / "rows")
+    with pytest.raises(DataError, match=r"a symbolic link to .*rows, outside data.source="):
+        opened(outside)
+
+
+def test_ignored_files_are_counted_by_suffix(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.png", "._a.png", ".git/b.png"])
+    for name in ("1.webp", "2.WEBP", "3.webp", "notes.txt", "README"):
+        (tmp_path / name).touch()
+    expected = {".webp": 3, "hidden": 2, ".txt": 1, "without suffix": 1}
+    assert opened(tmp_path).ignored == expected
+    write_parquet(tmp_path / "train.parquet", rows(range(2)))
+    assert opened(tmp_path).ignored == {**expected, ".png": 1}
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(DataError, match=r"holds no image .*, only: 3 .webp, 2 hidden, 1 .txt, 1"):
+        opened(tmp_path)
+
+
 # --- parquet ------------------------------------------------------------------------------------
+
+
+def test_metadata_beside_images_is_no_source_of_images(tmp_path: Path) -> None:
+    """As in folders of images on the hub."""
+    fill(tmp_path, ["a.png"])
+    table = pyarrow.table({"file_name": ["a.png"], "text": ["a cat"]})
+    pyarrow.parquet.write_table(table, tmp_path / "metadata.parquet")
+    source = opened(tmp_path)
+    assert source.names == ["a.png"] and source.ignored == {".parquet": 1}
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    text = "its columns are file_name, text; none of them holds images; if the images are files"
+    with pytest.raises(DataError, match=text):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["label", "text", "struct"])
+def test_column_without_images_is_an_error(tmp_path: Path, column: str) -> None:
+    table = {
+        "image": rows(range(2)), "label": [1, 2], "text": ["a", "b"],
+        "struct": [{"path": "a"}] * 2,
+        "large": pyarrow.array(rows(range(2)), pyarrow.large_binary()),
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, image_column=column)
+    text = f"x.parquet has column {column!r} of type "
+    assert text in str(caught.value) and "set data.image_column to image or large" in str(
+        caught.value
+    )
+    assert len(read(opened(tmp_path, image_column="large"))) == 2
 
 
 def rows(seeds: range) -> list[bytes]:
@@ -278,7 +387,10 @@ def test_parquet_with_plain_bytes_and_another_column(tmp_path: Path) -> None:
     assert list(source.read(0)) == rows(range(3))
     with pytest.raises(DataError) as caught:
         opened(path)
-    text = f"{path} has no column 'image'; it has picture, label; set data.image_column"
+    text = (
+        f"{path} has no column 'image'; its columns are picture, label; set data.image_column to "
+        "picture"
+    )
     assert str(caught.value) == text
 
 
