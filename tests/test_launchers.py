@@ -166,7 +166,7 @@ def test_first_error_message_of_a_rank_is_reported(monkeypatch: pytest.MonkeyPat
         launched(monkeypatch, "sys.exit(3)")
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 1)])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
 def test_signal_is_sent_to_every_rank(
     number: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
