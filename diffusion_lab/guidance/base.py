@@ -19,6 +19,7 @@ Source:
 __all__ = ["ConditionalDenoiser", "CustomStep", "Guidance", "Guided", "Observation"]
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -30,6 +31,8 @@ from diffusion_lab.guidance.observation import Observation
 from diffusion_lab.operator import Identity, LinearOperator, SVDOperator
 from diffusion_lab.sampler.base import Callback, Generator, Noise, Sampler, State
 from diffusion_lab.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 
 class Guidance(ABC):
@@ -45,6 +48,8 @@ class Guidance(ABC):
             of a group must stay together.
         uses_step: Whether the method uses the step of the sampler. If not, it uses only its number
             of steps, its grid and whether it clips.
+        denoising_problem: The reason why the method does not sample the posterior of a noisy image
+            (A = I), for a warning; empty if there is none.
     """
 
     stochastic = True
@@ -53,6 +58,7 @@ class Guidance(ABC):
     requires_scalar_noise = True
     share_particles = False
     uses_step = True
+    denoising_problem = ""
 
     def check(self, observation: Observation) -> None:
         """Raises ValueError if the method is not defined for an observation."""
@@ -125,6 +131,12 @@ class Guidance(ABC):
         """
         self.check(observation)
         self.check_sampler(sampler)
+        if self.denoising_problem and isinstance(observation.operator, Identity):
+            log.warning(
+                "%s is not for a noisy image: %s. Choose another guidance for denoising: "
+                "truncated, fused, tds",
+                type(self).__name__, self.denoising_problem,
+            )  # fmt: skip
         with torch.no_grad():
             return self.draw(denoiser, sampler, observation, generator, callback)
 

@@ -7,15 +7,17 @@ sample depend on the rest of its batch. ζ has to be tuned: the gradient of a no
 with the distance and does not depend on σ_y.
 
 The paper's ζ is for 1000 steps, N = 1000 here. With fewer steps and the same ζ the samples are
-hardly guided; longer steps, ζ N (t - s) from t to s, have the same sum but overshoot near the end.
-Each step is therefore limited to the length at which, to first order, the distance is zero:
+less guided; longer steps, ζ N (t - s) from t to s, have the same sum but overshoot near the end.
+A step that is longer than the paper's is therefore limited to the length at which, to first order,
+the distance is zero:
 
-    x_s = step(x_t) - min(ζ N (t - s), |e| / |∇|²) ∇,    e = y - A(x̂),  ∇ = ∇_{x_t} |e|.
+    x_s = step(x_t) - min(ζ N (t - s), max(ζ, |e| / |∇|²)) ∇,    e = y - A(x̂),  ∇ = ∇_{x_t} |e|.
 
-With 1000 even steps this is the paper's rule as long as the limit is not reached. On a Gaussian
-prior (16 elements, 4 of them observed, ζ = 0.3) the sliced distance to the posterior is 0.27 at
-1000 steps and 0.30 at 50, without the limit 0.52; on a mixture 0.11 and 0.14, and 0.65 with the
-same ζ at each of 50 steps.
+With 1000 even steps this is the paper's rule. Steps of the paper's length are not limited: their
+overshoot is the only spread of the observed part around y. With a limit on all steps, samples had
+the distance 0 from y, and the central 90% interval had 61% to 65% of the truths instead of 80% to
+85%, at a sliced distance to the posterior that was not smaller (a Gaussian and a mixture of 16
+elements, 4 of them observed, σ_y = 0.1, ζ = 0.3, 1000 or 100 steps).
 
 Source:
     Chung, Kim, McCann, Klasky, Ye, "Diffusion posterior sampling for general noisy inverse
@@ -51,6 +53,7 @@ class DPS(Guidance):
 
     allows_noiseless = True
     requires_scalar_noise = False
+    denoising_problem = "its rule does not use the noise of y, and the samples are close to y"
 
     @checked
     def __init__(
@@ -76,6 +79,7 @@ class DPS(Guidance):
                 return x_s - self.step_size * gradient
             size = self.step_size * self.reference_steps * (state.t - following[state.t])
             limit = distance / gradient.flatten(1).square().sum(1).clamp(min=1e-30)
+            limit = limit.clamp(min=self.step_size)
             return x_s - broadcast(limit.clamp(max=size), x_s) * gradient
 
         start = observation.start(denoiser.schedule, generator)

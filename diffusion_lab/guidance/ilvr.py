@@ -42,6 +42,7 @@ class ILVR(Guidance):
     requires = "svd"
     allows_noiseless = True
     requires_scalar_noise = False
+    denoising_problem = "all of x_s is replaced by y, and the samples are y itself"
 
     @checked
     def __init__(self, t_stop: Time = 0.0) -> None:

@@ -13,6 +13,8 @@ from diffusion_lab.guidance import (
     DAPS,
     DDNM,
     DDRM,
+    DPS,
+    ILVR,
     MMSE,
     TDS,
     DiffPIR,
@@ -21,6 +23,7 @@ from diffusion_lab.guidance import (
     Residual,
     TruncatedReverseSDE,
 )
+from diffusion_lab.operator import Matrix
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import (
     DDIM,
@@ -120,6 +123,23 @@ def test_truncated_starts_from_the_observation_at_its_noise_level(schedule: Sche
                    SubVP: (1 + SIGMA_Y**2 / 4) ** 0.5 - SIGMA_Y / 2}[type(schedule)]  # fmt: skip
     torch.testing.assert_close(first.x_t, alpha_t * y, rtol=1e-9, atol=1e-9)
     assert torch.equal(states[-1].x_t, result)
+
+
+def test_methods_that_return_a_noisy_image_warn(caplog) -> None:
+    """DPS and ILVR return y itself for A = I, but not for other operators."""
+    prior, y = GaussianDenoiser(VP()), Y.repeat(3, 1)
+    mask = Matrix(torch.eye(4, dtype=torch.float64)[:2])
+    for method in (DPS(), ILVR()):
+        name = type(method).__name__
+        caplog.clear()
+        x_0 = method(prior, Ancestral(100), Observation(y, 0.5))
+        assert float((x_0 - y).abs().max()) < 0.5
+        assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+            f"{name} is not for a noisy image"
+        ]
+        caplog.clear()
+        method(prior, Ancestral(5), Observation(y[:, :2], 0.5, mask))
+        assert not caplog.records
 
 
 def test_truncated_with_deterministic_sampler_gives_one_point_and_warns(caplog) -> None:
