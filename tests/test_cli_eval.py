@@ -1,6 +1,7 @@
 """Evaluation command: tables, images and reports of a run, and rejected input."""
 
 import csv
+import math
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 from diffusion_lab import load_run
 from diffusion_lab.interop.diffusers import save_unet
 from diffusion_lab.rng import KeyedGenerator, make_key
+from diffusion_lab.task.interpolate import slerp
 
 SMALL = ["num_images=5", "num_samples=3", "sampler.steps=3", "trainer.accelerator=cpu"]
 
@@ -202,6 +204,16 @@ def test_likelihood_writes_bits_per_dimension(lab: Command, run: Path) -> None:
         assert count == 3 and error > 0 and 5 < mean < 40
         assert table("e3")[key][0] == pytest.approx(mean, rel=1e-4)
     assert "KL(q(x_1) ‖ prior)" in Path("e1/report.html").read_text()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_slerp_rotates_by_a_fraction_of_the_angle(weight: float) -> None:
+    """Two images of norm 2 at 60 degrees: the norm is kept, and the angle grows linearly."""
+    a = torch.tensor([2.0, 0, 0, 0], dtype=torch.float64).reshape(1, 1, 2, 2)
+    b = torch.tensor([1.0, 3**0.5, 0, 0], dtype=torch.float64).reshape(1, 1, 2, 2)
+    angle = weight * math.pi / 3
+    expected = torch.tensor([2 * math.cos(angle), 2 * math.sin(angle), 0, 0]).double()
+    torch.testing.assert_close(slerp(a, b, weight).flatten(), expected)
 
 
 def test_interpolation_reconstructs_the_images_at_its_ends(lab: Command, run: Path) -> None:

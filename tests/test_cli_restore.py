@@ -13,6 +13,7 @@ from test_cli_eval import SMALL, table
 from diffusion_lab.analytic import Gaussian
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Cosine, Linear
+from diffusion_lab.task.observations import PriorPairs
 from diffusion_lab.task.prior_pairs import sample_prior_pairs
 from diffusion_lab.task.results import Row, average
 from diffusion_lab.task.user_images import read_image
@@ -229,3 +230,14 @@ def test_mean_of_infinite_values_has_no_error() -> None:
     )
     assert math.isnan(average("noisy", "psnr", [math.inf, -math.inf]).mean)
     assert average("noisy", "psnr", [1.0, 2.0, 3.0])[2:] == (2.0, pytest.approx(3**-0.5), 3)
+
+
+def test_observations_of_prior_pairs_have_the_noise_of_their_level() -> None:
+    """y = x_t / α_t = x_0 + r n: Cov(x_0, y) = C and Var(y) = C + r²."""
+    variance = 0.04  # far inside of [-1, 1], the range of the clipped estimate
+    prior = Gaussian(torch.zeros(3), variance * torch.eye(3))
+    x_0, y = PriorPairs(prior.denoiser(Linear()), (3,), 0.4, 0)(torch.arange(4000))
+    ratio = float(Linear().ratio(0.4))
+    assert 0.5 < ratio < 3
+    assert float((x_0 * y).mean()) == pytest.approx(variance, abs=0.015)
+    assert float(y.var()) == pytest.approx(variance + ratio**2, rel=0.05)
