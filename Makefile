@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run in parallel on all cores, one thread each; a worker needs about 2 GB of memory.
 SHARED := --numprocesses logical --maxprocesses 8 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types docs reference results bench report clean
+.PHONY: help setup demo test test-slow mutants lint types docs reference results bench report clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: .venv/.test  ## Run the tests (minutes)
 
 test-slow: .venv/.done  ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+mutants: .venv/.done  ## Plant bugs in copies of the package; the quick tests must detect all of them (minutes)
+	$(BIN)/python tests/mutants.py
 
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md benchmarks conf diffusion_lab tests $(wildcard docs/*.md)
 
