@@ -359,6 +359,7 @@ def test_resume_of_a_foreign_directory_is_refused(
     assert "Traceback" not in result.text and "hunter2" not in result.text
 
 
+@pytest.mark.slow
 def test_values_that_a_command_repeats_are_followed(
     foreign: Callable[..., Path], lab: Command, own_module: str, tmp_path: Path
 ) -> None:

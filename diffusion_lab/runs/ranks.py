@@ -126,7 +126,7 @@ def _bound(address: str, port: int) -> int | None:
 def serve_store(address: str, port: int, listener: int | None) -> TCPStore:
     """Serves the key-value store of this process, which its process group reuses.
 
-    torch itself would listen on all interfaces, without authentication, whatever the address.
+    torch itself would listen on all interfaces, without authentication, for any address.
 
     Arguments:
         address: The address at which the other ranks connect.
