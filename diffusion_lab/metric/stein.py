@@ -35,9 +35,8 @@ because there are no samples between them. A larger t makes the modes overlap, b
 sensitive to the shape of each; the score is exact there only for y = x_0 + σ_y n.
 
 For one kind of error, a larger error has a larger discrepancy. Different kinds are not comparable:
-errors are weighted by the score, so that a shift, especially along a direction of small variance,
-and too small a spread count far more than in a Wasserstein distance. Compare methods on one
-problem, with the same t and h, and together with a distance or ranks.
+errors are weighted by the score, and a shift counts most along a direction of small variance.
+Compare methods on one problem, with the same t and h, and together with a distance or ranks.
 
 Sources:
     Liu, Lee, Jordan, "A kernelized Stein discrepancy for goodness-of-fit tests", 2016.
