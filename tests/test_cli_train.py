@@ -176,6 +176,16 @@ BAD = [
     ("network.groups=3", "groups=3", "divisor of channels=8"),
     ("optimizer.lr=nan", "optimizer.lr=nan", "a number > 0"),
     ("ema.decay=1", "ema.decay=1", "[0, 1)"),
+    (
+        "schedule=ve schedule.sigma_max=0.5 sampler=euler_maruyama",
+        "VE has noise levels σ/α from 0.01 to 0.4999",
+        "~callbacks.samples",
+    ),
+    (
+        "schedule=ve schedule.sigma_min=0.6 sampler=euler_maruyama",
+        "VE has noise levels σ/α from 0.6 to 348",
+        "~callbacks.samples",
+    ),
     ("sampler.steps=2000", "sampler.steps=2000", "1000 steps"),
     ("sampler=ddim sampler.eta=2", "sampler.eta=2", "[0, 1]"),
     ("schedule=linear schedule.beta_max=1", "schedule.beta_max=1", "(0, 1)"),
@@ -213,6 +223,18 @@ def test_refused_command_shows_only_the_message(
     assert hint in result.text
     assert "Traceback" not in result.text
     assert not Path("a/checkpoints").exists()
+
+
+def test_validation_interval_longer_than_an_epoch_is_named(tiny: Command) -> None:
+    result = tiny("trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=1000")
+    assert result.code == 1 and "Traceback" not in result.text
+    assert "trainer.val_check_interval=1000 is more than the batches of one epoch" in result.text
+
+
+def test_unknown_metric_of_the_best_checkpoint_is_named(tiny: Command) -> None:
+    result = tiny("callbacks.best.monitor=val/los", "trainer.max_steps=1")
+    assert result.code == 1 and "Traceback" not in result.text
+    assert "val/los" in result.text and "val/loss_ema" in result.text
 
 
 def test_directory_that_contains_a_run_is_refused(tiny: Command, trained: Trained) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import yaml
 from conftest import Command
 from test_cli_train import assert_same, rows
 
+from diffusion_lab.command import cli
 from diffusion_lab.command.sweep import Sweep
 from diffusion_lab.report.sweep_report import read_jobs, summarize
-from diffusion_lab.runs import load_checkpoint
+from diffusion_lab.runs import OBJECTIVE, load_checkpoint, mark_finished, objective
 
 
 def summary(directory: Path) -> list[dict[str, str]]:
@@ -90,6 +92,45 @@ def test_summary_of_an_evaluation_sweep_has_the_mean_results(lab: Command, run: 
         assert figures == pytest.approx(means, rel=0, nan_ok=True)
         assert len(figures) > 5
     assert "psnr over sigma_t" in Path("e/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [({OBJECTIVE: 0.5}, 0.5), ({OBJECTIVE: math.inf}, math.inf), ({OBJECTIVE: math.nan}, None),
+     ({}, None)],
+)  # fmt: skip
+def test_objective_of_a_job_is_a_number_or_none(
+    tmp_path: Path, metrics: dict, expected: float | None
+) -> None:
+    """Optuna ends the study if a job returns NaN, and skips a job that returns None."""
+    mark_finished(tmp_path, step=3, metrics=metrics)
+    assert objective(tmp_path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [[math.nan, 0.25, math.nan], [math.nan] * 3])
+def test_search_with_optuna_skips_a_trial_that_ends_in_nan(
+    losses: list[float], tiny: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    values = iter(losses)
+    monkeypatch.setattr(
+        cli, "fit",
+        lambda config: mark_finished(
+            Path(config.paths.output_dir), step=1, metrics={OBJECTIVE: next(values)}
+        ),
+    )  # fmt: skip
+    result = tiny(
+        "-m", "sweep=optuna", "optimizer.lr=interval(1e-4,1e-2)", "hydra.sweeper.n_trials=3",
+        "hydra.sweep.dir=s",
+    )  # fmt: skip
+    assert len(summary(Path("s"))) == 3 and "No trials" not in result.text
+    if not any(map(math.isfinite, losses)):
+        assert result.code == 1 and "no job of the search has finished" in result.text
+        return
+    assert result.code == 0, result.text
+    best = yaml.safe_load(Path("s/optimization_results.yaml").read_text())
+    assert best["best_value"] == 0.25
 
 
 @pytest.mark.slow

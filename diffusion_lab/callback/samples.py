@@ -24,13 +24,14 @@ from diffusion_lab.callback.trainer_state import (
 )
 from diffusion_lab.constraints import NonEmptyStr, NonNegativeInt, PositiveInt, checked
 from diffusion_lab.data.images import SourceImages
-from diffusion_lab.errors import SamplingError
+from diffusion_lab.errors import ConfigError, SamplingError
 from diffusion_lab.guidance import MMSE, Observation, TruncatedReverseSDE
 from diffusion_lab.pixels import to_model
 from diffusion_lab.report.image_grid import image_grid, labelled_grid
 from diffusion_lab.report.trajectory import TrajectoryRecorder
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.sampler import EulerMaruyama, Sampler
+from diffusion_lab.schedule import Schedule
 from diffusion_lab.training.module import DiffusionModule
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class SampleGrid(Callback):
     PROGRESSIVE_ROWS, PROGRESSIVE_COLUMNS = 3, 8  # largest, and approximate number
     COMPARED = 2048  # training images that are compared with the samples
     SIGMA_T = 0.5
+    SIGMA_Y = SIGMA_T / (1 - SIGMA_T**2) ** 0.5
 
     @checked
     def __init__(
@@ -75,6 +77,40 @@ class SampleGrid(Callback):
         self.sampler, self.num_samples = sampler, num_samples
         self.every_n_steps, self.seed = every_n_steps, seed
         self.drawn_step = 0
+
+    @classmethod
+    def check_schedule(cls, sampler: Sampler, schedule: Schedule) -> None:
+        """Checks that every picture can be drawn under the schedule of the training.
+
+        Arguments:
+            sampler: The sampler of the prior.
+            schedule: The schedule.
+
+        Raises:
+            ConfigError: If a sampler is not defined under it, or it does not have the noise level
+                of the denoised images.
+        """
+        try:
+            sampler.check(schedule)
+            cls._posterior_sampler(sampler).check(schedule)
+        except ValueError as error:
+            raise ConfigError(f"callbacks.samples: {error}") from error
+        ends = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
+        low, high = schedule.ratio(ends).tolist()
+        if not low <= cls.SIGMA_Y <= high:
+            raise ConfigError(
+                f"the schedule {type(schedule).__name__} has noise levels σ/α from {low:.4g} to "
+                f"{high:.4g}; callbacks.samples denoises images at {cls.SIGMA_Y:.4g}, which must "
+                "be one of them. Change the schedule, or train without these pictures: "
+                "~callbacks.samples"
+            )
+
+    @classmethod
+    def _posterior_sampler(cls, sampler: Sampler) -> Sampler:
+        return EulerMaruyama(min(cls.POSTERIOR_STEPS, sampler.steps))
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.check_schedule(self.sampler, diffusion_module(module).schedule)
 
     def state_dict(self) -> dict[str, int]:
         """Returns the step of the last grid, so that a resumed run draws at the same steps."""
@@ -141,11 +177,10 @@ class SampleGrid(Callback):
     def _posterior(self, trainer: Trainer, module: DiffusionModule) -> Image:
         images = data_module(trainer).images["val"][: min(self.ROWS, self.num_samples)]
         x_0 = to_model(torch.tensor(images, device=module.device))
-        sigma_y = self.SIGMA_T / (1 - self.SIGMA_T**2) ** 0.5
+        sigma_y = self.SIGMA_Y
         noise = self._generator(module, "denoising row", len(x_0)).normal(*x_0.shape[1:])
         y = x_0 + sigma_y * noise
-        steps = min(self.POSTERIOR_STEPS, self.sampler.steps)
-        denoiser, sampler = module.denoiser(), EulerMaruyama(steps)
+        denoiser, sampler = module.denoiser(), self._posterior_sampler(self.sampler)
         mmse = MMSE().estimate(denoiser, Observation(y, sigma_y))
         repeated = y.repeat_interleave(self.POSTERIOR_SAMPLES, 0)
         generator = self._generator(module, "posterior row", len(repeated))

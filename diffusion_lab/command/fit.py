@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
@@ -81,6 +82,17 @@ def fit(config: DictConfig) -> None:
             log.warning("interrupted; %s", _way_on(last))
             sys.exit(128 + signal.SIGINT)
         raise
+    except MisconfigurationException as error:  # an unknown callbacks.best.monitor, for example
+        raise ConfigError(f"training stopped: {error}; {_way_on(last)}") from error
+    except ValueError as error:
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise ConfigError(
+            f"trainer.val_check_interval={config.trainer.val_check_interval} is more than the "
+            "batches of one epoch, in which trainer.check_val_every_n_epoch="
+            f"{config.trainer.check_val_every_n_epoch} counts them; lower it, or set "
+            "trainer.check_val_every_n_epoch=null to count over all epochs"
+        ) from error
     except OSError as error:
         raise RunError(f"training stopped: {error}; {_way_on(last)}") from error
     finally:

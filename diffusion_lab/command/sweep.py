@@ -143,13 +143,18 @@ def command() -> Iterator[None]:
     failed = 0
     try:
         yield
+    except ValueError as error:
+        if "No trials are completed" not in str(error):  # of Optuna, if each of its jobs failed
+            raise
+        print("no job of the search has finished with a finite loss", file=sys.stderr)
+        failed = 1
     finally:
         directory, Sweep.directory = Sweep.directory, None
         if directory is not None:
             os.environ.pop(PARENT, None)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
-            failed = summarize(directory)
+            failed += summarize(directory)
         Sweep.locks.close()
     if failed:
         sys.exit(1)

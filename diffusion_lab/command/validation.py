@@ -233,6 +233,13 @@ def check_train(config: DictConfig) -> None:
     samplers = {"sampler": values["sampler"], "fid.sampler": values["fid"]["sampler"]}
     for key, sampler in samplers.items():
         make_sampler(sampler, parts["schedule"], key)
+    for name, node in values["callbacks"].items():
+        check_schedule = getattr(find_target(node, f"callbacks.{name}"), "check_schedule", None)
+        if check_schedule is not None:
+            key = f"callbacks.{name}.sampler"
+            check_schedule(
+                make_sampler(node["sampler"], parts["schedule"], key), parts["schedule"]
+            )
     if values["sampler"].get("variance") == "learned" and not getattr(
         network, "learn_variance", False
     ):

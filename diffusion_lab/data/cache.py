@@ -29,6 +29,8 @@ from diffusion_lab.data.packing import DATA, FORMAT, MANIFEST, Packer
 from diffusion_lab.data.source import Source
 from diffusion_lab.errors import DataError
 
+KEYS = ("names", "own", "description", "kind", "content", "count", "decoder", "skipped", "sizes")
+
 
 def fingerprint(source: Source, encoding: str) -> str:
     """Returns the name of a source's cache: a hash of everything that determines the pixels."""
@@ -57,6 +59,8 @@ class PackedCache:
             manifest: dict[str, Any] = json.loads((self.directory / MANIFEST).read_text())
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, not {FORMAT}")
+            if missing := [key for key in KEYS if key not in manifest]:
+                raise ValueError(f"{MANIFEST} lacks {', '.join(missing)}")
             for name, size in manifest["sizes"].items():
                 actual = (self.directory / name).stat().st_size
                 if actual != size:
@@ -97,7 +101,7 @@ class PackedCache:
             offsets = self._load("offsets.npy", (count + 1,))
             return EncodedImages(self.directory / DATA["bytes"], offsets, self.names, size)
         try:
-            images = MappedImages(self.directory / DATA["uint8"], self.names)
+            images = MappedImages(self.directory / DATA["uint8"], self.names, sha256=self.sha256)
             if images.array.shape != (count, size, size, 3):
                 raise ValueError(f"{DATA['uint8']} has shape {images.array.shape}")
         except (OSError, ValueError, EOFError) as error:

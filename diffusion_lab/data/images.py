@@ -7,6 +7,8 @@ __all__ = [
     "EncodedImages", "Images", "MappedImages", "SourceImages", "Split", "checked_pixels",
 ]  # fmt: skip
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -68,6 +70,27 @@ class Images(ABC):
         """Returns the images at the given positions, uint8, of shape (B, size, size, 3)."""
 
 
+class _MappedFile:
+    """A memory-mapped file whose length is checked before each access.
+
+    Access to a mapping beyond the end of its file kills the process by SIGBUS.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("rb")  # stays open, also if the file is renamed or removed
+        self.length = os.fstat(self.file.fileno()).st_size
+
+    def check(self) -> None:
+        """Raises DataError if the file has been truncated."""
+        length = os.fstat(self.file.fileno()).st_size
+        if length < self.length:
+            raise DataError(
+                f"{self.path} was truncated while it was in use: it has {length} bytes, not "
+                f"{self.length}; remove its directory, and it is created again"
+            )
+
+
 class MappedImages(Images):
     """Pixels in a memory-mapped file: shared by all processes, evicted by the system if needed.
 
@@ -75,15 +98,37 @@ class MappedImages(Images):
         path: The array, uint8, of shape (N, size, size, 3).
         names: The names.
         block: The number of images of a group.
+        sha256: The hash of the pixels of each image, uint8, of shape (N, 32), compared at the
+            first access; None compares nothing.
     """
 
-    def __init__(self, path: Path, names: list[str], block: int = 64) -> None:
+    def __init__(
+        self, path: Path, names: list[str], block: int = 64, sha256: np.ndarray | None = None
+    ) -> None:
         self.array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         self.names, self.size = names, self.array.shape[1]
         self.groups = chunk_ranges(len(names), block)
+        self.file, self.sha256 = _MappedFile(path), sha256
+        self.compared = np.zeros(len(names), dtype=bool)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
-        return np.asarray(self.array[positions])
+        self.file.check()
+        images = np.asarray(self.array[positions])
+        if self.sha256 is not None and not self.compared[positions].all():
+            for image, k in zip(images, positions.tolist(), strict=True):
+                self._compare(image, k, self.sha256[k])
+        return images
+
+    def _compare(self, image: np.ndarray, position: int, sha256: np.ndarray) -> None:
+        if self.compared[position]:
+            return
+        if hashlib.sha256(np.ascontiguousarray(image)).digest() != sha256.tobytes():
+            raise DataError(
+                f"{self.names[position]} has changed in {self.file.path} since it was packed: the "
+                "disk or a copy is faulty. Remove the directory of that file, and it is created "
+                "again"
+            )
+        self.compared[position] = True
 
 
 class EncodedImages(Images):
@@ -101,10 +146,12 @@ class EncodedImages(Images):
         self, path: Path, offsets: np.ndarray, names: list[str], size: int, block: int = 64
     ) -> None:
         self.data = np.memmap(path, mode="r") if len(names) else np.zeros(0, dtype=np.uint8)
+        self.file = _MappedFile(path)
         self.offsets, self.names, self.size = offsets, names, size
         self.groups = chunk_ranges(len(names), block)
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
+        self.file.check()
         images = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
         for k, position in enumerate(positions):
             first, last = self.offsets[position : position + 2]

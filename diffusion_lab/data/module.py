@@ -87,7 +87,7 @@ class ImageDataModule(LightningDataModule):
         source: NonEmptyStr | Source,
         size: PositiveInt,
         batch_size: PositiveInt,
-        splits: Mapping[str, NonNegative],
+        splits: Mapping[str, NonNegativeInt | NonNegative],
         split: NonEmptyStr | None = None,
         split_seed: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,

@@ -9,6 +9,7 @@ __all__ = ["read_metrics", "try_write_training_report", "write_training_report"]
 import csv
 import logging
 import re
+import shlex
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -265,7 +266,7 @@ def _facts(
     facts = {
         "Directory": str(directory.absolute()),
         "State": "finished" if finished else "not finished",
-        "Command": " ".join(["train.py", *overrides]),
+        "Command": shlex.join(["python", "train.py", *overrides]),
     }
     for k, path in enumerate(sorted(directory.glob(".hydra/resumed-*/overrides.yaml")), 1):
         facts[f"Continued ({k})"] = " ".join(read_overrides(path))

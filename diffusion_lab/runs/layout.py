@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,13 @@ def mark_failed(directory: Path, error: Exception) -> None:
 def objective(directory: Path) -> float | None:
     """Returns the objective of a sweep: the last validation loss of the averaged weights.
 
-    None if the run is not finished.
+    None if the run is not finished or the loss is NaN: a search skips the job then.
     """
     mark = directory / FINISHED_FILE
     if (directory / FAILED_FILE).exists() or not mark.exists():
         return None
     value: float | None = json.loads(mark.read_text())["metrics"].get(OBJECTIVE)
-    return value
+    return None if value is None or math.isnan(value) else value
 
 
 def newest_run(root: Path = ROOT) -> Path:

@@ -33,7 +33,7 @@ from PIL import Image
 
 from diffusion_lab.command.data import main
 from diffusion_lab.data import packing
-from diffusion_lab.data.cache import PackedCache, fingerprint, ingest, verify
+from diffusion_lab.data.cache import KEYS, PackedCache, fingerprint, ingest, verify
 from diffusion_lab.data.faces_source import FacesSource
 from diffusion_lab.data.folder_source import FolderSource
 from diffusion_lab.data.images import SourceImages
@@ -501,7 +501,7 @@ def test_damaged_cache_is_an_error_that_names_the_directory(
         ('{"format": 1}', "format 1, not 2"),
         ("{}", "'format'"),
         ("[]", "list indices"),
-        ('{"format": 2}', "'sizes'"),
+        ('{"format": 2}', "lacks names"),
     ],
 )
 def test_manifest_of_another_format_is_an_error(tmp_path: Path, content: str, reason: str) -> None:
@@ -543,6 +543,48 @@ def test_verify_names_the_images_with_a_changed_byte(tmp_path: Path, kind: str) 
         spoilt[place] ^= 0x80
         path.write_bytes(spoilt)
         assert verify(PackedCache(cache.directory), progress=False) == ["image 5"]
+
+
+def test_changed_pixel_is_an_error_at_the_first_access(tmp_path: Path) -> None:
+    cache = pack(Drawn(20), tmp_path)
+    path = cache.directory / "images.npy"
+    data = bytearray(path.read_bytes())
+    data[-48 - 1] ^= 1  # the last byte of image 18 of 4x4 pixels
+    path.write_bytes(data)
+    images = PackedCache(cache.directory).images
+    assert images.gather(np.array([19, 0])).shape == (2, 4, 4, 3)
+    for positions in ([18], [3, 18, 1]):
+        with pytest.raises(DataError, match=f"image 18 has changed in {path}"):
+            images.gather(np.array(positions))
+    assert images.compared.nonzero()[0].tolist() == [0, 3, 19]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "bytes"])
+def test_file_truncated_while_in_use_is_an_error(tmp_path: Path, kind: str) -> None:
+    """Otherwise the process is killed by SIGBUS without a message."""
+    images = pack(Drawn(20), tmp_path, kind).images
+    images.gather(np.array([0]))
+    os.truncate(images.file.path, 200)
+    with pytest.raises(DataError, match="was truncated while it was in use: it has 200 bytes"):
+        images.gather(np.array([19]))
+
+
+def test_removed_file_is_still_readable(tmp_path: Path) -> None:
+    cache = pack(Drawn(3), tmp_path)
+    before = cache.images.gather(np.arange(3)).copy()
+    (cache.directory / "images.npy").unlink()
+    assert np.array_equal(cache.images.gather(np.arange(3)), before)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_manifest_without_a_key_is_an_error(tmp_path: Path, key: str) -> None:
+    cache = pack(Drawn(3), tmp_path)
+    path = cache.directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"lacks {key}"):
+        assert PackedCache(cache.directory).names
 
 
 def test_changed_hashes_are_an_error(tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ def test_training_report_has_all_sections(training: Path) -> None:
     assert len(labels) == 12 and (labels[0], labels[-1]) == ("1", "15")
     assert page.count("<img") == 12 + 2
     for name, value in (
-        ("Command", "train.py seed=3"), ("Continued (1)", "resume=run"), ("Schedule", "Cosine"),
-        ("Data", "faces, 32 pixels"), ("State", "not finished"), ("Seed", "3"),
+        ("Command", "python train.py seed=3"), ("Continued (1)", "resume=run"),
+        ("Schedule", "Cosine"), ("Data", "faces, 32 pixels"), ("State", "not finished"),
+        ("Seed", "3"),
     ):  # fmt: skip
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     (training / "finished.json").write_text("{}")
