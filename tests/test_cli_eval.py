@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, Command, Trained, find_refusal
+from image_fixtures import fill
 from PIL import Image
 
 from diffusion_lab import load_run
@@ -261,6 +262,26 @@ def test_diffusers_folder_is_a_prior_and_initializes_a_training(lab: Command, ru
     )
     assert refused.code == 1 and "does not fit network: " in refused.text
     assert "there; choose the network= of the folder" in refused.text
+
+
+def test_all_images_of_another_source_without_splits_are_test_images(
+    lab: Command, tiny: Command
+) -> None:
+    """The data of the run itself, in another place, keep their splits."""
+    fill(Path("photos"), [f"{k}.png" for k in range(40)], 16)
+    fill(Path("others"), [f"other {k}.png" for k in range(20)], 16)
+    shares = "data.splits={train: 0.6, val: 0.2, test: 0.2}"
+    own = ["data.source=photos", shares, "trainer.max_steps=1", "hydra.run.dir=a"]
+    assert tiny(*own).code == 0
+    common = ["run=a", "task=denoise", "num_samples=1", "sampler.steps=2", "num_images=20",
+              "trainer.accelerator=cpu"]  # fmt: skip
+    result = lab("eval", *common, "data.source=others", "hydra.run.dir=e")
+    assert result.code == 0, result.text
+    assert "=others has no splits and is not the data of the training: all its 20 i" in result.text
+    assert table("e")["noisy", "psnr"][2] == 20
+    Path("photos").rename("moved")
+    result = lab("eval", *common, "data.source=moved", "hydra.run.dir=f")
+    assert result.code == 1 and "num_images=20 is more than the " in result.text
 
 
 class Code:

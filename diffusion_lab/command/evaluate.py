@@ -161,12 +161,24 @@ def make_task(config: DictConfig, run: runs.Run, directory: Path) -> Task:
 
 
 def _open_data(config: DictConfig, run: runs.Run) -> ImageDataModule:
-    """The data of the training, or those of data.source, ready for testing."""
+    """The data of the training, or those of data.source, ready for testing.
+
+    Images of another source without splits are all test images.
+    """
     node = {**run.config["data"], "cache_dir": config.data.cache_dir}
     if config.data.source is not None:
         node["source"] = config.data.source
     elif not run.signed:
         check_source(node["source"], str(run.checkpoint))
     data: ImageDataModule = instantiate(node, "data")
+    data.open()
+    if config.data.source is not None and data.is_divided and not data.has_splits(run.splits):
+        count = sum(map(len, data.images.values()))
+        log.warning(
+            "data.source=%s has no splits and is not the data of the training: all its %d images "
+            "are test images",
+            data.source, count,
+        )  # fmt: skip
+        data = instantiate({**node, "splits": {"train": 0, "val": 0, "test": 1}}, "data")
     data.setup("test")
     return data

@@ -75,6 +75,8 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         images: The images of each split, after `setup`.
         classes: The names of the classes, after `setup`.
+        is_divided: Whether the images have no splits of their own and are divided by `splits`,
+            after `setup`.
 
     Raises:
         ValueError: If an argument is not allowed, or arguments contradict each other.
@@ -127,6 +129,7 @@ class ImageDataModule(LightningDataModule):
         self.memory, self.drop_last, self.num_workers = memory, drop_last, num_workers
         self.on_error, self.max_bad = on_error, max_bad
         self.images: dict[str, Split] = {}
+        self.is_divided = False
         self._source: Source | None = None
         self._packed_cache: PackedCache | None = None
         self._hashes: dict[str, dict[str, str | None]] = {}
@@ -236,6 +239,7 @@ class ImageDataModule(LightningDataModule):
                 native_splits = [known[name] for name in names]
         self._log_ignored()
         labels = self._labels(names)
+        self.is_divided = self.split is None and set(native_splits) == {"train"}
         parts = split_images(names, native_splits, self.splits, self.split_seed, self.split)
         for split, positions in parts.items():
             text = "\n".join(names[k] for k in positions)
@@ -328,8 +332,7 @@ class ImageDataModule(LightningDataModule):
         """
         for split, present in self._hashes.items():
             saved = state_dict["splits"][split]
-            # The pixels decide if both are known; with cache="none" only names are.
-            compared = "content" if present["content"] and saved["content"] else "names"
+            compared = _compared(present, saved)
             if saved[compared] != present[compared]:
                 raise DataError(
                     f"the {split} split of data.source={self.source} has {compared} hash "
@@ -337,6 +340,11 @@ class ImageDataModule(LightningDataModule):
                     "removed, renamed or changed. Resume with the images of the run, or start a "
                     "new run"
                 )
+
+    def has_splits(self, saved: Mapping[str, Any]) -> bool:
+        """Returns whether the splits have the hashes of `state_dict`, after `setup`."""
+        pairs = [(each, saved.get(split)) for split, each in self._hashes.items()]
+        return all(old and old[k := _compared(new, old)] == new[k] for new, old in pairs)
 
     def _loader(self, split: str, *, train: bool = False) -> Loader:
         trainer, images = self.trainer, self.images[split]
@@ -398,3 +406,8 @@ class ImageDataModule(LightningDataModule):
             images = images.where(~mirrored[:, None, None, None], images.flip(2))
         batch["x_0"] = to_model(images)
         return batch
+
+
+def _compared(present: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """The hash that decides: of the pixels if both are known; with cache="none" only names are."""
+    return "content" if present["content"] and saved["content"] else "names"

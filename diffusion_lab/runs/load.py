@@ -10,8 +10,8 @@ __all__ = [
     "with_class_label",
 ]
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,6 +48,8 @@ class Run:
         denoiser: E[x_0 | x_t], in evaluation mode.
         classes: Names of the classes that the network is conditioned on; empty if there are none.
         signed: Whether this user has written the configuration.
+        splits: Hashes of the splits of the training, see `ImageDataModule.state_dict`; empty if
+            they are unknown.
     """
 
     checkpoint: Path
@@ -56,6 +58,7 @@ class Run:
     denoiser: Denoiser
     classes: tuple[str, ...] = ()
     signed: bool = True
+    splits: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -144,7 +147,9 @@ def rebuild(
     )
     denoiser.eval().requires_grad_(False)
     origin = f"{checkpoint['global_step']:,} steps, {kind} weights"
-    return Run(file, config, origin, denoiser, tuple(saved.get("classes", ())), signed)
+    splits = checkpoint.get("ImageDataModule", {}).get("splits", {})
+    classes = tuple(saved.get("classes", ()))
+    return Run(file, config, origin, denoiser, classes, signed, splits)
 
 
 def load_pretrained(path: str | None, data: dict[str, Any]) -> Run:
