@@ -264,6 +264,15 @@ def test_diffusers_folder_is_a_prior_and_initializes_a_training(lab: Command, ru
     assert "there; choose the network= of the folder" in refused.text
 
 
+def test_samples_outside_of_the_range_of_the_data_give_a_warning(lab: Command, run: Path) -> None:
+    common = ["task=generate", "num_samples=3", "sampler.steps=2", "trainer.accelerator=cpu"]
+    text = "% of the values of the samples are outside of [-1, 1] by more than 0.1: the sampler"
+    clipped = lab("eval", *common, "hydra.run.dir=c")
+    assert clipped.code == 0 and text not in clipped.text
+    free = lab("eval", *common, "sampler=euler_maruyama", "sampler.clip=false", "hydra.run.dir=f")
+    assert free.code == 0 and f"{text} EulerMaruyama has amplified errors" in free.text
+
+
 def test_all_images_of_another_source_without_splits_are_test_images(
     lab: Command, tiny: Command
 ) -> None:

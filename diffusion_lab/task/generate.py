@@ -2,6 +2,7 @@
 
 __all__ = ["Generate"]
 
+import logging
 import math
 from typing import Any, Unpack
 
@@ -18,8 +19,12 @@ from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.task.base import Task, TaskArguments
 from diffusion_lab.task.run_sections import run_sections
 
+log = logging.getLogger(__name__)
+
 SHOWN = 256  # largest number of images in the grid
 RECORDED = 8  # images whose sampling trajectory is shown
+# A good sample of an unclipped sampler has a few values slightly outside of [-1, 1].
+MARGIN, OUTSIDE = 0.1, 0.02  # the margin, and the largest share of values beyond it
 
 
 class Generate(Task):
@@ -46,13 +51,18 @@ class Generate(Task):
         if int(index[0]) == 0:
             recorder = TrajectoryRecorder(self.denoiser.schedule, RECORDED)
         images = self.sampler(self.denoiser, start, generator=generator, callback=recorder)
-        results: list[dict[str, Any]] = [{"image": image} for image in to_uint8(images).cpu()]
+        outside = (images.abs() > 1 + MARGIN).flatten(1).float().mean(1).tolist()
+        results: list[dict[str, Any]] = [
+            {"image": image, "outside": share}
+            for image, share in zip(to_uint8(images).cpu(), outside, strict=True)
+        ]
         if recorder:
             results[0]["path"] = recorder.result()
         return results
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         images = torch.stack([result["image"] for result in results])
+        self._check_range(sum(result["outside"] for result in results) / len(results))
         np.save(self.directory / "samples.npy", images.permute(0, 2, 3, 1).numpy())
         shown = images[:SHOWN].float() / 127.5 - 1
         path = self.directory / "samples" / "grid.png"
@@ -77,3 +87,13 @@ class Generate(Task):
             ],
         )
         print(f"\nsamples: {self.directory / 'samples.npy'}\nreport: {report}")
+
+    def _check_range(self, outside: float) -> None:
+        """Warns of samples that leave the range of the data, in which they are clipped."""
+        if outside > OUTSIDE:
+            log.warning(
+                "%.0f%% of the values of the samples are outside of [-1, 1] by more than %g: the "
+                "sampler %s has amplified errors of the network; set sampler.clip=true, more "
+                "sampler.steps, or another sampler=",
+                100 * outside, MARGIN, type(self.sampler).__name__,
+            )  # fmt: skip
