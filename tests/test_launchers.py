@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib.util import find_spec
@@ -123,7 +124,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, code: str, count: int = 2) -> None
     monkeypatch.setattr(launcher, "PROGRAM", [sys.executable, "-c", head + code])
     logs = OmegaConf.create({"job_logging": {}})
     monkeypatch.setattr(launcher.HydraConfig, "get", lambda: logs)
-    launcher.launch("train", OmegaConf.create({"a": 1, "b": "${a}"}), count)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / ".ranks").mkdir()  # of a command that was killed
+        config = {"paths": {"output_dir": directory}, "a": 1, "b": "${a}"}
+        try:
+            launcher.launch("train", OmegaConf.create(config), count)
+        finally:
+            assert os.listdir(directory) == []
 
 
 def test_each_rank_has_the_environment_variables_of_lightning(
@@ -139,7 +146,7 @@ def test_each_rank_has_the_environment_variables_of_lightning(
     )
     assert dict(os.environ) == before
     texts = [(tmp_path / str(k)).read_text() for k in range(3)]
-    ports = {text.splitlines()[0].split()[4].removesuffix("a:") for text in texts}
+    ports = {text.splitlines()[0].split()[4].removesuffix("paths:") for text in texts}
     assert len(ports) == 1
     for k, text in enumerate(texts):
         assert text.startswith(f"{k} 0 3 127.0.0.1 ")

@@ -12,6 +12,7 @@ itself is killed.
 __all__ = ["launch"]
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
@@ -52,10 +52,10 @@ def launch(command: str, config: DictConfig, count: int) -> None:
         RunError: If a rank fails; with the message of that rank.
         SystemExit: If a signal has ended the ranks.
     """
-    with TemporaryDirectory(prefix="diffusion_lab_") as folder:
-        OmegaConf.save(config, Path(folder) / "config.yaml", resolve=True)
+    with _folder(Path(config.paths.output_dir)) as folder:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
         logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
-        OmegaConf.save(OmegaConf.create(logs), Path(folder) / "logs.yaml")
+        OmegaConf.save(OmegaConf.create(logs), folder / "logs.yaml")
         ranks: list[subprocess.Popen[bytes]] = []
         with _forwarding(ranks) as received:
             # Rank 0 serves the store at this socket, which other machines cannot reach.
@@ -66,7 +66,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
                         break
                     ranks.append(
                         subprocess.Popen(
-                            [*PROGRAM, command, folder],
+                            [*PROGRAM, command, str(folder)],
                             env={**environment, "LOCAL_RANK": str(k)},
                             pass_fds=[] if k else [listener.fileno()],
                             start_new_session=True,  # Ctrl-C is forwarded by this process, once
@@ -76,7 +76,7 @@ def launch(command: str, config: DictConfig, count: int) -> None:
         if received:
             sys.exit(0 if died is None and received[0] is not signal.SIGINT else 128 + received[0])
         if died is not None:
-            raise RunError(_reason(Path(folder), died, ranks[died].returncode, count))
+            raise RunError(_reason(folder, died, ranks[died].returncode, count))
 
 
 def _environment(count: int, listener: socket.socket) -> dict[str, str]:
@@ -91,6 +91,21 @@ def _environment(count: int, listener: socket.socket) -> dict[str, str]:
         "NODE_RANK": "0", "WORLD_SIZE": str(count), "DIFFUSION_LAB_PARENT": str(os.getpid()),
         "DIFFUSION_LAB_LISTENER": str(listener.fileno()),
     }  # fmt: skip
+
+
+@contextmanager
+def _folder(directory: Path) -> Iterator[Path]:
+    """A folder in the run directory for files of the ranks.
+
+    A command that is killed leaves it there, and the next one removes it.
+    """
+    folder = directory / ".ranks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

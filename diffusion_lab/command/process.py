@@ -1,7 +1,8 @@
 """Settings of the process that a command runs in."""
 
-__all__ = ["exit_with_parent", "full_errors", "set_up_process", "short_errors"]
+__all__ = ["exit_with_parent", "full_errors", "is_refusal", "set_up_process", "short_errors"]
 
+import errno
 import logging
 import os
 import signal
@@ -41,6 +42,10 @@ def set_up_process() -> None:
 
 
 REFUSALS = (LabError, HydraException, OmegaConfBaseException)
+# Paths that are too long, disks that are full or cannot be written, missing permissions.
+REFUSED_ERRNO = (
+    errno.ENAMETOOLONG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _shortened = False  # whether `short_errors` has set the variable
 
@@ -48,6 +53,12 @@ _shortened = False  # whether `short_errors` has set the variable
 def full_errors() -> bool:
     """Whether the user asks for tracebacks of refusals, by HYDRA_FULL_ERROR=1."""
     return os.environ.get(FULL_ERROR) == "1" and not _shortened
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is the user's to solve, so that it is shown without a traceback."""
+    refused = isinstance(error, OSError) and error.errno in REFUSED_ERRNO
+    return refused or isinstance(error, REFUSALS)
 
 
 @contextmanager
@@ -68,7 +79,9 @@ def short_errors() -> Iterator[None]:
     os.environ[FULL_ERROR], _shortened = "1", True
     try:
         yield
-    except REFUSALS as error:
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         cause = error.__cause__
         print(error, file=sys.stderr)
         if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"the report cannot be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -31,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import runs
-from diffusion_lab.command.process import REFUSALS, exit_with_parent, full_errors
+from diffusion_lab.command.process import exit_with_parent, full_errors, is_refusal
 from diffusion_lab.errors import ConfigError, LabError, RunError
 from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.report.sweep_report import summarize
@@ -170,8 +170,8 @@ def sweep_job(directory: Path) -> Iterator[None]:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             yield
-        except REFUSALS as error:
-            if full_errors():
+        except Exception as error:
+            if full_errors() or not is_refusal(error):
                 raise
             print(error, file=sys.stderr)
             sys.exit(1)  # an exception would be printed by Hydra, with the overrides
@@ -182,7 +182,7 @@ def sweep_job(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, LabError):
+        if not is_refusal(error):
             traceback.print_exc()
         if not isinstance(error, runs.LockError):  # otherwise it is the run of another command
             runs.mark_failed(directory, error)
@@ -227,7 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not directory.is_dir():
         parser.error(f"{directory} is not a directory")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return min(1, summarize(directory))
+    try:
+        return min(1, summarize(directory))
+    except OSError as error:
+        print(f"the summary cannot be written: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

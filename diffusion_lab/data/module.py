@@ -124,7 +124,13 @@ class ImageDataModule(LightningDataModule):
         self.label, self.classes = label, list[str]()
         self.batch_size, self.splits = batch_size, dict(splits)
         self.split_seed, self.seed, self.flip = split_seed, seed, flip
-        self.cache, self.cache_dir = cache, Path(cache_dir).expanduser()
+        try:
+            self.cache, self.cache_dir = cache, Path(cache_dir).expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                f"cache_dir={cache_dir} is in the home directory, and this user has none; name "
+                "another one: data.cache_dir= or the environment variable DIFFUSION_LAB_CACHE"
+            ) from error
         self.order, self.interleave, self.shuffle_buffer = order, interleave, shuffle_buffer
         self.memory, self.drop_last, self.num_workers = memory, drop_last, num_workers
         self.on_error, self.max_bad = on_error, max_bad

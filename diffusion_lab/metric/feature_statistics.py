@@ -17,6 +17,8 @@ __all__ = ["KEPT", "Moments", "PooledPixels", "load_reference", "reference_featu
 import hashlib
 import io
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,6 +36,8 @@ from diffusion_lab.data.images import Split
 from diffusion_lab.errors import DataError
 from diffusion_lab.metric.features import Extractor, extract
 from diffusion_lab.pixels import to_model
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # version of the content of the file
 KEPT = 50_000  # largest number of stored features of a split
@@ -215,6 +219,12 @@ def _merged(parts: Iterable[Tensor], dim: int) -> Moments:
     return moments
 
 
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or created in the nearest of its parents that exists."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(nearest, os.W_OK)
+
+
 class _StatisticsFile:
     """A file of moments or features, computed on first use."""
 
@@ -239,6 +249,9 @@ class _StatisticsFile:
             return compute()
         if self.exists:
             return self.read()
+        if not _is_writable(self.path.parent):  # a shared cache, for example
+            log.warning("%s cannot be written: the statistics are not stored", self.path.parent)
+            return compute()
         with self._lock(self.path):
             if self.exists:
                 return self.read()

@@ -2,6 +2,7 @@
 
 __all__ = ["override", "quote_paths", "shell_command"]
 
+import os
 import shlex
 from collections.abc import Sequence
 from functools import cache
@@ -70,7 +71,7 @@ def _quoted(text: str) -> str:
     key, _, value = text.partition("=")
     if key.lstrip("+") not in PATH_KEYS or not value:
         return text
-    if not Path(value).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(value)):  # does not raise for any text
         try:
             _parser().parse_override(text)
         except HydraException:

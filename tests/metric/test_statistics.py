@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion_lab.data.images import Images, Split
 from diffusion_lab.errors import DataError
+from diffusion_lab.metric import feature_statistics
 from diffusion_lab.metric import feature_statistics as statistics
 from diffusion_lab.metric.feature_statistics import (
     Moments,
@@ -421,3 +422,14 @@ def test_only_one_of_several_processes_computes_the_reference(tmp_path: Path) ->
     second.join(30)
     first.join(30)
     assert first.exitcode == 0 and results[0][0].n == 30 and results[0][2] == []
+
+
+def test_statistics_are_computed_where_they_cannot_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shared cache may be on a disk that is mounted read-only."""
+    monkeypatch.setattr(feature_statistics.os, "access", lambda path, mode: False)
+    one, _, _ = make(tmp_path / "new")
+    two, _, asked = make(tmp_path / "new")
+    assert equal(one, two) and asked != [] and not (tmp_path / "new").exists()
+    assert "cannot be written: the statistics are not stored" in caplog.text
