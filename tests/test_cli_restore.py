@@ -1,6 +1,9 @@
 """Restoration tasks of eval.py: user images, divergence, rejected input, prior pairs."""
 
 import math
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from test_cli_eval import SMALL, table
 
 from diffusion_lab.analytic import Gaussian
+from diffusion_lab.errors import ConfigError
 from diffusion_lab.rng import KeyedGenerator, make_key
 from diffusion_lab.schedule import Cosine, Linear
 from diffusion_lab.task.observations import PriorPairs
@@ -241,3 +245,30 @@ def test_observations_of_prior_pairs_have_the_noise_of_their_level() -> None:
     assert 0.5 < ratio < 3
     assert float((x_0 * y).mean()) == pytest.approx(variance, abs=0.015)
     assert float(y.var()) == pytest.approx(variance + ratio**2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("I;16", "Scale its values to 0 ... 255"),
+        ("F", "Scale its values to 0 ... 255"),
+        ("RGBA", "Put it on a background"),
+        ("L", "Convert it"),
+        ("CMYK", "Convert it"),
+    ],
+)
+def test_advice_for_images_of_other_modes_keeps_the_picture(
+    mode: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "it's.tiff"
+    Image.new(mode, (16, 16), 100).save(path)
+    with pytest.raises(ConfigError, match=re.escape(advice)) as error:
+        read_image("image", path, (3, 16, 16), False)
+    if advice == "Convert it":
+        _, option, program, name = shlex.split(str(error.value).split("with: ")[1])
+        assert option == "-c" and name == path
+        monkeypatch.setattr(sys, "argv", ["-c", name])
+        exec(program)
+        with Image.open("rgb.png") as converted, Image.open(path) as image:
+            assert np.array_equal(converted, image.convert("RGB"))

@@ -79,11 +79,11 @@ def test_hydra_full_error_shows_overrides_and_traceback(
 
 
 def test_report_that_cannot_be_written_is_one_message(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     def refuse(directory: Path) -> Path:
         raise OSError(errno.EROFS, "Read-only file system", str(directory))
 
     monkeypatch.setattr(report, "write_training_report", refuse)
     assert report.main([str(run)]) == 1
-    assert capsys.readouterr().err.startswith("the report cannot be written: [Errno 30]")
+    assert capfd.readouterr().err.startswith("the report cannot be written: [Errno 30]")

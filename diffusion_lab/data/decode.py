@@ -34,6 +34,7 @@ MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")  # 8 bits or fewer: RGB wit
 PNG_DEPTH = 24  # offset of the bit depth in a PNG file; Pillow truncates 16 bits to 8 silently
 MAX_PIXELS = 1 << 26  # 67 megapixels: 200 MB of memory for one image
 ORIENTATION = 0x0112  # the EXIF tag
+PNG, TEXT = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 JPEG, EXIF, SEVERAL = b"\xff\xd8\xff", b"Exif\0", b"MPF\0"  # several: multi-picture files
 
 
@@ -56,6 +57,8 @@ def decode(data: bytes, size: int, name: str, out: np.ndarray | None = None) -> 
     try:
         if (pixels := _plain_jpeg(data, size, out)) is not None:
             return pixels
+        if data.startswith(PNG):
+            data = _without_text(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             _check(image, data, size, name)
             rgb = _to_rgb(image, data, name)
@@ -91,8 +94,10 @@ def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
     deep = image.format == "PNG" and data[PNG_DEPTH] == 16
     if image.mode not in MODES or deep:
         mode = f"{image.mode} with 16 bits" if deep and image.mode in MODES else image.mode
-        raise DataError(f"{name}: mode {mode} is not supported; convert it to 8-bit RGB")
-    if (frames := getattr(image, "n_frames", 1)) > 1:
+        scale = ", with values scaled to 0 ... 255" if deep or image.mode[0] in "IF" else ""
+        raise DataError(f"{name}: mode {mode} is not supported; convert it to 8-bit RGB{scale}")
+    # The first picture of a multi-picture JPEG is the photograph, the others are previews of it.
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         raise DataError(f"{name}: {frames} frames; save one of them as an image")
     width, height = image.size
     if width != height or width < size:
@@ -102,6 +107,20 @@ def _check(image: Image.Image, data: bytes, size: int, name: str) -> None:
         )
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width}x{height} pixels are too many; shrink the image")
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG file without its comments, of which Pillow refuses large ones. Nothing is verified."""
+    kept, first = [data[:8]], 8
+    while first + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, first)
+        last = first + 12 + length
+        damaged = zlib.crc32(data[first + 4 : last - 4]) != int.from_bytes(data[last - 4 : last])
+        if kind not in TEXT or damaged:  # `_check_crc` reports damage
+            kept.append(data[first:last])
+        first = last
+    kept.append(data[first:])
+    return b"".join(kept)
 
 
 def _check_crc(data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 __all__ = ["read_image", "read_observation"]
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,8 @@ def read_image(key: str, path: str, shape: tuple[int, ...], resize: bool) -> Ten
         raise ConfigError(f"{key}={path} cannot be read as an image: {error}") from error
     if image.mode != "RGB" or channels != 3:
         raise ConfigError(
-            f"{key}={path} is an image of mode {image.mode}; the prior is of RGB images. Convert "
-            f'it, for example with: python -c "from PIL import Image; '
-            f"Image.open('{path}').convert('RGB').save('rgb.png')\""
+            f"{key}={path} is an image of mode {image.mode}; the prior is of RGB images. "
+            + _conversion(image, path)
         )
     if image.size != (width, height):
         if not resize:
@@ -54,6 +54,17 @@ def read_image(key: str, path: str, shape: tuple[int, ...], resize: bool) -> Ten
             (width, height), Image.Resampling.LANCZOS, (left, top, left + box[0], top + box[1])
         )
     return to_model(torch.from_numpy(np.array(image))[None])
+
+
+def _conversion(image: Image.Image, path: str) -> str:
+    """How to make an 8-bit RGB image of one of another mode."""
+    if image.mode.startswith(("I", "F")):  # Pillow clips these to white
+        return "Scale its values to 0 ... 255 and save it as 8-bit RGB"
+    if image.has_transparency_data:  # Pillow drops the transparency: often to black
+        return "Put it on a background and save it as RGB"
+    program = "import sys; from PIL import Image; "
+    program += "Image.open(sys.argv[1]).convert('RGB').save('rgb.png')"
+    return f"Convert it, for example with: {shlex.join(['python', '-c', program, path])}"
 
 
 def read_observation(

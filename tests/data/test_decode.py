@@ -27,6 +27,7 @@ from image_fixtures import (
     write_corpus,
 )
 from PIL import Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from diffusion_lab.data import decode as module
 from diffusion_lab.data.cache import ingest
@@ -36,6 +37,7 @@ from diffusion_lab.data.storage import LocalStorage
 from diffusion_lab.errors import DataError
 
 ALL = BAD | SCAN
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
@@ -329,3 +331,32 @@ def test_both_decoders_give_the_same_pixels(
             patch.setattr(module, "simplejpeg", None)
             assert np.array_equal(fast, decode(data, size, ""))
         assert np.array_equal(fast, opened(data))
+
+
+# --- comments and several pictures --------------------------------------------------------------
+
+
+def test_png_with_large_comments_has_the_same_pixels(decoder: str) -> None:
+    """Pillow refuses compressed comments of more than a megabyte."""
+    image, plain, info = Image.fromarray(PIXELS), io.BytesIO(), PngInfo()
+    image.save(plain, "PNG")
+    info.add_text("workflow", "x" * (1 << 21), zip=True)
+    info.add_itxt("prompt", "y" * (1 << 21), zip=True)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    assert np.array_equal(decode(buffer.getvalue(), 8, "a.png"), PIXELS)
+    assert np.array_equal(decode(plain.getvalue(), 8, "a.png"), PIXELS)
+    damaged = bytearray(buffer.getvalue())
+    damaged[damaged.index(b"zTXt") + 30] ^= 1
+    with pytest.raises(DataError, match=r"a\.png: not a readable JPEG or PNG"):
+        decode(bytes(damaged), 8, "a.png")
+
+
+def test_first_picture_of_a_multi_picture_jpeg_is_decoded(decoder: str) -> None:
+    first, second, mpo, jpeg = (Image.fromarray(PIXELS), Image.new("RGB", (4, 4)),
+                                io.BytesIO(), io.BytesIO())  # fmt: skip
+    first.save(mpo, "MPO", save_all=True, append_images=[second], quality=95)
+    first.save(jpeg, "JPEG", quality=95)
+    assert Image.open(mpo).n_frames == 2
+    expected = decode(jpeg.getvalue(), 8, "a.jpg").astype(int)
+    assert np.abs(decode(mpo.getvalue(), 8, "b.jpg").astype(int) - expected).max() <= 1
