@@ -122,7 +122,7 @@ class MappedImages(Images):
     def _compare(self, image: np.ndarray, position: int, sha256: np.ndarray) -> None:
         if self.compared[position]:
             return
-        if hashlib.sha256(np.ascontiguousarray(image)).digest() != sha256.tobytes():
+        if hashlib.sha256(image.tobytes()).digest() != sha256.tobytes():
             raise DataError(
                 f"{self.names[position]} has changed in {self.file.path} since it was packed: the "
                 "disk or a copy is faulty. Remove the directory of that file, and it is created "

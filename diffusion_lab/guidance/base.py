@@ -87,7 +87,7 @@ class Guidance(ABC):
             )
         if not self.allows_noiseless and not bool(torch.as_tensor(sigma_y > 0).all()):
             raise ValueError(
-                f"sigma_y={sigma_y}: {name} divides by it; set sigma_y above 0, for example "
+                f"sigma_y=0: {name} divides by it; set sigma_y above 0, for example "
                 "sigma_y=0.01, or choose another guidance: ddnm, replacement"
             )
 

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -99,9 +100,9 @@ def _this_process() -> dict[str, str | int]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
-def _read_owner(directory: Path) -> dict[str, int]:
+def _read_owner(directory: Path) -> dict[str, Any]:
     try:
-        owner: dict[str, int] = json.loads((directory / OWNER_FILE).read_text())
+        owner: dict[str, Any] = json.loads((directory / OWNER_FILE).read_text())
         return owner if {"pid", "host"} <= owner.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
