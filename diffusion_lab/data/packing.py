@@ -138,8 +138,10 @@ class Packer:
             return item
         try:
             size, name = self.source.size, self.source.location(place)
-            is_file = isinstance(item, bytes)
-            image = decode(item, size, name) if is_file else checked_pixels(item, size, name)
+            if isinstance(item, bytes):
+                image = decode(item, size, name)
+            else:
+                image = checked_pixels(item, size, name)
         except DataError as error:
             return error
         pixels = np.ascontiguousarray(image).tobytes()

@@ -97,12 +97,12 @@ def split_images(
             )
         pools = [(np.isin(native, chosen), SPLITS)]
     else:
-        targets = {split: (split,) for split in SPLITS}
+        parts: dict[str, tuple[str, ...]] = {split: (split,) for split in SPLITS}
         if "test" not in present:
-            targets["val"] = ("val", "test")
+            parts["val"] = ("val", "test")
         elif "val" not in present:
-            targets["train"] = ("train", "val")
-        pools = [(native == split, targets[split]) for split in SPLITS if split in present]
+            parts["train"] = ("train", "val")
+        pools = [(native == split, parts[split]) for split in SPLITS if split in present]
     u = _uniform(names, seed)
     result = {split: position[:0] for split in SPLITS}
     for members, targets in pools:
