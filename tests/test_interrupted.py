@@ -243,6 +243,7 @@ def test_signal_in_a_validation_after_a_checkpoint_stops_at_once(tmp_path: Path)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_a_second_one_does_not(tmp_path: Path) -> None:
     """Steps are saved every 1000; the first Ctrl-C is sent in step 3, the second in step 5."""
     directory = tmp_path / "stopped"
@@ -260,7 +261,7 @@ def test_ctrl_c_saves_a_checkpoint_and_a_second_one_does_not(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1"))]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGINT", "SIGUSR1")]
 )
 def test_signal_ends_an_evaluation_and_keeps_its_results(
     name: str, whole: Whole, tmp_path: Path

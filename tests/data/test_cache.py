@@ -86,7 +86,7 @@ def test_cache_contains_the_images_of_the_source(tmp_path: Path, kind: str) -> N
     names = ["a.png", "b.jpg", "test/c.png", "val/d.png", "val/e.jpg"]
     expected = fill(tmp_path / "in", names)
     cache = pack(folder(tmp_path / "in"), tmp_path / "cache", kind)
-    assert cache.names == names and cache.native_splits == ["train", "train", "test", "val", "val"]
+    assert cache.names == names and cache.native_splits == ["none", "none", "test", "val", "val"]
     for name, image, digest in zip(names, everything(cache), cache.sha256, strict=True):
         assert np.array_equal(image, expected[name]), name
         assert digest.tobytes() == hashlib.sha256(expected[name].tobytes()).digest()

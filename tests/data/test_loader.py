@@ -315,7 +315,9 @@ def test_state_counts_the_returned_images(workers: int) -> None:
         assert loader.state_dict()["consumed"] == 4 * number
         assert number <= len(images.asked) <= number + (workers and workers + 1)
     state = loader.state_dict()
-    threads = set(fetching()) - before
+    threads, deadline = set(fetching()) - before, time.monotonic() + 20
+    while workers and len(images.asked) == 5 and time.monotonic() < deadline:
+        time.sleep(0.01)  # on a busy machine the threads may not have run yet
     iterator.close()
     for thread in threads:
         thread.join(20)
