@@ -85,5 +85,6 @@ def test_report_that_cannot_be_written_is_one_message(
         raise OSError(errno.EROFS, "Read-only file system", str(directory))
 
     monkeypatch.setattr(report, "write_training_report", refuse)
+    capfd.readouterr()  # the output of the training
     assert report.main([str(run)]) == 1
     assert capfd.readouterr().err.startswith("the report cannot be written: [Errno 30]")

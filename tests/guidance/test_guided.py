@@ -36,7 +36,7 @@ from diffusion_lab.sampler import (
     State,
     UniPC,
 )
-from diffusion_lab.sampler.time_grid import LogSNR
+from diffusion_lab.sampler.time_grid import LogSNR, Uniform
 from diffusion_lab.schedule import VE, VP, Cosine, Linear, Schedule
 
 D, SEEN, B, SIGMA_Y = 5, 3, 4, 0.3
@@ -454,14 +454,19 @@ def test_float32_images_require_no_grad(guidance: Guidance) -> None:
 
 @pytest.mark.parametrize("guidance", [DMPS(), PiGDM(), MMPS(2), JFPS(), DPS()])
 def test_noise_free_observations_are_satisfied(guidance: Guidance) -> None:
-    """The operator is a mask; the tolerance is the noise of the last level."""
+    """The operator is a mask; the tolerance is the noise of the last level.
+
+    The steps of DPS are proportional to t - s, and too small on a grid of many late times.
+    """
     operator = BoxInpainting((1, 4, 4))
     prior = Gaussian(
         torch.zeros(16).double(), 0.2 * torch.eye(16, dtype=torch.float64), shape=(1, 4, 4)
     )
     y = operator(prior.sample(3, torch.Generator().manual_seed(2)))
-    sampler = EulerMaruyama(64, grid=LogSNR())
-    result = guidance(prior.denoiser(VP()), sampler, Observation(y, 0.0, operator))
+    grid = Uniform() if isinstance(guidance, DPS) else LogSNR()
+    result = guidance(
+        prior.denoiser(VP()), EulerMaruyama(64, grid=grid), Observation(y, 0.0, operator)
+    )
     assert float((operator(result) - y).abs().max()) < 0.05
 
 
