@@ -316,7 +316,7 @@ def test_unsupported_operators_and_noise_are_an_error() -> None:
     y = torch.zeros(2, 5, dtype=torch.float64)
     for sigma_y, operator, text in (
         (0.1, HDR(), "TDS is for linear operators"),
-        (0.0, Identity(), "sigma_y=0.0: TDS divides by it"),
+        (0.0, Identity(), "sigma_y=0: TDS divides by it"),
         (torch.ones(5), Identity(), "TDS is for noise of one standard deviation"),
     ):
         with pytest.raises(ValueError, match=text):
