@@ -39,7 +39,7 @@ from typing import (
     get_type_hints,
 )
 
-from diffusion_lab.errors import ArgumentError
+from diffusion_lab.errors import INT_LIMIT, ArgumentError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,9 +110,6 @@ PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 AtLeastTwo = Annotated[int, Range(2)]
 NonEmptyStr = Annotated[str, Length(1)]
-
-
-INT_LIMIT = 2**63  # torch's integers have 64 bits
 
 
 class Node:

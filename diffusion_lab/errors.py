@@ -1,8 +1,18 @@
 """User-facing errors: one message, no traceback, exit code 1."""
 
-__all__ = ["ArgumentError", "ConfigError", "DataError", "LabError", "RunError", "SamplingError"]
+__all__ = [
+    "INT_LIMIT",
+    "ArgumentError",
+    "ConfigError",
+    "DataError",
+    "LabError",
+    "RunError",
+    "SamplingError",
+]
 
 from typing import Any
+
+INT_LIMIT = 2**63  # torch's integers have 64 bits
 
 
 class LabError(Exception):
@@ -19,9 +29,10 @@ class ArgumentError(ValueError):
     """
 
     def __init__(self, name: str, value: Any, allowed: str) -> None:
-        if isinstance(value, int) and abs(value) >= 2**63:
-            allowed += ", of at most 63 bits"
-        super().__init__(f"{name}={_shown(value)} is not allowed; it must be {allowed}")
+        limit = ""
+        if isinstance(value, int) and abs(value) >= INT_LIMIT:
+            limit = ", of at most 63 bits"
+        super().__init__(f"{name}={_shown(value)} is not allowed; it must be {allowed}{limit}")
         self.name, self.value, self.allowed = name, value, allowed
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -87,8 +87,7 @@ def resolve(schedule: Schedule, values: dict[str, float | None]) -> NoiseLevel:
         sigma_y = value
     else:
         sigma_y = 10 ** (-max(value, -1000.0) / 20)
-    ends = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
-    low, high = schedule.ratio(ends).tolist()
+    low, high = schedule.ratio_range()
     if not low <= sigma_y <= high:
         raise ConfigError(
             f"{key}={value} means sigma_y={sigma_y:.4g}, which is outside the run's schedule "

@@ -79,9 +79,7 @@ class LogNormal(TimestepSampler):
 
     def forward(self, u: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         normal = torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
-        ends = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
-        low, high = schedule.ratio(ends).tolist()
-        ratio = torch.exp(self.mean + self.std * normal).clamp(low, high)
+        ratio = torch.exp(self.mean + self.std * normal).clamp(*schedule.ratio_range())
         return schedule.t_from_ratio(ratio).to(u), torch.ones_like(u)
 
 

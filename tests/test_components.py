@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from grading import (
     grade_guidance,
@@ -22,7 +21,7 @@ from grading import (
 )
 from omegaconf import DictConfig
 
-from diffusion_lab.runs.compose import CONFIG_PATH, register_resolvers
+from diffusion_lab.runs.compose import CONFIG_PATH, compose_groups
 from diffusion_lab.runs.instantiate import instantiate
 from diffusion_lab.schedule import VE, Cosine, SubVP
 
@@ -83,11 +82,8 @@ def options(group: str, conf: Path = CONF) -> list[str]:
 
 def composed(*choices: str, settings: list[str] | None = None, conf: Path = CONF) -> DictConfig:
     """The chosen groups, without the rest of a command's configuration."""
-    register_resolvers()
-    search = [f"hydra.searchpath=[file://{conf}]"]
     added = [f"+{choice}" for choice in choices]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(overrides=[*search, *added, *(settings or [])])
+    return compose_groups(f"hydra.searchpath=[file://{conf}]", *added, *(settings or []))
 
 
 def built(group: str, config: DictConfig, **arguments: Any) -> Any:

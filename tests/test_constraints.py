@@ -143,3 +143,9 @@ def test_annotations_of_functions_classes_and_partials() -> None:
 
     assert dict(annotations(function)) == {"x": PositiveInt}
     assert annotations(partial(function)) == {}
+
+
+def test_error_of_a_large_integer_is_the_same_after_pickling() -> None:
+    error = ArgumentError("seed", 2**63, "an integer >= 0")
+    assert str(error).count("63 bits") == 1
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -63,6 +63,15 @@ def metrics(run: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
 
 
+def assert_same_state(directory: Path, expected: Path) -> None:
+    """Asserts that two runs have the same state and used the same images in each batch."""
+    actual, target = state(directory / "run"), state(expected / "run")
+    assert actual.keys() == target.keys()
+    for name, value in target.items():
+        assert torch.equal(actual[name], value), name
+    assert seen(directory) == seen(expected)
+
+
 def check(cue: str, variant: str, whole: Whole, tmp_path: Path) -> None:
     directory, expected = tmp_path / "killed", whole(*RUN, *VARIANTS[variant])
     assert train(cue, directory, *RUN, *VARIANTS[variant]) == -9, (directory / TEXT).read_text()
@@ -75,11 +84,7 @@ def check(cue: str, variant: str, whole: Whole, tmp_path: Path) -> None:
     code = train("", directory, *again)
     assert code == 0, (directory / TEXT).read_text()
     assert (run / "finished.json").exists()
-    actual, target = state(run), state(expected / "run")
-    assert actual.keys() == target.keys()
-    for name, value in target.items():
-        assert torch.equal(actual[name], value), name
-    assert seen(directory) == seen(expected)
+    assert_same_state(directory, expected)
     rows, target = metrics(run), metrics(expected / "run")
     if cue.startswith("written"):  # the checkpoint is written before the row of its step
         missing = [row for row in target if row not in rows]
@@ -129,9 +134,7 @@ def test_run_killed_three_times_resumes_exactly(whole: Whole, tmp_path: Path) ->
     for cue in ("step:3", "step:5"):
         assert train(cue, directory, "resume=run") == -9
     assert train("", directory, "resume=run") == 0
-    actual, target = state(directory / "run"), state(expected / "run")
-    assert all(torch.equal(actual[name], value) for name, value in target.items())
-    assert seen(directory) == seen(expected)
+    assert_same_state(directory, expected)
 
 
 EVALUATION = ["num_images=7", "num_samples=2", "batch_size=4", "sampler.steps=3", "run=run",
@@ -206,9 +209,7 @@ def test_signal_saves_a_checkpoint_and_ends_the_run(
     assert f"stopped by {cue.split(':')[2]} after step {step}; continue with" in text
     assert "resume=" in text and "Traceback" not in text
     assert train("", directory, "resume=run") == 0, (directory / TEXT).read_text()
-    actual, target = state(run), state(uninterrupted / "run")
-    assert all(torch.equal(actual[name], value) for name, value in target.items())
-    assert seen(directory) == seen(uninterrupted)
+    assert_same_state(directory, uninterrupted)
     assert metrics(run) == metrics(uninterrupted / "run")
 
 
@@ -223,9 +224,7 @@ def test_signal_between_accumulated_batches_loses_none(
     run = directory / "run"
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == (batch + 1) // 2
     assert train("", directory, "resume=run") == 0, (directory / TEXT).read_text()
-    actual, target = state(run), state(uninterrupted / "run")
-    assert all(torch.equal(actual[name], value) for name, value in target.items())
-    assert seen(directory) == seen(uninterrupted)
+    assert_same_state(directory, uninterrupted)
     assert metrics(run) == metrics(uninterrupted / "run")
 
 

@@ -95,8 +95,7 @@ class SampleGrid(Callback):
             cls._posterior_sampler(sampler).check(schedule)
         except ValueError as error:
             raise ConfigError(f"callbacks.samples: {error}") from error
-        ends = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
-        low, high = schedule.ratio(ends).tolist()
+        low, high = schedule.ratio_range()
         if not low <= cls.SIGMA_Y <= high:
             raise ConfigError(
                 f"the schedule {type(schedule).__name__} has noise levels σ/α from {low:.4g} to "

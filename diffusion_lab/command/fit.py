@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import Logger
@@ -153,11 +152,10 @@ def _make_module(config: DictConfig) -> DiffusionModule:
 
 
 def _log_schedule(schedule: Schedule) -> None:
-    ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).tolist()
     log.info(
         "schedule %s: noise levels σ/α from %.3g to %.4g; KL(q(x_1) ‖ prior) = %.2g bits/dim for "
         "images of mean square 1/4",
-        type(schedule).__name__, *ends, schedule.prior_kl(0.25),
+        type(schedule).__name__, *schedule.ratio_range(), schedule.prior_kl(0.25),
     )  # fmt: skip
 
 

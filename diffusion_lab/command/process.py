@@ -1,6 +1,8 @@
 """Settings of the process that a command runs in."""
 
-__all__ = ["exit_with_parent", "full_errors", "is_refusal", "set_up_process", "short_errors"]
+__all__ = [
+    "exit_with_parent", "full_errors", "is_refusal", "refuse", "set_up_process", "short_errors",
+]  # fmt: skip
 
 import errno
 import logging
@@ -12,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -61,6 +64,18 @@ def is_refusal(error: BaseException) -> bool:
     return refused or isinstance(error, REFUSALS)
 
 
+def refuse(error: BaseException) -> NoReturn:
+    """Prints an error and ends the process with code 1.
+
+    Hydra would print an exception with the overrides, and turn one in a callback into a warning.
+    """
+    print(error, file=sys.stderr)
+    cause = error.__cause__
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        print(cause, file=sys.stderr)
+    sys.exit(1)
+
+
 @contextmanager
 def short_errors() -> Iterator[None]:
     """Context of a command: a refusal is printed alone, without traceback and overrides.
@@ -82,11 +97,7 @@ def short_errors() -> Iterator[None]:
     except Exception as error:
         if not is_refusal(error):
             raise
-        cause = error.__cause__
-        print(error, file=sys.stderr)
-        if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-            print(cause, file=sys.stderr)
-        sys.exit(1)
+        refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

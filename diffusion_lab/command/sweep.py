@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -31,8 +31,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_lab import runs
-from diffusion_lab.command.process import exit_with_parent, full_errors, is_refusal
-from diffusion_lab.errors import ConfigError, LabError, RunError
+from diffusion_lab.command.process import exit_with_parent, full_errors, is_refusal, refuse
+from diffusion_lab.errors import ConfigError, RunError
 from diffusion_lab.redact import refuse_secrets
 from diffusion_lab.report.sweep_report import summarize
 from diffusion_lab.runs import ranks
@@ -73,7 +73,7 @@ class Sweep(Callback):
             check_plugins(config.hydra)
             _check(config)
         except ConfigError as error:
-            _refuse(error)
+            refuse(error)
         _lock(Path(config.hydra.sweep.dir))
         Sweep.directory = Path(config.hydra.sweep.dir)
         if config.hydra.launcher._target_.endswith(LOCAL):
@@ -86,20 +86,14 @@ def _refuse_secrets(config: DictConfig) -> None:
     try:
         refuse_secrets(OmegaConf.to_yaml(config))  # conf/ may hold one as well
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
 
 
 def _lock(directory: Path) -> None:
     try:
         Sweep.locks.enter_context(runs.lock_directory(directory))
     except RunError as error:
-        _refuse(error)
-
-
-def _refuse(error: LabError) -> NoReturn:
-    """Ends the command; Hydra turns other exceptions in a callback into warnings."""
-    print(error, file=sys.stderr)
-    sys.exit(1)
+        refuse(error)
 
 
 def _check(config: DictConfig) -> None:
@@ -173,8 +167,7 @@ def sweep_job(directory: Path) -> Iterator[None]:
         except Exception as error:
             if full_errors() or not is_refusal(error):
                 raise
-            print(error, file=sys.stderr)
-            sys.exit(1)  # an exception would be printed by Hydra, with the overrides
+            refuse(error)
         return
     host, _, pid = os.environ.get(PARENT, "").partition(" ")
     if host == socket.gethostname() and int(pid) != os.getpid():

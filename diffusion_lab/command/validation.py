@@ -15,7 +15,6 @@ __all__ = [
     "constraints_by_key",
 ]
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast, get_args, get_origin
@@ -40,6 +39,7 @@ from diffusion_lab.errors import ArgumentError, ConfigError
 from diffusion_lab.nn.unet import UNet, check_size
 from diffusion_lab.runs.compose import CONFIG_PATH
 from diffusion_lab.runs.instantiate import check_node, constraints_of, find_target, instantiate
+from diffusion_lab.runs.typed_config import REFERENCE
 from diffusion_lab.task import Task
 from diffusion_lab.training.compatibility import check_model
 from diffusion_lab.training.post_hoc_ema import Width
@@ -76,7 +76,6 @@ EVAL_KEYS: Mapping[str, Any] = {
     "operator": Node | None,
 }
 MAPPINGS = (dict, Mapping)
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def _is_group(node: Any) -> TypeGuard[DictConfig]:

@@ -57,7 +57,7 @@ def decode(data: bytes, size: int, name: str, out: np.ndarray | None = None) -> 
     try:
         if (pixels := _plain_jpeg(data, size, out)) is not None:
             return pixels
-        if data.startswith(PNG):
+        if data.startswith(PNG) and any(kind in data for kind in TEXT):
             data = _without_text(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             _check(image, data, size, name)
@@ -115,9 +115,9 @@ def _without_text(data: bytes) -> bytes:
     while first + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, first)
         last = first + 12 + length
-        damaged = zlib.crc32(data[first + 4 : last - 4]) != int.from_bytes(data[last - 4 : last])
-        if kind not in TEXT or damaged:  # `_check_crc` reports damage
-            kept.append(data[first:last])
+        checksum = int.from_bytes(data[last - 4 : last])
+        if kind not in TEXT or zlib.crc32(data[first + 4 : last - 4]) != checksum:
+            kept.append(data[first:last])  # `_check_crc` reports damage
         first = last
     kept.append(data[first:])
     return b"".join(kept)

@@ -35,6 +35,7 @@ FORMAT = 1
 REBUILT = ("network", "schedule", "parameterization", "data")
 # The parameterizations that diffusers has; without a name in the folder it is the first.
 PREDICTIONS = {"epsilon": Epsilon, "v_prediction": V, "sample": X0}
+OPTIONS = {Epsilon: "epsilon", V: "v", X0: "x0"}  # of parameterization=
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def rebuild(
             f"{file} has format {saved['format']}, newer than {FORMAT}; update diffusion_lab"
         )
     signed = is_signed(saved["config"], saved.get("signature"))
+    modules = allowed_modules(allow)
     for key in REBUILT:
-        node, modules = saved["config"].get(key), allowed_modules(allow)
-        check_nodes(node, key, str(file), modules, signed=signed)
+        check_nodes(saved["config"].get(key), key, str(file), modules, signed=signed)
     if (name := non_finite_tensor(checkpoint)) is not None:
         raise RunError(
             f"{file} cannot be used: {name} is not finite, so that the training had diverged; use "
@@ -219,13 +220,12 @@ def load_pretrained_weights(module: DiffusionModule, path: str) -> None:
             first tensor that differs.
     """
     theirs = interop.load_prediction_type(path) or "epsilon"
-    own = type(module.parameterization)
-    if PREDICTIONS.get(theirs) is not own:
-        way_out = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(theirs)
+    needed, own = PREDICTIONS.get(theirs), type(module.parameterization)
+    if needed is not own:
         raise ConfigError(
             f"pretrained={path} has prediction_type={theirs}, and the parameterization of the run "
             f"is {own.__name__}, under which the same output is another image; "
-            + (f"set parameterization={way_out}" if way_out else "choose another model")
+            + (f"set parameterization={OPTIONS[needed]}" if needed else "choose another model")
         )
     state = interop.load_unet(path).state_dict()
     for name, tensor in module.network.state_dict().items():

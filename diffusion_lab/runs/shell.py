@@ -1,6 +1,6 @@
 """Overrides and commands as text that can be pasted, for paths with any characters."""
 
-__all__ = ["override", "quote_paths", "shell_command"]
+__all__ = ["override", "override_parser", "quote_paths", "shell_command"]
 
 import os
 import shlex
@@ -20,7 +20,8 @@ PATH_KEYS = (
 
 
 @cache
-def _parser() -> OverridesParser:
+def override_parser() -> OverridesParser:
+    """Returns Hydra's parser of overrides."""
     return OverridesParser.create()
 
 
@@ -41,7 +42,7 @@ def override(key: str, value: str | Path) -> str:
 def _is_literal(text: str, value: str) -> bool:
     """Whether an override has exactly this text as its value."""
     try:
-        parsed = _parser().parse_override(text)
+        parsed = override_parser().parse_override(text)
     except HydraException:
         return False
     plain = "${" not in value and not parsed.is_sweep_override()
@@ -73,7 +74,7 @@ def _quoted(text: str) -> str:
         return text
     if not os.path.exists(os.path.expanduser(value)):  # does not raise for any text
         try:
-            _parser().parse_override(text)
+            override_parser().parse_override(text)
         except HydraException:
             return override(key, value)
         return text

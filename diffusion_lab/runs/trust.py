@@ -31,7 +31,6 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +39,7 @@ from diffusion_lab.data.registry import GENERATED_SOURCES
 from diffusion_lab.deprecated import current_target
 from diffusion_lab.errors import RunError
 from diffusion_lab.runs.compose import CONFIG_PATH
+from diffusion_lab.runs.shell import override_parser
 from diffusion_lab.runs.typed_config import REFERENCE, read_config
 
 ALLOW = "DIFFUSION_LAB_ALLOW"  # environment variable: module prefixes, separated by commas
@@ -221,7 +221,7 @@ def compose_unsigned(
             )
     dropped = re.compile(r"[+~]*(hydra[./]|allow\b)")
     old = [text for text in old if not dropped.match(text)]
-    parser = OverridesParser.create()
+    parser = override_parser()
     try:
         before, after = parser.parse_overrides(list(old)), parser.parse_overrides(list(new))
         config = hydra.compose(name, [*old, *new])

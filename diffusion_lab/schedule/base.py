@@ -110,6 +110,12 @@ class Schedule(nn.Module, ABC):
         alpha_t, sigma_t = self.alpha_sigma(torch.as_tensor(t, dtype=torch.float64))
         return sigma_t / alpha_t
 
+    def ratio_range(self) -> tuple[float, float]:
+        """Returns the lowest and the highest noise level: r at t_min and at t = 1."""
+        ends = torch.tensor([self.t_min, 1.0], dtype=torch.float64)
+        low, high = self.ratio(ends).tolist()
+        return low, high
+
     def t_from_ratio(self, ratio: Tensor | float, check: bool = True) -> Tensor:
         """Returns the time t with σ_t / α_t = r, float64: the inverse of `ratio`.
 

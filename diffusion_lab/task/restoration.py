@@ -97,9 +97,8 @@ class Restoration(Task):
 
     def _has_level(self, sigma_y: float | Tensor) -> bool:
         """Whether σ_y is one noise level of the schedule: the network then gives E[x_0 | y]."""
-        schedule = self.denoiser.schedule
-        ends = schedule.ratio(torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).tolist()
-        return isinstance(sigma_y, float) and ends[0] <= sigma_y <= ends[1]
+        low, high = self.denoiser.schedule.ratio_range()
+        return isinstance(sigma_y, float) and low <= sigma_y <= high
 
     @property
     def count(self) -> int:
